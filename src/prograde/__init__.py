@@ -1,0 +1,27 @@
+"""Training without backpropagation: forward gradients for any JAX function.
+
+    grad_fn = prograde.value_and_grad(loss_fn, prograde.WeightPerturbation(prograde.LowRank(rank=1)))
+    loss, grads = grad_fn(key, params, batch)
+"""
+
+from prograde._inject import inject
+from prograde._value_and_grad import value_and_grad
+from prograde.estimators import Backprop, Estimate, Estimator, WeightPerturbation
+from prograde.tangents import Basis, LowRank, Normal, Rademacher, Sphere, TangentDistribution
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backprop",
+    "Basis",
+    "Estimate",
+    "Estimator",
+    "LowRank",
+    "Normal",
+    "Rademacher",
+    "Sphere",
+    "TangentDistribution",
+    "WeightPerturbation",
+    "inject",
+    "value_and_grad",
+]

@@ -1,0 +1,146 @@
+"""Structured tangents, and the Quax rules that let them pass through a program without being formed.
+
+A tangent of a parameter leaf is either an array or a structured tangent such as `LowRankTangent`. A structured tangent
+knows how to wrap the leaf as a Quax value. Each rule below is the product rule of one primitive, written for the
+structure; a primitive without a rule materialises the value, which injects the dense tangent, so the directional
+derivative is exact in every case and only the cost differs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import quax
+from jax import lax
+from jaxtyping import Array, ArrayLike, Float, PyTree
+
+from prograde._inject import inject
+
+
+class LowRankTangent(eqx.Module):
+    """The tangent a b^T of a matrix, or of a stack of matrices, kept as its factors."""
+
+    a: Float[Array, "*stack m rank"]
+    b: Float[Array, "*stack n rank"]
+
+    def dense(self) -> Float[Array, "*stack m n"]:
+        """The tangent as an array."""
+        return jnp.einsum("...mr,...nr->...mn", self.a, self.b)
+
+    def perturb(self, weight: Float[Array, "*stack m n"], s: Float[Array, ""]) -> "LowRankPerturbed":
+        """The weight as a Quax value that carries this tangent with respect to `s`."""
+        return LowRankPerturbed(weight, self.a, self.b, jnp.broadcast_to(s, weight.shape[:-2]))
+
+    def weighted_sum(self, coefficients: Float[Array, " k"]) -> Float[Array, "*stack m n"]:
+        """sum_k c_k a_k b_k^T, for a tangent whose factors have a leading axis k."""
+        k, rank = self.a.shape[0], self.a.shape[-1]
+        scale = coefficients.reshape((k,) + (1,) * (self.a.ndim - 1))
+        a = scale * self.a.astype(coefficients.dtype)
+        b = self.b.astype(coefficients.dtype)
+        if k * rank == 1:  # an outer product that XLA fuses into whatever uses it
+            return a[0, ..., :, 0, None] * b[0, ..., None, :, 0]
+        return jnp.einsum("k...mr,k...nr->...mn", a, b)
+
+
+class LowRankPerturbed(quax.ArrayValue):
+    """A weight whose tangent with respect to `s` is a b^T. `s` is repeated over the stack so that `scan` can slice it."""
+
+    weight: Float[Array, "*stack m n"]
+    a: Float[Array, "*stack m rank"]
+    b: Float[Array, "*stack n rank"]
+    s: Float[Array, "*stack"]
+
+    def aval(self) -> jax.core.ShapedArray:
+        return jax.core.ShapedArray(self.weight.shape, self.weight.dtype)
+
+    def materialise(self) -> Array:
+        return inject(self.s[(0,) * self.s.ndim], self.weight, LowRankTangent(self.a, self.b).dense())
+
+
+Tangent = Array | LowRankTangent
+
+
+def _is_structured(x: Any) -> bool:
+    return isinstance(x, LowRankTangent)
+
+
+def directional_derivative(
+    fun: Callable[[PyTree], tuple[Array, PyTree]], params: PyTree[Array], tangents: PyTree[Tangent]
+) -> tuple[Array, Array, PyTree]:
+    """(fun, grad fun . v, aux) at `params` along `tangents`, in one forward run. `fun` returns (value, aux)."""
+
+    def along(s: Array) -> tuple[Array, PyTree]:
+        perturbed = jax.tree.map(
+            lambda v, w: v.perturb(w, s) if _is_structured(v) else inject(s, w, v),
+            tangents,
+            params,
+            is_leaf=_is_structured,
+        )
+        return quax.quaxify(fun)(perturbed)
+
+    return jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),), has_aux=True)
+
+
+def weighted_sum(tangents: PyTree[Tangent], coefficients: Float[Array, " k"], like: PyTree[Array]) -> PyTree[Array]:
+    """sum_k c_k v_k for tangents with a leading axis k, in the dtypes of `like`."""
+
+    def leaf(v: Tangent, w: Array) -> Array:
+        if isinstance(v, LowRankTangent):
+            return v.weighted_sum(coefficients).astype(w.dtype)
+        scale = coefficients.reshape((-1,) + (1,) * (v.ndim - 1))
+        return jnp.sum(scale * v.astype(coefficients.dtype), axis=0).astype(w.dtype)
+
+    return jax.tree.map(leaf, tangents, like, is_leaf=_is_structured)
+
+
+def _apply_factors(x: Array, contract_x: tuple[int, ...], inner: Array, outer: Array, weight_first: bool) -> Array:
+    """x . (inner outer^T) with the weight's free axis first or last, in (m + n) rank multiply-adds a row of x."""
+    projected = lax.dot_general(x, inner, ((contract_x, (0,)), ((), ())))
+    if inner.shape[1] == 1:
+        vector, factor = projected[..., 0], outer[:, 0]
+        if weight_first:
+            return factor.reshape((-1,) + (1,) * vector.ndim) * vector
+        return vector[..., None] * factor
+    if weight_first:
+        return lax.dot_general(outer, projected, (((1,), (projected.ndim - 1,)), ((), ())))
+    return lax.dot_general(projected, outer, (((projected.ndim - 1,), (1,)), ((), ())))
+
+
+def _has_matrix_rule(p: LowRankPerturbed, contract: tuple[int, ...], batch: tuple[int, ...]) -> bool:
+    return p.weight.ndim == 2 and len(contract) == 1 and not batch
+
+
+@quax.register(lax.dot_general_p)
+def _(x: ArrayLike, p: LowRankPerturbed, *, dimension_numbers, **kwargs):
+    (contract_x, contract_p), (_, batch_p) = dimension_numbers
+    if not _has_matrix_rule(p, contract_p, batch_p):
+        return lax.dot_general(x, p.materialise(), dimension_numbers, **kwargs)
+    inner, outer = (p.a, p.b) if contract_p[0] == 0 else (p.b, p.a)
+    z = lax.dot_general(x, p.weight, dimension_numbers, **kwargs)
+    direction = _apply_factors(lax.stop_gradient(x), contract_x, inner, outer, weight_first=False)
+    return inject(p.s, z, direction)
+
+
+@quax.register(lax.dot_general_p)
+def _(p: LowRankPerturbed, x: ArrayLike, *, dimension_numbers, **kwargs):
+    (contract_p, contract_x), (batch_p, _) = dimension_numbers
+    if not _has_matrix_rule(p, contract_p, batch_p):
+        return lax.dot_general(p.materialise(), x, dimension_numbers, **kwargs)
+    inner, outer = (p.a, p.b) if contract_p[0] == 0 else (p.b, p.a)
+    z = lax.dot_general(p.weight, x, dimension_numbers, **kwargs)
+    direction = _apply_factors(lax.stop_gradient(x), contract_x, inner, outer, weight_first=True)
+    return inject(p.s, z, direction)
+
+
+@quax.register(lax.dot_general_p)
+def _(p: LowRankPerturbed, q: LowRankPerturbed, *, dimension_numbers, **kwargs):
+    return quax.quaxify(lax.dot_general)(p.materialise(), q, dimension_numbers, **kwargs)
+
+
+@quax.register(lax.transpose_p)
+def _(p: LowRankPerturbed, *, permutation):
+    if p.weight.ndim == 2 and tuple(permutation) == (1, 0):
+        return LowRankPerturbed(p.weight.T, p.b, p.a, p.s)
+    return lax.transpose(p.materialise(), permutation)

@@ -1,0 +1,87 @@
+"""The drop-in for `jax.value_and_grad`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prograde.estimators import Estimator
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    estimator: Estimator,
+    *,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> Callable[..., tuple[Any, Any]]:
+    """`jax.value_and_grad` by an estimator: a function of a PRNG key and the arguments of `fun`.
+
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)                    # before
+        loss, grads = pg.value_and_grad(loss_fn, estimator)(key, params, batch)     # after
+
+    **Arguments:**
+
+    - `fun`: a function that returns a real scalar, or a vector of per-example losses, whose mean is differentiated. With
+      `has_aux=True` it returns a pair of that and anything else.
+    - `estimator`: how to estimate the gradient, such as `WeightPerturbation(LowRank(rank=1))` or `Backprop()`.
+    - `argnums`: which argument, or arguments, of `fun` to differentiate by: a whole number or a sequence of them.
+    - `has_aux`: whether `fun` returns auxiliary output beside the loss.
+
+    **Returns:** a function `(key, *args, **kwargs) -> (value, grads)`, or `((value, aux), grads)` with `has_aux=True`. `grads`
+    has the structure of the argument (a tuple of these for a sequence of `argnums`), with `None` at leaves that are not
+    float arrays, as `equinox.filter_value_and_grad` has. It works under `jit`, `vmap` and `scan`, and is not jitted itself.
+
+    **Bias, variance and cost:** those of the estimator.
+
+    **Errors:** `TypeError` for something else than an estimator; `ValueError` for `argnums` that the call has no argument for.
+
+    **Source:** arXiv 2202.08587.
+
+    !!! example
+
+        >>> import jax, jax.numpy as jnp, optax, prograde as pg
+        >>> def loss_fn(params, x, y):
+        ...     return jnp.mean((x @ params - y) ** 2)
+        >>> x = jax.random.normal(jax.random.key(1), (32, 3))
+        >>> y = x @ jnp.array([1.0, -2.0, 3.0])
+        >>> grad_fn = pg.value_and_grad(loss_fn, pg.WeightPerturbation(pg.Normal(), num_tangents=1))
+        >>> params, optimizer = jnp.zeros(3), optax.sgd(0.05)
+        >>> opt_state = optimizer.init(params)
+        >>> @jax.jit
+        ... def step(key, params, opt_state):
+        ...     loss, grads = grad_fn(key, params, x, y)
+        ...     updates, opt_state = optimizer.update(grads, opt_state, params)
+        ...     return optax.apply_updates(params, updates), opt_state, loss
+        >>> for key in jax.random.split(jax.random.key(0), 300):
+        ...     params, opt_state, loss = step(key, params, opt_state)
+        >>> print(params.round(2))
+        [ 1. -2.  3.]
+    """
+    if not isinstance(estimator, Estimator):
+        raise TypeError(
+            f"estimator={estimator!r}, but an instance of an estimator is needed, such as "
+            "WeightPerturbation(LowRank(rank=1)) or Backprop()."
+        )
+    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def value_and_grad_fun(key: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        for position in positions:
+            if not -len(args) <= position < len(args):
+                raise ValueError(
+                    f"argnums={argnums!r}, but the function was called with {len(args)} positional arguments after the key. "
+                    "Pass what is differentiated by position."
+                )
+        wanted = [position % len(args) for position in positions]
+
+        def of_wanted(chosen: tuple[Any, ...], *args: Any) -> Any:
+            complete = list(args)
+            for position, arg in zip(wanted, chosen, strict=True):
+                complete[position] = arg
+            return fun(*complete, **kwargs)
+
+        params = tuple(args[position] for position in wanted)
+        others = tuple(None if i in wanted else arg for i, arg in enumerate(args))
+        result = estimator.estimate(of_wanted, key, estimator.init(params), params, *others, has_aux=has_aux)
+        grads = result.grads[0] if isinstance(argnums, int) else result.grads
+        return ((result.value, result.aux) if has_aux else result.value), grads
+
+    return value_and_grad_fun

@@ -1,0 +1,153 @@
+"""What every estimator is, and the checks that all of them make."""
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+
+class Estimate(eqx.Module):
+    """What one call of an estimator returns.
+
+    **Fields:**
+
+    - `value`: the loss, a float scalar; the mean where the loss is given per example.
+    - `aux`: what the loss function returned beside the loss, or `None`.
+    - `grads`: the gradient estimate, a tree like the parameters, with `None` at leaves that are not float arrays.
+    - `directional`: the directional derivatives grad f . v of the tangents, in float32 (float64 for float64 losses);
+      shape `[num_tangents]`, or `[num_tangents, batch]` where the loss is given per example. `None` for estimators
+      without tangents.
+    - `state`: the estimator's next state.
+
+    !!! example
+
+        >>> import jax, jax.numpy as jnp, prograde as pg
+        >>> estimator = pg.WeightPerturbation(pg.Rademacher(), num_tangents=4)
+        >>> params = jnp.ones(3)
+        >>> result = estimator.estimate(lambda w, x: (x @ w) ** 2, jax.random.key(0), None, params, jnp.ones((5, 3)))
+        >>> result.grads.shape, result.directional.shape
+        ((3,), (4, 5))
+    """
+
+    value: Float[Array, ""]
+    aux: Any
+    grads: PyTree
+    directional: Float[Array, "num_tangents *batch"] | None
+    state: PyTree
+
+
+@dataclass(frozen=True)
+class Estimator(abc.ABC):
+    """An estimator of the gradient of a function, a frozen dataclass: printable, comparable, hashable.
+
+    To write one, subclass and implement `estimate`; estimators that learn also implement `init`.
+
+    !!! example
+
+        >>> import jax, jax.numpy as jnp, prograde as pg
+        >>> estimator = pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=8)
+        >>> estimator == pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=8)
+        True
+    """
+
+    def init(self, params: PyTree) -> PyTree:
+        """The state before the first estimate; `None` for estimators without state."""
+        del params
+        return None
+
+    @abc.abstractmethod
+    def estimate(
+        self,
+        fun: Callable[..., Any],
+        key: Key[Array, ""],
+        state: PyTree,
+        params: PyTree,
+        *args: Any,
+        has_aux: bool = False,
+    ) -> Estimate:
+        """Estimates the gradient of the mean of `fun(params, *args)` with respect to the float arrays in `params`.
+
+        **Arguments:**
+
+        - `fun`: returns a float scalar, or a vector of per-example losses, whose mean is differentiated. With
+          `has_aux=True` it returns a pair of that and anything else.
+        - `key`: a typed PRNG key (`jax.random.key`). The same key gives the same estimate.
+        - `state`: what `init` or the previous estimate returned.
+        - `params`: any pytree. Leaves that are not float arrays pass through untouched.
+        - `args`: further arguments of `fun`, not differentiated.
+        """
+
+
+class _Static(eqx.Module):
+    """A value that is not an array, carried through JAX transformations as part of the tree's structure."""
+
+    value: Any = eqx.field(static=True)
+
+
+def pack(tree: PyTree) -> tuple[PyTree, _Static]:
+    """Splits a tree into its arrays and the rest, both safe to return from transformed functions."""
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    leaves, treedef = jax.tree.flatten(rest)
+    return arrays, _Static((tuple(leaves), treedef))
+
+
+def unpack(packed: tuple[PyTree, _Static]) -> PyTree:
+    """Undoes `pack`."""
+    arrays, static = packed
+    leaves, treedef = static.value
+    return eqx.combine(arrays, treedef.unflatten(leaves))
+
+
+def check_key(key: Any) -> None:
+    """Raises unless `key` is one typed PRNG key."""
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise TypeError(
+            f"key={key!r}, but a typed PRNG key is needed, such as jax.random.key(0). A key of the old kind (two uint32) "
+            "becomes one with jax.random.wrap_key_data(key)."
+        )
+    if key.shape != ():
+        raise TypeError(f"key has shape {key.shape}, but one key is needed. Use keys[i], or jax.vmap over the keys.")
+
+
+def split_params(
+    fun: Callable[..., Any], params: PyTree, args: tuple[Any, ...], has_aux: bool
+) -> tuple[Callable[[PyTree], tuple[Array, PyTree]], PyTree[Array]]:
+    """(f, floats): the float arrays of `params`, and fun as a function of these that returns (checked loss, packed aux)."""
+    floats, rest = eqx.partition(params, eqx.is_inexact_array)
+    leaves = jax.tree_util.tree_leaves_with_path(floats)
+    if not leaves:
+        raise ValueError(
+            "params has no floating-point array among its leaves, so there is nothing to differentiate. "
+            "Pass arrays such as jnp.asarray(1.0); Python floats are taken as constants."
+        )
+    for path, leaf in leaves:
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, but estimators work on real parameters. "
+                "Keep the real and imaginary parts as two leaves and join them inside the function."
+            )
+
+    def f(floats: PyTree[Array]) -> tuple[Array, PyTree]:
+        out = fun(eqx.combine(floats, rest), *args)
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(f"has_aux=True, but the function returned {type(out).__name__} instead of a pair (loss, aux).")
+        loss, aux = out if has_aux else (out, None)
+        if not eqx.is_array_like(loss):
+            hint = "" if has_aux else " To return more than the loss, pass has_aux=True."
+            raise TypeError(f"the function returned {type(loss).__name__} as its loss, but an array is needed.{hint}")
+        loss = jnp.asarray(loss)
+        if not jnp.issubdtype(loss.dtype, jnp.floating):
+            raise TypeError(f"the loss has dtype {loss.dtype}, but a real floating-point loss is needed.")
+        if loss.ndim > 1:
+            raise ValueError(
+                f"the loss has shape {loss.shape}, but a scalar or one loss per example, [batch], is needed. "
+                "Take the mean over the other axes."
+            )
+        return loss, pack(aux)
+
+    return f, floats
