@@ -1,0 +1,1 @@
+"""Experiments on top of prograde, by its public names only. The command line is `prograde --help`."""

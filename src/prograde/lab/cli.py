@@ -1,0 +1,187 @@
+"""The command line: `prograde reproduce`, `prograde report`, `prograde list`."""
+
+import dataclasses
+import datetime
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+# XLA hands single convolutions on a CPU to a library whose backward pass is slow; without it backprop of the CNN takes
+# half the time. Every comparison gives backprop the faster setting. The option is known to exist in jaxlib 0.10 only,
+# and XLA ends the process on an option it does not know.
+_FASTER_CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+
+_DESCRIPTION = """Training without backpropagation: the experiments of "Gradients without Backpropagation" (arXiv 2202.08587),
+beside backprop, on this machine.
+
+  prograde reproduce                      all six experiments, quickly, on handwritten digits that come with the package
+  prograde reproduce beale rosenbrock     only these
+  prograde reproduce --data mnist --full  the real thing, on MNIST; hours
+  prograde report runs/NAME               the report again, from the records alone
+  prograde list                           experiments, methods, and what the paper reports
+
+What is stopped, by Ctrl-C or otherwise, is continued by the same command with --out DIR --resume."""
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Run experiments of the paper and write a report.
+
+    Every experiment measures what a step costs, searches a learning rate for each method with the same budget, and trains
+    by the paper's estimator, by rank-one forward gradients and by backprop, at the paper's rate and at the rate found.
+    """
+
+    experiments: tyro.conf.Positional[tuple[str, ...]] = ("all",)
+    """Names of experiments (see `prograde list`), or all."""
+    data: str = "digits"
+    """digits (comes with the package), mnist (data directory, cache, or download), or a directory of idx files."""
+    data_dir: Path | None = None
+    """Where the MNIST files are; without it PROGRADE_DATA_DIR, then the cache, then the public mirrors."""
+    length: Annotated[Literal["quick", "full"], tyro.conf.arg(name="length")] = "quick"
+    """quick takes minutes, full takes hours. --quick and --full say the same."""
+    seeds: int | None = None
+    """Runs of each method and setting; by default as many as the length affords."""
+    out: Path | None = None
+    """Where the records and the report go; by default runs/DATE-TIME-DATA-LENGTH."""
+    resume: bool = False
+    """Continue what is in --out. The numbers are those of a run that was never stopped."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Build report.html again, from records alone."""
+
+    directories: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of records; several are shown on one page."""
+    out: Path | None = None
+    """Where report.html goes; by default into the first directory."""
+    markdown: Path | None = None
+    """Write figures and tables for the documentation into this directory instead."""
+
+
+@dataclass(frozen=True)
+class List:
+    """List the experiments, the methods, and what the paper reports for each."""
+
+
+class UsageError(ValueError):
+    """A command that cannot be carried out as given."""
+
+
+def main() -> None:
+    """The entry point of the command line. Exits with 2 on a bad request, 130 on Ctrl-C."""
+    from rich.console import Console
+
+    arguments = ["--length=" + a[2:] if a in ("--quick", "--full") else a for a in sys.argv[1:]]
+    if "--version" in arguments:
+        print(f"prograde {metadata.version('prograde')}")
+        return
+    commands = {"reproduce": Reproduce, "report": Report, "list": List}
+    command = tyro.extras.subcommand_cli_from_dict(
+        commands, args=arguments, prog="prograde", description=_DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,)
+    )
+    console, errors = Console(), Console(stderr=True)
+    from prograde.lab.data import DataError
+    from prograde.lab.records import RecordError
+
+    try:
+        if isinstance(command, Reproduce):
+            _reproduce(command, console, errors)
+        elif isinstance(command, Report):
+            _report(command, console)
+        else:
+            _list(console)
+    except (DataError, RecordError, UsageError) as error:
+        errors.print(f"prograde: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    except OSError as error:
+        errors.print(f"prograde: {error}. What was recorded before is complete.", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+def _reproduce(command: Reproduce, console, errors) -> None:
+    if metadata.version("jaxlib").startswith("0.10."):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FASTER_CONVOLUTIONS}".strip()
+    from prograde.lab import report, reproduce
+    from prograde.lab.data import load
+    from prograde.lab.display import Display
+    from prograde.lab.experiments import EXPERIMENTS
+
+    names = list(EXPERIMENTS) if command.experiments in ((), ("all",)) else list(dict.fromkeys(command.experiments))
+    if unknown := [name for name in names if name not in EXPERIMENTS]:
+        raise UsageError(f"unknown experiment {', '.join(unknown)}. Valid names: all, {', '.join(EXPERIMENTS)}.")
+    if command.seeds is not None and command.seeds < 1:
+        raise UsageError(f"--seeds {command.seeds}: at least 1 is needed.")
+    if command.resume and command.out is None:
+        raise UsageError("--resume needs --out DIR, the directory to continue.")
+    chosen = [EXPERIMENTS[name] for name in names]
+    data = load(command.data, command.data_dir) if any(callable(e.subject) for e in chosen) else None
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = command.out or Path("runs") / f"{stamp}-{data.name if data else 'functions'}-{command.length}"
+    console.print(f"Records go to {out}.", highlight=False)
+    try:
+        reproduce.run_all(
+            chosen, data, command.length == "full", command.seeds, out, command.resume, Display(console)
+        )
+    except KeyboardInterrupt:
+        again = dataclasses.replace(command, out=out, resume=True)
+        errors.print(f"\nStopped; the records are complete. To continue: {_command_line(again)}", highlight=False, soft_wrap=True)
+        raise SystemExit(130) from None
+    report.print_tables(report.find([out]), console)
+    console.print(f"Report: {report.build([out], out)}", highlight=False, soft_wrap=True)
+
+
+def _command_line(command: Reproduce) -> str:
+    words = ["prograde", "reproduce", *command.experiments]
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        if field.name != "experiments" and value not in (None, field.default):
+            words += [f"--{field.name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return shlex.join(words)
+
+
+def _report(command: Report, console) -> None:
+    from prograde.lab import report
+
+    if not command.directories:
+        raise UsageError("report needs at least one directory of records.")
+    if command.markdown is not None:
+        report.write_markdown(list(command.directories), command.markdown)
+        console.print(f"Figures and tables: {command.markdown}", highlight=False, soft_wrap=True)
+        return
+    path = report.build(list(command.directories), command.out or command.directories[0])
+    report.print_tables(report.find(list(command.directories)), console)
+    console.print(f"Report: {path}", highlight=False, soft_wrap=True)
+
+
+def _list(console) -> None:
+    from rich.table import Table
+
+    from prograde.lab.experiments import EXPERIMENTS, METHOD_TITLES, METHODS
+
+    table = Table(title="Experiments; figures reported by the paper, at second hand", title_justify="left")
+    for column in ("name", "what", "paper's rates", "R_f", "R_b", "T_f/T_b", "reported besides"):
+        table.add_column(column, overflow="fold")
+    for e in EXPERIMENTS.values():
+        r = e.reported
+        ratios = ", ".join(f"{t:g}" for t in r.t_ratio)
+        r_f, r_b = (("3 to 4", "4 to 5") if e.name == "depth" else (f"{r.r_f or '–'}", f"{r.r_b or '–'}"))
+        table.add_row(e.name, e.title, ", ".join(f"{p:g}" for p in e.paper_rates) or "–", r_f, r_b, ratios or "–", r.note)
+    console.print(table)
+    table = Table(title="Methods", title_justify="left")
+    for column in ("name", "what", "estimator"):
+        table.add_column(column, overflow="fold")
+    for name, estimator in METHODS.items():
+        table.add_row(name, METHOD_TITLES[name], repr(estimator))
+    console.print(table)
+    console.print("R: a training step over a bare forward pass; T: time to backprop's best held-out loss.", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""What a training step costs: time by interleaved measurement, memory by XLA's own figure and by processes of their own."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import prograde as pg
+from prograde.lab import experiments, models
+from prograde.lab.data import IMAGE_SIZE, NUM_CLASSES, Dataset
+from prograde.lab.train import Trainer
+
+_SCAN_STEPS = 20  # steps a measurement, where they run inside one scan
+
+
+def variants(experiment: experiments.Experiment) -> dict[str, tuple[pg.Estimator | None, bool]]:
+    """What is measured: name -> (estimator, whether reverse mode is checkpointed)."""
+    found: dict[str, tuple[pg.Estimator | None, bool]] = {"bare": (None, False)}
+    found |= {name: (estimator, False) for name, estimator in experiments.METHODS.items()}
+    if not isinstance(experiment.subject, models.Surface):
+        found["checkpointed"] = (pg.Backprop(), True)
+    return found
+
+
+def synthetic_data(num_batches: int = 10) -> Dataset:
+    """Random images, where only the cost matters."""
+    generator = np.random.default_rng(0)
+    n = num_batches * experiments.BATCH_SIZE
+    part = (
+        generator.random((n, IMAGE_SIZE, IMAGE_SIZE), np.float32),
+        generator.integers(0, NUM_CLASSES, n).astype(np.int32),
+    )
+    return Dataset("synthetic", part, part, part)
+
+
+def step_seconds(trainers: dict[str, Trainer], rounds: int, on_round: Callable[[int], None]) -> dict[str, Any]:
+    """Seconds a full training step (or bare forward pass) of each trainer takes.
+
+    The trainers take turns, round by round, so that what disturbs the machine disturbs all of them; the figures are medians
+    and quartiles over the rounds, and each ratio is the median of the rounds' own ratios.
+    """
+    runs: dict[str, tuple[Any, Any]] = {}
+    for name, trainer in trainers.items():
+        rows = trainer.rows(0, 0, _SCAN_STEPS if trainer.in_scan else 1)
+        runs[name] = (trainer.start(0), rows)
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for i in range(rounds + 1):
+        for name, trainer in trainers.items():
+            carry, rows = runs[name]
+            begin = time.perf_counter()
+            carry, losses, _ = trainer.steps(carry, 0.0, 0, rows)
+            jax.block_until_ready((carry, losses))
+            if i > 0:  # the first round compiles
+                seconds[name].append((time.perf_counter() - begin) / len(rows))
+            runs[name] = (carry, rows)
+        on_round(i)
+
+    def summary(values: list[float]) -> dict[str, float]:
+        low, middle, high = np.percentile(values, [25, 50, 75]).tolist()
+        return {"median": middle, "low": low, "high": high, "n": len(values)}
+
+    return {
+        name: {
+            "seconds": summary(values),
+            "ratio": summary([v / b for v, b in zip(values, seconds["bare"], strict=True)]),
+        }
+        for name, values in seconds.items()
+    }
+
+
+def experiment_costs(
+    experiment: experiments.Experiment, trainers: dict[str, Trainer], data: Dataset | None, rounds: int, on_round: Callable
+) -> dict[str, Any]:
+    """`step_seconds` of an experiment's methods, with the bare forward pass and the checkpointed variant beside them."""
+    everything = {
+        name: trainers[name] if name in trainers else Trainer(experiment, estimator, data, checkpointed)
+        for name, (estimator, checkpointed) in variants(experiment).items()
+    }
+    return step_seconds(everything, rounds, on_round)
+
+
+def depth_experiment(depth: int) -> experiments.Experiment:
+    """The depth experiment at one depth, as something to train."""
+    base = experiments.EXPERIMENTS["depth"]
+    return experiments.Experiment(
+        base.name,
+        base.title,
+        lambda checkpointed: models.deep(depth, checkpointed=checkpointed),
+        base.paper_rates,
+        base.reported,
+        base.quick,
+        base.full,
+    )
+
+
+def depth_seconds(depth: int, rounds: int, on_round: Callable[[int], None]) -> dict[str, Any]:
+    """`step_seconds` at one depth. All methods share one set of parameters, one after the other, so that they fit."""
+    experiment, data = depth_experiment(depth), synthetic_data()
+    carry = Trainer(experiment, None, data).start(0)
+    steps = {}
+    for name, (estimator, checkpointed) in variants(experiment).items():
+        steps[name] = Trainer(experiment, estimator, data, checkpointed)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    inner = max(1, 20 // depth)
+    for i in range(rounds + 1):
+        for name, trainer in steps.items():
+            rows = trainer.rows(0, i, inner)
+            begin = time.perf_counter()
+            carry, losses, _ = trainer.steps(carry, 0.0, 0, rows)
+            jax.block_until_ready((carry, losses))
+            if i > 0:
+                seconds[name].append((time.perf_counter() - begin) / inner)
+        on_round(i)
+    return {
+        name: {
+            "seconds": {"median": float(np.median(v)), "n": len(v)},
+            "ratio": {"median": float(np.median(np.divide(v, seconds["bare"]))), "n": len(v)},
+        }
+        for name, v in seconds.items()
+    }
+
+
+def memory(experiment: str, method: str, depth: int | None = None) -> dict[str, Any]:
+    """Memory of one training step in a process of its own, in bytes.
+
+    `temp_bytes` is what XLA says the step needs beside its arguments and results; `peak_rss` and `rss_before` are the
+    process's resident memory at its peak during three steps and just before them (null where the system cannot tell).
+    """
+    command = [sys.executable, "-m", "prograde.lab.costs", experiment, method, str(depth or 0)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _resident(field: str) -> int | None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+def _measure_memory(name: str, method: str, depth: int) -> dict[str, Any]:
+    experiment = depth_experiment(depth) if depth else experiments.EXPERIMENTS[name]
+    estimator, checkpointed = variants(experiment)[method]
+    trainer = Trainer(experiment, estimator, synthetic_data(1), checkpointed)
+    carry, rows = trainer.start(0), jnp.asarray(trainer.rows(0, 0, 1)[0])
+    step = jax.jit(trainer._step, donate_argnums=0)
+    arguments = (jnp.float32(0.0), jax.random.key(0), trainer.train_data, rows)
+    compiled = step.lower(carry, *arguments).compile()
+    analysis = compiled.memory_analysis()
+    carry, _ = compiled(carry, *arguments)
+    jax.block_until_ready(carry)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the compilation
+    except OSError:
+        pass
+    before = _resident("VmRSS")
+    for _ in range(3):
+        carry, _ = compiled(carry, *arguments)
+    jax.block_until_ready(carry)
+    return {
+        "temp_bytes": analysis.temp_size_in_bytes,
+        "argument_bytes": analysis.argument_size_in_bytes,
+        "rss_before": before,
+        "peak_rss": _resident("VmHWM"),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure_memory(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

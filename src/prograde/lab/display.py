@@ -1,0 +1,57 @@
+"""What a person sees while experiments run: live bars on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_PLAIN_INTERVAL = 5.0  # seconds between plain lines of one stage
+
+
+class Display:
+    """Shows stages of work. `advance` takes expected seconds, so that the time left is in proportion to the work."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._progress: Progress | None = None
+        self._title, self._total, self._done, self._begin, self._last = "", 1.0, 0.0, 0.0, 0.0
+
+    @contextmanager
+    def stage(self, title: str, total: float) -> Iterator[None]:
+        """A stage of work of `total` units."""
+        self._title, self._total, self._done = title, total, 0.0
+        self._begin = self._last = time.monotonic()
+        if not self.console.is_terminal:
+            self.console.print(f"{title}: started", highlight=False)
+            yield
+            self.console.print(f"{title}: done in {time.monotonic() - self._begin:.0f} s", highlight=False)
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[facts]}", markup=False),
+        )
+        with Progress(*columns, console=self.console, transient=False, refresh_per_second=4, speed_estimate_period=1e6) as progress:
+            self._progress, self._task = progress, progress.add_task(title, total=total, facts="")
+            try:
+                yield
+                progress.update(self._task, completed=total, facts="done")
+            finally:
+                self._progress = None
+
+    def advance(self, amount: float, facts: str) -> None:
+        """`amount` more of the work is done; `facts` says what, with its figures."""
+        self._done = min(self._done + amount, self._total)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=self._done, facts=facts)
+        elif (now := time.monotonic()) - self._last >= _PLAIN_INTERVAL:
+            self._last = now
+            left = (now - self._begin) * (self._total - self._done) / max(self._done, 1e-9)
+            part = 100 * self._done / self._total
+            self.console.print(f"{self._title}: {part:.0f}%, {left:.0f} s left, {facts}", highlight=False)

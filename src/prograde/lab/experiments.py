@@ -1,0 +1,174 @@
+"""The experiments of the paper as values: what is trained, at which rates, for how long, and what the paper reports.
+
+"Gradients without Backpropagation" (arXiv 2202.08587) trains everything by plain SGD with the learning rate
+eta_t = eta_0 exp(-1e-4 t), t in iterations, and networks on batches of 64 images.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import prograde as pg
+from prograde.lab import models
+
+BATCH_SIZE = 64
+DECAY = 1e-4
+
+METHODS: dict[str, pg.Estimator] = {
+    "forward": pg.WeightPerturbation(pg.Normal(), num_tangents=1),
+    "low-rank": pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=1),
+    "backprop": pg.Backprop(),
+}
+METHOD_TITLES = {
+    "bare": "bare forward pass",
+    "forward": "forward gradient, dense normal tangent (the paper's)",
+    "low-rank": "forward gradient, rank-one tangent",
+    "backprop": "backprop",
+    "checkpointed": "backprop, checkpointed",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is run.
+
+    **Fields:** `steps` of training a run; `points` on its curve, where it is evaluated and can be resumed;
+    `search_steps` a candidate of the learning-rate search (0: no search); `seeds` a method and setting; `eval_examples`
+    of the training and of the test part that a point is evaluated on; `timing_rounds` in which every method is
+    timed once; `depths` of the depth experiment.
+    """
+
+    steps: int = 0
+    points: int = 20
+    search_steps: int = 0
+    seeds: int = 1
+    eval_examples: int = 10_000
+    timing_rounds: int = 20
+    depths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reported:
+    """Figures of the paper, at second hand: steps over the bare forward pass, and time to backprop's best loss over backprop's."""
+
+    r_f: float | None = None
+    r_b: float | None = None
+    t_ratio: tuple[float, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment of the paper.
+
+    **Fields:** `subject`: the function to minimise, or how to build the network (its argument: whether reverse mode is
+    checkpointed), `None` for the depth experiment; `paper_rates`: the paper's learning rates; `in_scan`: whether the steps
+    run inside one `lax.scan` (XLA runs the reverse of a convolution 25 times slower inside a loop on a CPU, so the CNN's
+    steps are dispatched one by one).
+    """
+
+    name: str
+    title: str
+    subject: models.Surface | Callable[[bool], models.Network] | None
+    paper_rates: tuple[float, ...]
+    reported: Reported
+    quick: Budget
+    full: Budget
+    in_scan: bool = True
+    source: str = "arXiv 2202.08587"
+
+    def budget(self, full: bool) -> Budget:
+        """The budget of the full or of the quick run."""
+        return self.full if full else self.quick
+
+
+_SURFACE = Budget(steps=1000, points=10, search_steps=1000, seeds=5, timing_rounds=10)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    e.name: e
+    for e in (
+        Experiment(
+            "beale",
+            "Beale function",
+            models.BEALE,
+            (0.01,),
+            Reported(note="forward gradients reach the minimum as gradient descent does, 1000 iterations"),
+            quick=_SURFACE,
+            full=Budget(steps=1000, points=10, search_steps=1000, seeds=20, timing_rounds=10),
+        ),
+        Experiment(
+            "rosenbrock",
+            "Rosenbrock function",
+            models.ROSENBROCK,
+            (5e-4,),
+            Reported(note="both descend into the valley; forward gradients are reported faster in time"),
+            quick=Budget(steps=2000, points=10, search_steps=2000, seeds=5, timing_rounds=10),
+            full=Budget(steps=25_000, points=50, search_steps=25_000, seeds=20, timing_rounds=10),
+        ),
+        Experiment(
+            "logreg",
+            "Logistic regression",
+            models.logreg,
+            (1e-4,),
+            Reported(2.435, 4.389, (0.553,)),
+            quick=Budget(steps=4000, points=20, search_steps=1000, seeds=3),
+            full=Budget(steps=28_000, points=56, search_steps=7000, seeds=3, timing_rounds=60),
+        ),
+        Experiment(
+            "mlp",
+            "Multilayer perceptron 784-1024-1024-10",
+            models.mlp,
+            (2e-4, 2e-5),
+            Reported(2.468, 4.165, (0.211, 0.40)),
+            quick=Budget(steps=400, points=10, search_steps=80, seeds=2),
+            full=Budget(steps=7480, points=40, search_steps=935, seeds=3, timing_rounds=60),
+        ),
+        Experiment(
+            "cnn",
+            "Convolutional network",
+            models.cnn,
+            (2e-4,),
+            Reported(1.434, 2.211, (0.514,)),
+            quick=Budget(steps=40, points=5, search_steps=8, seeds=1, eval_examples=360, timing_rounds=5),
+            full=Budget(steps=900, points=18, search_steps=100, seeds=3, eval_examples=1000, timing_rounds=20),
+            in_scan=False,
+        ),
+        Experiment(
+            "depth",
+            "Cost against depth, 1 to 100 layers of width 1024",
+            None,
+            (),
+            Reported(3.5, 4.5, note="R_f 3 to 4 and R_b 4 to 5; R_f/R_b below 0.6 to 10 layers, above 0.8 at 100"),
+            quick=Budget(timing_rounds=3, depths=(1, 3, 10, 30, 100)),
+            full=Budget(timing_rounds=9, depths=(1, 2, 5, 10, 20, 50, 100)),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A learning rate and where it comes from: `paper`, a further rate of the paper, or `tuned` by our search."""
+
+    name: str
+    learning_rate: float | None = field(default=None)
+
+
+def settings(experiment: Experiment) -> list[Setting]:
+    """The settings every method runs at; the rate of `tuned` is found by the search."""
+    paper = [Setting("paper" if i == 0 else f"paper-{rate:g}", rate) for i, rate in enumerate(experiment.paper_rates)]
+    return [*paper, Setting("tuned")]
+
+
+def describe(experiment: Experiment, full: bool, seeds: int | None, data: dict[str, Any] | None) -> dict[str, Any]:
+    """The configuration that decides the numbers, as it stands in the manifest."""
+    budget = experiment.budget(full)
+    return {
+        "experiment": experiment.name,
+        "data": data if callable(experiment.subject) else None,
+        "budget": {**vars(budget), "depths": list(budget.depths), "seeds": seeds or budget.seeds},
+        "paper_rates": list(experiment.paper_rates),
+        "methods": {name: repr(estimator) for name, estimator in METHODS.items()},
+        "optimizer": f"SGD, rate eta_0 exp(-{DECAY:g} t)",
+        "batch_size": BATCH_SIZE if not isinstance(experiment.subject, models.Surface) else None,
+    }

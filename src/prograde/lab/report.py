@@ -1,0 +1,281 @@
+"""The report: tables and figures from records alone, as one self-contained page, on the terminal, or for the docs."""
+
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from prograde.lab import records
+from prograde.lab.experiments import METHOD_TITLES, Experiment
+from prograde.lab.figures import figure
+from prograde.lab.models import Surface
+from prograde.lab.summary import Outcome, Spread, Summary, find
+
+_INTRODUCTION = (
+    "Training by forward gradients, beside backprop: the experiments of “Gradients without Backpropagation” "
+    "(arXiv 2202.08587), run again. Figures marked “reported” are the paper's, at second hand; all others were measured here."
+)
+_TERMS = """R is the time of a full training step over that of a bare forward pass on the same batches: all methods take turns
+in one run, and R is the median of the rounds' ratios. T is the time a method takes to reach the best held-out loss of backprop,
+over the time backprop takes, both at the same setting; time is steps times the measured median cost of a step, T is the
+median over the seeds, and “not reached” means that the median seed does not get there within the run. “paper” is the paper's
+learning rate, the same for all methods; “tuned” is a rate found for each method by a search of the same budget. Held-out is
+the data's test part; the search uses a validation part taken from the training data. All runs are plain SGD with the rate
+eta_0 exp(-1e-4 t). Losses are means over seeds, with the least and the greatest."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _spread(spread: Spread | None, percent: bool = False) -> str:
+    if spread is None:
+        return "–"
+    low, mean, high = (f"{100 * v:.1f}" if percent else f"{v:.3g}" for v in (spread.low, spread.mean, spread.high))
+    unit = " %" if percent else ""
+    return f"{mean}{unit}" if spread.n == 1 or low == high else f"{mean}{unit} ({low} to {high})"
+
+
+def _mebibytes(value: int | None) -> str:
+    return "–" if value is None else f"{value / 2**20:,.1f}"
+
+
+def _ratio(outcome: Outcome) -> str:
+    if outcome.method == "backprop":
+        return "1"
+    if outcome.time_ratio is None:
+        return "not reached" if outcome.finished else "–"
+    seeds = "" if outcome.reached == outcome.finished else f" ({outcome.reached} of {outcome.finished} seeds)"
+    return f"{outcome.time_ratio:.2f}{seeds}"
+
+
+def _reported_ratio(experiment: Experiment, outcome: Outcome) -> str:
+    rates = dict(zip(experiment.paper_rates, experiment.reported.t_ratio, strict=False))
+    if outcome.method != "forward" or outcome.setting == "tuned" or outcome.learning_rate not in rates:
+        return ""
+    return f"{rates[outcome.learning_rate]:g}"
+
+
+def training_table(summary: Summary) -> Table:
+    """What each method reached at each setting."""
+    rows = []
+    for o in summary.outcomes:
+        ended = f"{o.finished} of {len(o.runs)}" if o.finished < len(o.runs) else str(len(o.runs))
+        diverged = f"; {len(o.diverged)} diverged, first at step {min(step for _, step in o.diverged)}" if o.diverged else ""
+        rows.append(
+            [
+                o.setting,
+                o.method,
+                f"{o.learning_rate:.2g}",
+                _spread(o.final_loss),
+                _spread(o.final_accuracy, percent=True),
+                _ratio(o),
+                _reported_ratio(summary.experiment, o),
+                ended + diverged,
+            ]
+        )
+    columns = ["setting", "method", "rate", "final held-out loss", "accuracy", "T", "T reported", "seeds"]
+    if isinstance(summary.experiment.subject, Surface):
+        keep = [i for i, c in enumerate(columns) if c not in ("accuracy", "T", "T reported")]
+        columns, rows = [columns[i] for i in keep], [[row[i] for i in keep] for row in rows]
+        columns[columns.index("final held-out loss")] = "final f"
+    return Table(f"{summary.experiment.title}: what was reached", columns, rows)
+
+
+def cost_table(summary: Summary) -> Table:
+    """What a step of each method costs."""
+    reported = {"forward": summary.experiment.reported.r_f, "backprop": summary.experiment.reported.r_b}
+    rows = []
+    for method, cost in summary.costs.items():
+        seconds, ratio, memory = cost["seconds"], cost["ratio"], summary.memory.get(method, {})
+        rss = (memory.get("peak_rss"), memory.get("rss_before"))
+        rows.append(
+            [
+                METHOD_TITLES[method],
+                f"{1e3 * seconds['median']:.3g} ({1e3 * seconds['low']:.3g} to {1e3 * seconds['high']:.3g})",
+                f"{ratio['median']:.2f}",
+                _number(reported.get(method), 3).rstrip("0") if reported.get(method) else "",
+                _mebibytes(memory.get("temp_bytes")),
+                _mebibytes(rss[0]),
+            ]
+        )
+    columns = ["step", "ms, median (quartiles)", "R", "R reported", "XLA temp, MiB", "peak RSS, MiB"]
+    if not summary.memory:
+        columns, rows = columns[:3], [row[:3] for row in rows]
+    n = next(iter(summary.costs.values()))["seconds"]["n"]
+    return Table(f"{summary.experiment.title}: cost of a step ({n} rounds)", columns, rows)
+
+
+def depth_table(summary: Summary) -> Table:
+    """Cost and memory against depth."""
+    methods = [m for m in METHOD_TITLES if m != "bare"]
+    rows = []
+    for depth, figures in sorted(summary.depths.items()):
+        ratios = [f"{figures['costs'][m]['ratio']['median']:.2f}" for m in methods]
+        temps = [_mebibytes(figures["memory"][m]["temp_bytes"]) for m in methods]
+        quotient = figures["costs"]["forward"]["ratio"]["median"] / figures["costs"]["backprop"]["ratio"]["median"]
+        own = figures["costs"]["low-rank"]["ratio"]["median"] / figures["costs"]["backprop"]["ratio"]["median"]
+        rss = [_mebibytes(figures["memory"][m]["peak_rss"]) for m in ("low-rank", "backprop")]
+        rows.append([str(depth), *ratios, f"{quotient:.2f}", f"{own:.2f}", *temps, *rss])
+    columns = [
+        "layers",
+        *(f"R {m}" for m in methods),
+        "R_f/R_b",
+        "R low-rank/R_b",
+        *(f"temp {m}, MiB" for m in methods),
+        *(f"RSS {m}, MiB" for m in ("low-rank", "backprop")),
+    ]
+    return Table(f"{summary.experiment.title}. Reported: {summary.experiment.reported.note}", columns, rows)
+
+
+def tables(summary: Summary) -> list[Table]:
+    """All tables of an experiment."""
+    if summary.depths:
+        return [depth_table(summary)]
+    found = [training_table(summary)] if summary.outcomes else []
+    return [*found, *([cost_table(summary)] if summary.costs else [])]
+
+
+def _conclusion(summary: Summary) -> str:
+    """Agreement and disagreement with the paper in words, from the figures."""
+    said, reported = [], summary.experiment.reported
+    if summary.costs and reported.r_f and reported.r_b:
+        r = {m: c["ratio"]["median"] for m, c in summary.costs.items()}
+        said.append(
+            f"The paper's estimator costs {r['forward']:.2f} bare forward passes here (reported {reported.r_f:g}), backprop "
+            f"{r['backprop']:.2f} (reported {reported.r_b:g}), the rank-one tangent {r['low-rank']:.2f}."
+        )
+        agree = (r["forward"] < r["backprop"]) == (reported.r_f < reported.r_b)
+        comparison = "cheaper than" if r["forward"] < r["backprop"] else "dearer than"
+        said.append(
+            f"That a dense forward-gradient step is cheaper than a backprop step is {'confirmed' if agree else 'not confirmed'}: "
+            f"it is {comparison} backprop's; the rank-one step is {'cheaper' if r['low-rank'] < r['backprop'] else 'dearer'}."
+        )
+    for o in summary.outcomes:
+        if (claim := _reported_ratio(summary.experiment, o)) and o.finished:
+            here = "backprop's best loss was not reached" if o.time_ratio is None else f"T is {o.time_ratio:.2f}"
+            verdict = "agrees" if o.time_ratio is not None and o.time_ratio < 1 else "disagrees"
+            said.append(f"At rate {o.learning_rate:g} (reported T {claim}), {here}: this {verdict} with a T below 1.")
+        if o.setting == "tuned" and o.method != "backprop" and o.finished and not isinstance(summary.experiment.subject, Surface):
+            here = "does not reach backprop's best loss" if o.time_ratio is None else f"has T {o.time_ratio:.2f}"
+            said.append(f"With both tuned, {o.method} {here}.")
+    if not said and reported.note:
+        said.append(f"Reported: {reported.note}.")
+    return " ".join(said)
+
+
+def build(directories: list[Path], out: Path) -> Path:
+    """Writes `report.html` into `out`, from the records in `directories`; returns its path."""
+    summaries = find(directories)
+    sections = "\n".join(_section(s) for s in summaries)
+    contents = " · ".join(f'<a href="#{s.experiment.name}">{html.escape(s.experiment.title)}</a>' for s in summaries)
+    page = _PAGE.format(
+        introduction=html.escape(_INTRODUCTION), terms=html.escape(_TERMS), contents=contents, sections=sections
+    )
+    path = out / "report.html"
+    records.write(path, page.encode())
+    return path
+
+
+def _section(summary: Summary) -> str:
+    parts = [f'<section id="{summary.experiment.name}"><h2>{html.escape(summary.experiment.title)}</h2>']
+    if conclusion := _conclusion(summary):
+        parts.append(f"<p>{html.escape(conclusion)}</p>")
+    if svg := figure(summary):
+        parts.append(f'<figure role="img" aria-label="{html.escape(summary.experiment.title)}">{svg}</figure>')
+    parts += [_html_table(table) for table in tables(summary)]
+    config = summary.manifest["config"]
+    data = f" Data: {config['data']['name']}." if config.get("data") else ""
+    search = "; ".join(f"{m}: {len(s['trials'])} trials of {s['steps']} steps, best {s['best']:.2g}" for m, s in summary.searches.items())
+    environment = summary.manifest["environments"][0]
+    dirty = " with local changes" if environment["git_dirty"] else ""
+    parts.append(
+        f"<p class=small>Made on {html.escape(environment['processor'])}, {environment['cores']} cores, "
+        f"jax {environment['versions']['jax']}, commit {(environment['git_commit'] or 'unknown')[:10]}{dirty}.{data} "
+        f"{html.escape('Search: ' + search + '.' if search else '')}</p>"
+        f"<details><summary>Manifest</summary><pre>{html.escape(json.dumps(summary.manifest, indent=1))}</pre></details></section>"
+    )
+    return "\n".join(parts)
+
+
+def _html_table(table: Table) -> str:
+    def row(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "\n".join(row(cells, "td") for cells in table.rows)
+    return (
+        f"<div class=wide><table><caption>{html.escape(table.title)}</caption><thead>{row(table.columns, 'th')}</thead>\n"
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def print_tables(summaries: list[Summary], console: Console) -> None:
+    """Prints the tables and what they say on the terminal."""
+    for summary in summaries:
+        for table in tables(summary):
+            rich_table = RichTable(title=table.title, title_justify="left", title_style="bold")
+            for column in table.columns:
+                rich_table.add_column(column, overflow="fold")
+            for row in table.rows:
+                rich_table.add_row(*row)
+            console.print(rich_table)
+        if conclusion := _conclusion(summary):
+            console.print(conclusion, highlight=False, markup=False)
+        console.print()
+
+
+def write_markdown(directories: list[Path], out: Path) -> None:
+    """Writes the figures (`NAME.svg`) and one page of tables (`tables.md`) for the documentation."""
+    parts = []
+    for summary in find(directories):
+        name = summary.experiment.name
+        environment = summary.manifest["environments"][0]
+        parts.append(f"## {summary.experiment.title}\n\n{_conclusion(summary)}\n")
+        if svg := figure(summary):
+            records.write(out / f"{name}.svg", svg.encode())
+            parts.append(f"![{summary.experiment.title}]({name}.svg)\n")
+        for table in tables(summary):
+            lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+            parts.append(f"**{table.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+        commit = (environment["git_commit"] or "unknown")[:10]
+        parts.append(
+            f"*{environment['processor']}, {environment['cores']} cores, jax {environment['versions']['jax']}, "
+            f"commit `{commit}`, {environment['started']}.*\n"
+        )
+    records.write(out / "tables.md", "\n".join(parts).encode())
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>prograde: report</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ margin-bottom: .3rem; }} h2 {{ margin-top: 2.5rem; border-top: 2px solid #1a1a1a; padding-top: .5rem; }}
+figure {{ margin: 1rem 0; }} figure svg {{ width: 100%; height: auto; }}
+table {{ border-collapse: collapse; font-size: 13px; margin: 1rem 0; width: 100%; font-variant-numeric: tabular-nums; }}
+caption {{ text-align: left; font-weight: 600; padding-bottom: .3rem; }}
+th, td {{ text-align: left; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }}
+thead th {{ border-bottom: 2px solid #888; }} .wide {{ overflow-x: auto; }}
+.small, pre {{ font-size: 12px; color: #555; }} pre {{ white-space: pre-wrap; }}
+@media print {{ body {{ max-width: none; margin: 0; font-size: 11px; }} table {{ font-size: 9px; }} section {{ break-inside: auto; }}
+  figure, tr {{ break-inside: avoid; }} h2 {{ break-after: avoid; }} details {{ display: none; }} }}
+</style></head><body>
+<h1>Training without backpropagation</h1>
+<p>{introduction}</p>
+<p class=small>{contents}</p>
+<details open><summary>How to read the tables</summary><p class=small>{terms}</p></details>
+{sections}
+</body></html>
+"""

@@ -1,0 +1,118 @@
+"""Runs experiments: costs, search of learning rates, training; each step recorded, each resumable."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from prograde.lab import costs, records
+from prograde.lab.data import Dataset
+from prograde.lab.display import Display
+from prograde.lab.experiments import METHODS, Budget, Experiment, describe, settings
+from prograde.lab.models import Surface
+from prograde.lab.train import SEARCH_GRID, Run, Trainer, search, train
+
+
+def run_all(
+    chosen: list[Experiment], data: Dataset | None, full: bool, seeds: int | None, out: Path, resume: bool, display: Display
+) -> None:
+    """Runs the experiments into `out`, one directory each. All directories are claimed before anything runs."""
+    facts = None if data is None else {"name": data.name, "sha256": data.fingerprint()}
+    for experiment in chosen:
+        records.claim(out / experiment.name, describe(experiment, full, seeds, facts), resume)
+    for i, experiment in enumerate(chosen):
+        title = f"{experiment.name} ({i + 1} of {len(chosen)})"
+        budget = experiment.budget(full)
+        directory = out / experiment.name
+        if experiment.subject is None:
+            _run_depth(title, budget, directory, display)
+        else:
+            _run_training(title, experiment, data, budget, seeds or budget.seeds, directory, display)
+
+
+def _run_training(
+    title: str, experiment: Experiment, data: Dataset | None, budget: Budget, seeds: int, directory: Path, display: Display
+) -> None:
+    data = None if isinstance(experiment.subject, Surface) else data
+    trainers = {name: Trainer(experiment, estimator, data) for name, estimator in METHODS.items()}
+    _measure_costs(title, experiment, trainers, data, budget, directory, display)
+    step_seconds = {
+        name: cost["seconds"]["median"] for name, cost in records.read_json(directory / "costs.json").items()
+    }
+    trials = len(SEARCH_GRID) + 2
+    search_seconds = sum(step_seconds[name] for name in METHODS) * budget.search_steps * trials
+    begun = [time.monotonic()]
+
+    def steps_per_second(steps: float) -> str:
+        now = time.monotonic()
+        rate, begun[0] = steps / max(now - begun[0], 1e-9), now
+        return f"{rate:,.0f} steps/s"
+
+    def on_trial(method: str, number: int, trial: dict[str, Any]) -> None:
+        loss = "diverged" if trial["loss"] is None else f"loss {trial['loss']:.4g}"
+        facts = f"{method}, trial {number} of {trials}, rate {trial['learning_rate']:.2g}, {loss}"
+        display.advance(budget.search_steps * step_seconds[method], f"{facts}, {steps_per_second(budget.search_steps)}")
+
+    with display.stage(f"{title}: learning rates", search_seconds):
+        tuned = {name: search(trainers[name], name, budget, directory, on_trial) for name in METHODS}
+
+    runs = [
+        Run(method, setting.name, setting.learning_rate or tuned[method], seed, budget.steps)
+        for seed in range(seeds)
+        for setting in settings(experiment)
+        for method in METHODS
+    ]
+
+    def on_point(run: Run, point: dict[str, Any]) -> None:
+        steps = budget.steps / budget.points
+        accuracy = f", accuracy {point['test_accuracy']:.1%}" if "test_accuracy" in point else ""
+        loss = f"held-out loss {point['test_loss']:.4g}" if "test_loss" in point else "diverged"
+        facts = f"{run.name}, step {point['step']} of {run.steps}, {loss}{accuracy}, {steps_per_second(steps)}"
+        display.advance(steps * step_seconds[run.method], facts)
+
+    with display.stage(f"{title}: training", sum(run.steps * step_seconds[run.method] for run in runs)):
+        for run in runs:
+            begun[0] = time.monotonic()
+            train(trainers[run.method], run, budget, directory, on_point)
+
+
+def _measure_costs(
+    title: str,
+    experiment: Experiment,
+    trainers: dict[str, Trainer],
+    data: Dataset | None,
+    budget: Budget,
+    directory: Path,
+    display: Display,
+) -> None:
+    if not (path := directory / "costs.json").exists():
+        with display.stage(f"{title}: time a step", budget.timing_rounds + 1):
+            on_round = lambda i: display.advance(1, f"round {i} of {budget.timing_rounds}")  # noqa: E731
+            measured = costs.experiment_costs(experiment, trainers, data, budget.timing_rounds, on_round)
+        records.write_json(path, measured)
+    if data is not None and not (path := directory / "memory.json").exists():
+        methods = costs.variants(experiment)
+        found = {}
+        with display.stage(f"{title}: memory", len(methods)):
+            for method in methods:
+                found[method] = costs.memory(experiment.name, method)
+                display.advance(1, method)
+        records.write_json(path, found)
+
+
+def _run_depth(title: str, budget: Budget, directory: Path, display: Display) -> None:
+    path = directory / "depths.json"
+    found: dict[str, Any] = records.read_json(path) if path.exists() else {}
+    experiment = costs.depth_experiment(1)
+    with display.stage(title, sum(20 + depth for depth in budget.depths)):
+        for depth in budget.depths:
+            if str(depth) not in found:
+                rounds = budget.timing_rounds
+                on_round = lambda i, d=depth: display.advance((20 + d) / 2 / (rounds + 1), f"{d} layers, round {i} of {rounds}")  # noqa: E731
+                seconds = costs.depth_seconds(depth, rounds, on_round)
+                methods = costs.variants(experiment)
+                memory = {}
+                for method in methods:
+                    memory[method] = costs.memory("depth", method, depth)
+                    display.advance((20 + depth) / 2 / len(methods), f"{depth} layers, memory, {method}")
+                found[str(depth)] = {"costs": seconds, "memory": memory}
+                records.write_json(path, found)

@@ -1,0 +1,262 @@
+"""The one training loop, with the estimator as a value, and the search of learning rates on top of it."""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree
+
+import prograde as pg
+from prograde.lab import records
+from prograde.lab.data import Dataset
+from prograde.lab.experiments import BATCH_SIZE, DECAY, Budget, Experiment
+from prograde.lab.models import Surface
+
+SEARCH_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e0)
+_EVAL_CHUNK = 500
+_SEARCH_SEED = 1_000_000  # seeds of the search are apart from those of the runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: everything that its numbers depend on, given the configuration."""
+
+    method: str
+    setting: str
+    learning_rate: float
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """The name of its record."""
+        return f"{self.method}-{self.setting}-seed{self.seed}"
+
+
+Carry = tuple[PyTree, PyTree, Array]  # parameters, optimizer state, step
+
+
+class Trainer:
+    """Trains one subject by one estimator; compiled once, for all rates and seeds.
+
+    Data order and keys derive from seed and step, so that a resumed run repeats the bits of an uninterrupted one.
+    `estimator=None` evaluates the loss on the same batches and changes nothing: the bare forward pass.
+    """
+
+    def __init__(self, experiment: Experiment, estimator: pg.Estimator | None, data: Dataset | None, checkpointed=False):
+        self.surface = experiment.subject if isinstance(experiment.subject, Surface) else None
+        self.in_scan = experiment.in_scan
+        if self.surface is not None:
+            self._loss, self.train_data = self.surface.fun, ()
+        else:
+            assert callable(experiment.subject) and data is not None
+            self.network = experiment.subject(checkpointed)
+            self._loss = self.network.loss
+            self.data = data
+            self.train_data = jax.tree.map(jnp.asarray, data.train)
+        self._grad_fn = None if estimator is None else pg.value_and_grad(self._loss, estimator)
+        self._jitted = jax.jit(self._scan if self.in_scan else self._step, donate_argnums=0)
+
+    def start(self, seed: int) -> Carry:
+        """The state before the first step."""
+        key, _ = self._keys(seed)
+        if self.surface is not None:
+            params = jnp.asarray(self.surface.start)
+        else:
+            params = jax.jit(self.network.init)(key)
+        return params, _optimizer(0.0).init(params), jnp.zeros((), jnp.int32)
+
+    def steps(
+        self, carry: Carry, learning_rate: float, seed: int, rows: Int[np.ndarray, "steps batch"]
+    ) -> tuple[Carry, Float[Array, " steps"], PyTree]:
+        """As many steps as there are rows: the new state, the loss of each step, the parameters where they are few."""
+        _, key = self._keys(seed)
+        rate = jnp.float32(learning_rate)
+        if self.in_scan:
+            return self._jitted(carry, rate, key, self.train_data, jnp.asarray(rows))
+        losses = []
+        for batch in jnp.asarray(rows):  # dispatched ahead: nothing waits for the result of a step
+            carry, (loss, _) = self._jitted(carry, rate, key, self.train_data, batch)
+            losses.append(loss)
+        return carry, jnp.stack(losses), None
+
+    def rows(self, seed: int, first: int, count: int) -> Int[np.ndarray, "count batch"]:
+        """Which examples steps first, first + 1, ... see: every epoch its own permutation, what does not fill a batch left out."""
+        if self.surface is not None:
+            return np.zeros((count, 0), np.int32)
+        per_epoch = len(self.data.train[1]) // BATCH_SIZE
+        return np.stack([_epoch_order(seed, t // per_epoch, len(self.data.train[1]))[t % per_epoch] for t in range(first, first + count)])
+
+    def evaluate(self, params: PyTree, part: tuple[np.ndarray, np.ndarray], limit: int) -> tuple[float, float]:
+        """Mean loss and accuracy on the first `limit` examples of a part of the data."""
+        images, labels = part[0][:limit], part[1][:limit]
+        sums = np.zeros(2)
+        for i in range(0, len(labels), _EVAL_CHUNK):
+            losses, hits = self._evaluate(params, images[i : i + _EVAL_CHUNK], labels[i : i + _EVAL_CHUNK])
+            sums += [np.asarray(losses, np.float64).sum(), np.asarray(hits).sum()]
+        return tuple((sums / len(labels)).tolist())
+
+    @functools.cached_property
+    def _evaluate(self) -> Callable:
+        return jax.jit(self.network.loss_and_hits)
+
+    @staticmethod
+    def _keys(seed: int) -> tuple[Array, Array]:
+        key_init, key_tangents = jax.random.split(jax.random.key(seed))
+        return key_init, key_tangents
+
+    def _scan(self, carry, learning_rate, key, train_data, rows):
+        carry, (losses, visited) = lax.scan(lambda c, r: self._step(c, learning_rate, key, train_data, r), carry, rows)
+        return carry, losses, visited
+
+    def _step(self, carry, learning_rate, key, train_data, rows):
+        params, opt_state, step = carry
+        batch = jax.tree.map(lambda x: x[rows], train_data)
+        if self._grad_fn is None:
+            return (params, opt_state, step + 1), (self._loss(params, *batch), None)
+        loss, grads = self._grad_fn(jax.random.fold_in(key, step), params, *batch)
+        updates, opt_state = _optimizer(learning_rate).update(grads, opt_state, params)
+        visited = params if self.surface is not None else None
+        return (optax.apply_updates(params, updates), opt_state, step + 1), (loss, visited)
+
+
+def _optimizer(learning_rate: float | Array) -> optax.GradientTransformation:
+    return optax.sgd(lambda t: learning_rate * jnp.exp(-DECAY * t))
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, "batches batch"]:
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_examples)
+    return order[: num_examples // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE).astype(np.int32)
+
+
+def train(
+    trainer: Trainer, run: Run, budget: Budget, directory: Path, on_point: Callable[[Run, dict[str, Any]], None]
+) -> list[dict[str, Any]]:
+    """Runs, or resumes, or just reads a finished run; returns its record.
+
+    A run is recorded and can be resumed at every point of its curve. `seconds` counts the steps alone: compilation and
+    evaluation are left out. A loss that is not finite ends the run, and the record says at which step.
+    """
+    record_path, state_path = directory / "runs" / f"{run.name}.jsonl", directory / "states" / f"{run.name}.npz"
+    record: list[dict[str, Any]] = [{"kind": "run", **vars(run)}]
+    if record_path.exists():
+        record = records.read_lines(record_path)
+        if record[0] != {"kind": "run", **vars(run)}:
+            raise records.RecordError(f"{record_path} is the record of another run: {record[0]}.")
+        if record[-1]["kind"] == "end":
+            state_path.unlink(missing_ok=True)
+            return record
+    carry, seconds = trainer.start(run.seed), 0.0
+    if state_path.exists():
+        saved = records.load_state(state_path, {"carry": carry, "seconds": np.zeros(())})
+        carry, seconds = jax.tree.map(jnp.asarray, saved["carry"]), float(saved["seconds"])
+    step = int(carry[2])
+    if step == 0:
+        record = [record[0], {"kind": "point", "step": 0, "seconds": 0.0, **_measure(trainer, carry[0], budget)}]
+    else:  # the state is saved after the record, so the record may be one point ahead of it
+        record = [line for line in record if line["kind"] == "run" or line["step"] <= step]
+    interval = math.ceil(run.steps / budget.points)
+    _warm_up(trainer, run, {min(interval, run.steps), (run.steps - 1) % interval + 1})
+    status = "completed"
+    while step < run.steps and status == "completed":
+        rows = trainer.rows(run.seed, step, min(interval, run.steps - step))
+        begin = time.perf_counter()
+        carry, losses, visited = trainer.steps(carry, run.learning_rate, run.seed, rows)
+        losses = np.asarray(losses)  # waits for the steps
+        seconds += time.perf_counter() - begin
+        point = {"kind": "point", "step": step + len(rows), "seconds": seconds}
+        finite = np.isfinite(losses)
+        if not finite.all():
+            status, step = "diverged", step + int(np.argmin(finite))
+        else:
+            step += len(rows)
+            point |= {"batch_loss": float(losses.mean()), **_measure(trainer, carry[0], budget)}
+            if visited is not None:
+                point |= {"losses": losses.tolist(), "visited": np.asarray(visited).tolist()}
+            record.append(point)
+        if status == "diverged" or step == run.steps:
+            record.append({"kind": "end", "status": status, "step": step, "seconds": seconds})
+        records.write_lines(record_path, record)
+        if record[-1]["kind"] == "end":
+            state_path.unlink(missing_ok=True)
+        else:
+            records.save_state(state_path, {"carry": carry, "seconds": np.asarray(seconds)})
+        on_point(run, record[-1] if status == "diverged" else point)
+    return record
+
+
+def _warm_up(trainer: Trainer, run: Run, lengths: set[int]) -> None:
+    """Compiles before the clock runs."""
+    for length in lengths if trainer.in_scan else {1}:
+        jax.block_until_ready(trainer.steps(trainer.start(run.seed), 0.0, run.seed, trainer.rows(run.seed, 0, length)))
+
+
+def _measure(trainer: Trainer, params: PyTree, budget: Budget) -> dict[str, float]:
+    if trainer.surface is not None:
+        return {"test_loss": float(trainer.surface.fun(params))}
+    test_loss, test_accuracy = trainer.evaluate(params, trainer.data.test, budget.eval_examples)
+    train_loss, train_accuracy = trainer.evaluate(params, trainer.data.train, budget.eval_examples)
+    return {
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
+        "train_loss": train_loss,
+        "train_accuracy": train_accuracy,
+    }
+
+
+def search(
+    trainer: Trainer, method: str, budget: Budget, directory: Path, on_trial: Callable[[str, int, dict[str, Any]], None]
+) -> float:
+    """The learning rate of least loss after `budget.search_steps`: the same budget for every method.
+
+    A grid over five decades, then two more candidates half a decade to either side of its best. Networks are judged on
+    the validation part, by one seed; test functions by the mean of five seeds. A trial that diverges loses.
+    """
+    path = directory / "search" / f"{method}.json"
+    found: dict[str, Any] = records.read_json(path) if path.exists() else {"steps": budget.search_steps, "trials": []}
+    trials: list[dict[str, Any]] = found["trials"]
+
+    def best() -> float:
+        return min(trials, key=lambda trial: math.inf if trial["loss"] is None else trial["loss"])["learning_rate"]
+
+    while len(trials) < len(SEARCH_GRID) + 2:
+        if len(trials) < len(SEARCH_GRID):
+            rate = SEARCH_GRID[len(trials)]
+        else:
+            centre = min(trials[: len(SEARCH_GRID)], key=lambda t: math.inf if t["loss"] is None else t["loss"])["learning_rate"]
+            rate = centre * 10 ** (-0.5 if len(trials) == len(SEARCH_GRID) else 0.5)
+        trials.append({"learning_rate": rate, "loss": _trial(trainer, rate, budget)})
+        records.write_json(path, {**found, "best": best()})
+        on_trial(method, len(trials), trials[-1])
+    return best()
+
+
+def _trial(trainer: Trainer, learning_rate: float, budget: Budget) -> float | None:
+    finals = []
+    for seed in range(_SEARCH_SEED, _SEARCH_SEED + (5 if trainer.surface is not None else 1)):
+        carry = trainer.start(seed)
+        chunk = math.ceil(budget.search_steps / 4)  # so that divergence ends a trial early
+        for first in range(0, budget.search_steps, chunk):
+            rows = trainer.rows(seed, first, min(chunk, budget.search_steps - first))
+            carry, losses, _ = trainer.steps(carry, learning_rate, seed, rows)
+            if not np.isfinite(np.asarray(losses)).all():
+                break
+        else:
+            if trainer.surface is not None:
+                finals.append(float(trainer.surface.fun(carry[0])))
+            else:
+                finals.append(trainer.evaluate(carry[0], trainer.data.validation, budget.eval_examples)[0])
+            continue
+        finals.append(math.inf)
+    mean = float(np.mean(finals))  # one seed that diverges loses the trial
+    return mean if math.isfinite(mean) else None
