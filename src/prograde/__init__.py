@@ -1,7 +1,7 @@
 """Training without backpropagation: forward gradients for any JAX function.
 
-    grad_fn = prograde.value_and_grad(loss_fn, prograde.WeightPerturbation(prograde.LowRank(rank=1)))
-    loss, grads = grad_fn(key, params, batch)
+grad_fn = prograde.value_and_grad(loss_fn, prograde.WeightPerturbation(prograde.LowRank(rank=1)))
+loss, grads = grad_fn(key, params, batch)
 """
 
 from prograde._inject import inject

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import quax
 from jax import lax
+from jax.core import ShapedArray
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from prograde._inject import inject
@@ -52,8 +53,8 @@ class LowRankPerturbed(quax.ArrayValue):
     b: Float[Array, "*stack n rank"]
     s: Float[Array, "*stack"]
 
-    def aval(self) -> jax.core.ShapedArray:
-        return jax.core.ShapedArray(self.weight.shape, self.weight.dtype)
+    def aval(self) -> ShapedArray:
+        return ShapedArray(self.weight.shape, self.weight.dtype)
 
     def materialise(self) -> Array:
         return inject(self.s[(0,) * self.s.ndim], self.weight, LowRankTangent(self.a, self.b).dense())
@@ -96,7 +97,7 @@ def weighted_sum(tangents: PyTree[Tangent], coefficients: Float[Array, " k"], li
 
 
 def _apply_factors(x: Array, contract_x: tuple[int, ...], inner: Array, outer: Array, weight_first: bool) -> Array:
-    """x . (inner outer^T) with the weight's free axis first or last, in (m + n) rank multiply-adds a row of x."""
+    """The product of x and inner outer^T, with the weight's free axis first or last, in (m + n) rank multiply-adds a row."""
     projected = lax.dot_general(x, inner, ((contract_x, (0,)), ((), ())))
     if inner.shape[1] == 1:
         vector, factor = projected[..., 0], outer[:, 0]
@@ -119,7 +120,7 @@ def _(x: ArrayLike, p: LowRankPerturbed, *, dimension_numbers, **kwargs):
         return lax.dot_general(x, p.materialise(), dimension_numbers, **kwargs)
     inner, outer = (p.a, p.b) if contract_p[0] == 0 else (p.b, p.a)
     z = lax.dot_general(x, p.weight, dimension_numbers, **kwargs)
-    direction = _apply_factors(lax.stop_gradient(x), contract_x, inner, outer, weight_first=False)
+    direction = _apply_factors(lax.stop_gradient(jnp.asarray(x)), contract_x, inner, outer, weight_first=False)
     return inject(p.s, z, direction)
 
 
@@ -130,13 +131,15 @@ def _(p: LowRankPerturbed, x: ArrayLike, *, dimension_numbers, **kwargs):
         return lax.dot_general(p.materialise(), x, dimension_numbers, **kwargs)
     inner, outer = (p.a, p.b) if contract_p[0] == 0 else (p.b, p.a)
     z = lax.dot_general(p.weight, x, dimension_numbers, **kwargs)
-    direction = _apply_factors(lax.stop_gradient(x), contract_x, inner, outer, weight_first=True)
+    direction = _apply_factors(lax.stop_gradient(jnp.asarray(x)), contract_x, inner, outer, weight_first=True)
     return inject(p.s, z, direction)
 
 
 @quax.register(lax.dot_general_p)
 def _(p: LowRankPerturbed, q: LowRankPerturbed, *, dimension_numbers, **kwargs):
-    return quax.quaxify(lax.dot_general)(p.materialise(), q, dimension_numbers, **kwargs)
+    # materialising one leaves a product with one perturbed factor, which has a rule
+    product: Any = quax.quaxify(lax.dot_general)
+    return product(p.materialise(), q, dimension_numbers, **kwargs)
 
 
 @quax.register(lax.transpose_p)

@@ -288,7 +288,9 @@ class LowRank(TangentDistribution):
         if not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank={self.rank!r}, but the rank of a tangent is a whole number of at least 1.")
         if not isinstance(self.factors, _IndependentEntries):
-            raise ValueError(f"factors={self.factors!r}, but factors need independent entries: Rademacher() or Normal().")
+            raise ValueError(
+                f"factors={self.factors!r}, but factors need independent entries: Rademacher() or Normal()."
+            )
 
     def _is_low_rank(self, w: Array) -> bool:
         return w.ndim >= 2 and self.rank * (w.shape[-2] + w.shape[-1]) < w.shape[-2] * w.shape[-1]

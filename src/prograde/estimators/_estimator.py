@@ -135,7 +135,9 @@ def split_params(
     def f(floats: PyTree[Array]) -> tuple[Array, PyTree]:
         out = fun(eqx.combine(floats, rest), *args)
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(f"has_aux=True, but the function returned {type(out).__name__} instead of a pair (loss, aux).")
+            raise TypeError(
+                f"has_aux=True, but the function returned {type(out).__name__} instead of a pair (loss, aux)."
+            )
         loss, aux = out if has_aux else (out, None)
         if not eqx.is_array_like(loss):
             hint = "" if has_aux else " To return more than the loss, pass has_aux=True."

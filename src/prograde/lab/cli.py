@@ -101,7 +101,9 @@ def main() -> None:
         errors.print(f"prograde: {error}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
     except OSError as error:
-        errors.print(f"prograde: {error}. What was recorded before is complete.", markup=False, highlight=False, soft_wrap=True)
+        errors.print(
+            f"prograde: {error}. What was recorded before is complete.", markup=False, highlight=False, soft_wrap=True
+        )
         raise SystemExit(1) from None
 
 
@@ -126,12 +128,12 @@ def _reproduce(command: Reproduce, console, errors) -> None:
     out = command.out or Path("runs") / f"{stamp}-{data.name if data else 'functions'}-{command.length}"
     console.print(f"Records go to {out}.", highlight=False)
     try:
-        reproduce.run_all(
-            chosen, data, command.length == "full", command.seeds, out, command.resume, Display(console)
-        )
+        reproduce.run_all(chosen, data, command.length == "full", command.seeds, out, command.resume, Display(console))
     except KeyboardInterrupt:
         again = dataclasses.replace(command, out=out, resume=True)
-        errors.print(f"\nStopped; the records are complete. To continue: {_command_line(again)}", highlight=False, soft_wrap=True)
+        errors.print(
+            f"\nStopped; the records are complete. To continue: {_command_line(again)}", highlight=False, soft_wrap=True
+        )
         raise SystemExit(130) from None
     report.print_tables(report.find([out]), console)
     console.print(f"Report: {report.build([out], out)}", highlight=False, soft_wrap=True)
@@ -171,8 +173,10 @@ def _list(console) -> None:
     for e in EXPERIMENTS.values():
         r = e.reported
         ratios = ", ".join(f"{t:g}" for t in r.t_ratio)
-        r_f, r_b = (("3 to 4", "4 to 5") if e.name == "depth" else (f"{r.r_f or '–'}", f"{r.r_b or '–'}"))
-        table.add_row(e.name, e.title, ", ".join(f"{p:g}" for p in e.paper_rates) or "–", r_f, r_b, ratios or "–", r.note)
+        r_f, r_b = ("3 to 4", "4 to 5") if e.name == "depth" else (f"{r.r_f or '–'}", f"{r.r_b or '–'}")
+        table.add_row(
+            e.name, e.title, ", ".join(f"{p:g}" for p in e.paper_rates) or "–", r_f, r_b, ratios or "–", r.note
+        )
     console.print(table)
     table = Table(title="Methods", title_justify="left")
     for column in ("name", "what", "estimator"):
@@ -180,7 +184,9 @@ def _list(console) -> None:
     for name, estimator in METHODS.items():
         table.add_row(name, METHOD_TITLES[name], repr(estimator))
     console.print(table)
-    console.print("R: a training step over a bare forward pass; T: time to backprop's best held-out loss.", highlight=False)
+    console.print(
+        "R: a training step over a bare forward pass; T: time to backprop's best held-out loss.", highlight=False
+    )
 
 
 if __name__ == "__main__":

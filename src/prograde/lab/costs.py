@@ -1,10 +1,13 @@
 """What a training step costs: time by interleaved measurement, memory by XLA's own figure and by processes of their own."""
 
+import contextlib
 import json
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +79,11 @@ def step_seconds(trainers: dict[str, Trainer], rounds: int, on_round: Callable[[
 
 
 def experiment_costs(
-    experiment: experiments.Experiment, trainers: dict[str, Trainer], data: Dataset | None, rounds: int, on_round: Callable
+    experiment: experiments.Experiment,
+    trainers: dict[str, Trainer],
+    data: Dataset | None,
+    rounds: int,
+    on_round: Callable,
 ) -> dict[str, Any]:
     """`step_seconds` of an experiment's methods, with the bare forward pass and the checkpointed variant beside them."""
     everything = {
@@ -127,17 +134,24 @@ def depth_seconds(depth: int, rounds: int, on_round: Callable[[int], None]) -> d
     }
 
 
-def memory(experiment: str, method: str, depth: int | None = None) -> dict[str, Any]:
-    """Memory of one training step in a process of its own, in bytes.
+def memory(experiment: experiments.Experiment, depth: int, on_method: Callable[[str], None]) -> dict[str, Any]:
+    """Memory of one training step of each method, each in a process of its own, two at a time; in bytes.
 
     `temp_bytes` is what XLA says the step needs beside its arguments and results; `peak_rss` and `rss_before` are the
     process's resident memory at its peak during three steps and just before them (null where the system cannot tell).
     """
-    command = [sys.executable, "-m", "prograde.lab.costs", experiment, method, str(depth or 0)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+
+    def measure(method: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "prograde.lab.costs", experiment.name, method, str(depth)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
+        on_method(method)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    methods = list(variants(experiment))
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(methods, pool.map(measure, methods), strict=True))
 
 
 def _resident(field: str) -> int | None:
@@ -156,13 +170,11 @@ def _measure_memory(name: str, method: str, depth: int) -> dict[str, Any]:
     step = jax.jit(trainer._step, donate_argnums=0)
     arguments = (jnp.float32(0.0), jax.random.key(0), trainer.train_data, rows)
     compiled = step.lower(carry, *arguments).compile()
-    analysis = compiled.memory_analysis()
+    analysis: Any = compiled.memory_analysis()
     carry, _ = compiled(carry, *arguments)
     jax.block_until_ready(carry)
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the compilation
-    except OSError:
-        pass
     before = _resident("VmRSS")
     for _ in range(3):
         carry, _ = compiled(carry, *arguments)

@@ -5,6 +5,7 @@ import hashlib
 import importlib.resources
 import os
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,9 @@ def load(source: str, data_dir: Path | None = None) -> Dataset:
     directory = Path(source)
     if not directory.is_dir():
         raise DataError(f"--data {source}: there is no such directory. Use digits, mnist, or a directory of idx files.")
-    return _from_idx(directory.name or str(directory), {key: _find_idx(directory, name) for key, name in _IDX_FILES.items()})
+    return _from_idx(
+        directory.name or str(directory), {key: _find_idx(directory, name) for key, name in _IDX_FILES.items()}
+    )
 
 
 def _split(name: str, train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> Dataset:
@@ -144,8 +147,10 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The bytes of an idx file: a magic number 0 0 8 d (unsigned bytes, d dimensions), d sizes, the data."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, OSError, gzip.zlib.error) as error:
-        raise DataError(f"{path}: expected a complete gzip file, found a damaged one ({error}). Fetch it again.") from error
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(
+            f"{path}: expected a complete gzip file, found a damaged one ({error}). Fetch it again."
+        ) from error
     magic, expected_magic = content[:4].hex(), f"000008{dimensions:02x}"
     if magic != expected_magic:
         raise DataError(
@@ -154,7 +159,9 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
         )
     header = 4 + 4 * dimensions
     if len(content) < header:
-        raise DataError(f"{path}: expected a header of {header} bytes, found {len(content)} bytes. The file is truncated.")
+        raise DataError(
+            f"{path}: expected a header of {header} bytes, found {len(content)} bytes. The file is truncated."
+        )
     shape = struct.unpack(f">{dimensions}I", content[4:header])
     if len(content) != header + (size := int(np.prod(shape, dtype=np.int64))):
         raise DataError(

@@ -37,7 +37,9 @@ class Display:
             TimeRemainingColumn(elapsed_when_finished=False),
             TextColumn("{task.fields[facts]}", markup=False),
         )
-        with Progress(*columns, console=self.console, transient=False, refresh_per_second=4, speed_estimate_period=1e6) as progress:
+        with Progress(
+            *columns, console=self.console, transient=False, refresh_per_second=4, speed_estimate_period=1e6
+        ) as progress:
             self._progress, self._task = progress, progress.add_task(title, total=total, facts="")
             try:
                 yield

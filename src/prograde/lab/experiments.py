@@ -94,7 +94,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             (0.01,),
             Reported(note="forward gradients reach the minimum as gradient descent does, 1000 iterations"),
             quick=_SURFACE,
-            full=Budget(steps=1000, points=10, search_steps=1000, seeds=20, timing_rounds=10),
+            full=Budget(steps=1000, points=10, search_steps=1000, seeds=10, timing_rounds=10),
         ),
         Experiment(
             "rosenbrock",
@@ -103,7 +103,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             (5e-4,),
             Reported(note="both descend into the valley; forward gradients are reported faster in time"),
             quick=Budget(steps=2000, points=10, search_steps=2000, seeds=5, timing_rounds=10),
-            full=Budget(steps=25_000, points=50, search_steps=25_000, seeds=20, timing_rounds=10),
+            full=Budget(steps=25_000, points=50, search_steps=25_000, seeds=10, timing_rounds=10),
         ),
         Experiment(
             "logreg",
@@ -111,7 +111,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             models.logreg,
             (1e-4,),
             Reported(2.435, 4.389, (0.553,)),
-            quick=Budget(steps=4000, points=20, search_steps=1000, seeds=3),
+            quick=Budget(steps=2000, points=20, search_steps=500, seeds=3, timing_rounds=10),
             full=Budget(steps=28_000, points=56, search_steps=7000, seeds=3, timing_rounds=60),
         ),
         Experiment(
@@ -120,8 +120,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             models.mlp,
             (2e-4, 2e-5),
             Reported(2.468, 4.165, (0.211, 0.40)),
-            quick=Budget(steps=400, points=10, search_steps=80, seeds=2),
-            full=Budget(steps=7480, points=40, search_steps=935, seeds=3, timing_rounds=60),
+            quick=Budget(steps=240, points=8, search_steps=80, seeds=2, timing_rounds=5),
+            full=Budget(steps=6600, points=33, search_steps=1500, seeds=3, timing_rounds=40),
         ),
         Experiment(
             "cnn",
@@ -129,8 +129,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             models.cnn,
             (2e-4,),
             Reported(1.434, 2.211, (0.514,)),
-            quick=Budget(steps=40, points=5, search_steps=8, seeds=1, eval_examples=360, timing_rounds=5),
-            full=Budget(steps=900, points=18, search_steps=100, seeds=3, eval_examples=1000, timing_rounds=20),
+            quick=Budget(steps=32, points=4, search_steps=16, seeds=1, eval_examples=200, timing_rounds=3),
+            full=Budget(steps=700, points=14, search_steps=140, seeds=3, eval_examples=1000, timing_rounds=20),
             in_scan=False,
         ),
         Experiment(
@@ -139,7 +139,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             None,
             (),
             Reported(3.5, 4.5, note="R_f 3 to 4 and R_b 4 to 5; R_f/R_b below 0.6 to 10 layers, above 0.8 at 100"),
-            quick=Budget(timing_rounds=3, depths=(1, 3, 10, 30, 100)),
+            quick=Budget(timing_rounds=2, depths=(1, 10, 100)),
             full=Budget(timing_rounds=9, depths=(1, 2, 5, 10, 20, 50, 100)),
         ),
     )

@@ -3,6 +3,8 @@
 import io
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -20,7 +22,7 @@ STYLE: dict[str, dict[str, Any]] = {
     "backprop": {"color": "#0072B2", "linestyle": "--", "marker": "^", "label": "backprop"},
     "checkpointed": {"color": "#CC79A7", "linestyle": (0, (1, 1)), "marker": "D", "label": "backprop, checkpointed"},
 }
-_RC = {
+_RC: Any = {
     "font.size": 9,
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,
@@ -80,7 +82,9 @@ def _band(axes: Any, outcome: Outcome, x_of: Any, key: str) -> None:
     x = x_of(np.array([p["step"] for p in runs[0][:length]]))
     axes.plot(x, values.mean(0), **_style(outcome.method), linewidth=1.6)
     if len(runs) > 1:
-        axes.fill_between(x, values.min(0), values.max(0), color=STYLE[outcome.method]["color"], alpha=0.15, linewidth=0)
+        axes.fill_between(
+            x, values.min(0), values.max(0), color=STYLE[outcome.method]["color"], alpha=0.15, linewidth=0
+        )
 
 
 def _curves(summary: Summary) -> Figure:
@@ -116,9 +120,7 @@ def _trajectories(summary: Summary, surface: Surface) -> Figure:
     panels = fig.subplots(len(settings), 2, squeeze=False, width_ratios=(1.15, 1))
     (x_low, x_high), (y_low, y_high) = surface.window
     x, y = np.meshgrid(np.linspace(x_low, x_high, 160), np.linspace(y_low, y_high, 160))
-    import jax
-
-    height = np.asarray(jax.vmap(surface.fun)(np.stack([x.ravel(), y.ravel()], -1))).reshape(x.shape)
+    height = np.asarray(jax.vmap(surface.fun)(jnp.stack([x.ravel(), y.ravel()], -1))).reshape(x.shape)
     for row, setting in zip(panels, settings, strict=True):
         plane, loss = row
         levels = np.geomspace(max(height.min(), 1e-2), height.max(), 14)
@@ -137,12 +139,11 @@ def _trajectories(summary: Summary, surface: Surface) -> Figure:
             length = min(map(len, curves))
             if length:
                 values = np.maximum(np.array([c[:length] for c in curves]), 1e-30)
-                steps = np.arange(length)
-                thin = slice(None, None, max(1, length // 1000))
+                steps = (1 + np.arange(length)) * _points(outcome.runs[0])[1]["every"]
                 style = _style(outcome.method) | label
-                loss.plot(steps[thin], np.median(values, 0)[thin], **style, linewidth=1.4)
+                loss.plot(steps, np.median(values, 0), **style, linewidth=1.4)
                 colour = STYLE[outcome.method]["color"]
-                loss.fill_between(steps[thin], values.min(0)[thin], values.max(0)[thin], color=colour, alpha=0.15, linewidth=0)
+                loss.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
         plane.plot(*surface.start, "o", color="black", markersize=5)
         plane.annotate("start", surface.start, xytext=(5, 5), textcoords="offset points")
         plane.plot(*surface.minimum, "*", color="black", markersize=10)

@@ -93,7 +93,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def save_state(path: Path, state: PyTree) -> None:
     """Saves the arrays of a tree, without pickle."""
     buffer = io.BytesIO()
-    np.savez(buffer, **{jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(state)})
+    arrays: Any = {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(state)}
+    np.savez(buffer, **arrays)
     write(path, buffer.getvalue())
 
 
@@ -103,7 +104,9 @@ def load_state(path: Path, like: PyTree) -> PyTree:
         with np.load(path, allow_pickle=False) as arrays:
             return jax.tree_util.tree_map_with_path(lambda p, _: arrays[jax.tree_util.keystr(p)], like)
     except (OSError, ValueError, KeyError) as error:
-        raise RecordError(f"{path}: not a checkpoint of this run ({error}). Delete it to start this run again.") from error
+        raise RecordError(
+            f"{path}: not a checkpoint of this run ({error}). Delete it to start this run again."
+        ) from error
 
 
 def environment() -> dict[str, Any]:
@@ -128,7 +131,10 @@ def environment() -> dict[str, Any]:
         "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None,
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("prograde", "jax", "jaxlib", "equinox", "quax", "optax", "numpy")},
+            **{
+                name: metadata.version(name)
+                for name in ("prograde", "jax", "jaxlib", "equinox", "quax", "optax", "numpy")
+            },
         },
         "device": str(jax.devices()[0].device_kind),
         "processor": processor,
@@ -162,6 +168,8 @@ def claim(directory: Path, config: dict[str, Any], resume: bool) -> None:
             "nothing was changed."
         )
     if not resume:
-        raise RecordError(f"{directory} holds records of this configuration. Pass --resume to continue them, or another --out.")
+        raise RecordError(
+            f"{directory} holds records of this configuration. Pass --resume to continue them, or another --out."
+        )
     manifest["environments"].append(environment())
     write_json(path, manifest)

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -73,7 +74,9 @@ def training_table(summary: Summary) -> Table:
     rows = []
     for o in summary.outcomes:
         ended = f"{o.finished} of {len(o.runs)}" if o.finished < len(o.runs) else str(len(o.runs))
-        diverged = f"; {len(o.diverged)} diverged, first at step {min(step for _, step in o.diverged)}" if o.diverged else ""
+        diverged = (
+            f"; {len(o.diverged)} diverged, first at step {min(step for _, step in o.diverged)}" if o.diverged else ""
+        )
         rows.append(
             [
                 o.setting,
@@ -86,11 +89,11 @@ def training_table(summary: Summary) -> Table:
                 ended + diverged,
             ]
         )
-    columns = ["setting", "method", "rate", "final held-out loss", "accuracy", "T", "T reported", "seeds"]
+    columns = ["setting", "method", "rate", "held-out loss", "accuracy", "T", "reported", "seeds"]
     if isinstance(summary.experiment.subject, Surface):
-        keep = [i for i, c in enumerate(columns) if c not in ("accuracy", "T", "T reported")]
+        keep = [i for i, c in enumerate(columns) if c not in ("accuracy", "T", "reported")]
         columns, rows = [columns[i] for i in keep], [[row[i] for i in keep] for row in rows]
-        columns[columns.index("final held-out loss")] = "final f"
+        columns[columns.index("held-out loss")] = "final f"
     return Table(f"{summary.experiment.title}: what was reached", columns, rows)
 
 
@@ -103,7 +106,7 @@ def cost_table(summary: Summary) -> Table:
         rss = (memory.get("peak_rss"), memory.get("rss_before"))
         rows.append(
             [
-                METHOD_TITLES[method],
+                method,
                 f"{1e3 * seconds['median']:.3g} ({1e3 * seconds['low']:.3g} to {1e3 * seconds['high']:.3g})",
                 f"{ratio['median']:.2f}",
                 _number(reported.get(method), 3).rstrip("0") if reported.get(method) else "",
@@ -111,7 +114,7 @@ def cost_table(summary: Summary) -> Table:
                 _mebibytes(rss[0]),
             ]
         )
-    columns = ["step", "ms, median (quartiles)", "R", "R reported", "XLA temp, MiB", "peak RSS, MiB"]
+    columns = ["method", "ms a step (quartiles)", "R", "reported", "XLA temp, MiB", "peak RSS, MiB"]
     if not summary.memory:
         columns, rows = columns[:3], [row[:3] for row in rows]
     n = next(iter(summary.costs.values()))["seconds"]["n"]
@@ -168,7 +171,12 @@ def _conclusion(summary: Summary) -> str:
             here = "backprop's best loss was not reached" if o.time_ratio is None else f"T is {o.time_ratio:.2f}"
             verdict = "agrees" if o.time_ratio is not None and o.time_ratio < 1 else "disagrees"
             said.append(f"At rate {o.learning_rate:g} (reported T {claim}), {here}: this {verdict} with a T below 1.")
-        if o.setting == "tuned" and o.method != "backprop" and o.finished and not isinstance(summary.experiment.subject, Surface):
+        if (
+            o.setting == "tuned"
+            and o.method != "backprop"
+            and o.finished
+            and not isinstance(summary.experiment.subject, Surface)
+        ):
             here = "does not reach backprop's best loss" if o.time_ratio is None else f"has T {o.time_ratio:.2f}"
             said.append(f"With both tuned, {o.method} {here}.")
     if not said and reported.note:
@@ -198,7 +206,10 @@ def _section(summary: Summary) -> str:
     parts += [_html_table(table) for table in tables(summary)]
     config = summary.manifest["config"]
     data = f" Data: {config['data']['name']}." if config.get("data") else ""
-    search = "; ".join(f"{m}: {len(s['trials'])} trials of {s['steps']} steps, best {s['best']:.2g}" for m, s in summary.searches.items())
+    search = "; ".join(
+        f"{m}: {len(s['trials'])} trials of {s['steps']} steps, best {s['best']:.2g}"
+        for m, s in summary.searches.items()
+    )
     environment = summary.manifest["environments"][0]
     dirty = " with local changes" if environment["git_dirty"] else ""
     parts.append(
@@ -225,9 +236,11 @@ def print_tables(summaries: list[Summary], console: Console) -> None:
     """Prints the tables and what they say on the terminal."""
     for summary in summaries:
         for table in tables(summary):
-            rich_table = RichTable(title=table.title, title_justify="left", title_style="bold")
-            for column in table.columns:
-                rich_table.add_column(column, overflow="fold")
+            rich_table = RichTable(
+                title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+            )
+            for i, column in enumerate(table.columns):
+                rich_table.add_column(column, overflow="fold", no_wrap=i < 2)
             for row in table.rows:
                 rich_table.add_row(*row)
             console.print(rich_table)

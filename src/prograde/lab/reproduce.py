@@ -13,7 +13,13 @@ from prograde.lab.train import SEARCH_GRID, Run, Trainer, search, train
 
 
 def run_all(
-    chosen: list[Experiment], data: Dataset | None, full: bool, seeds: int | None, out: Path, resume: bool, display: Display
+    chosen: list[Experiment],
+    data: Dataset | None,
+    full: bool,
+    seeds: int | None,
+    out: Path,
+    resume: bool,
+    display: Display,
 ) -> None:
     """Runs the experiments into `out`, one directory each. All directories are claimed before anything runs."""
     facts = None if data is None else {"name": data.name, "sha256": data.fingerprint()}
@@ -30,7 +36,13 @@ def run_all(
 
 
 def _run_training(
-    title: str, experiment: Experiment, data: Dataset | None, budget: Budget, seeds: int, directory: Path, display: Display
+    title: str,
+    experiment: Experiment,
+    data: Dataset | None,
+    budget: Budget,
+    seeds: int,
+    directory: Path,
+    display: Display,
 ) -> None:
     data = None if isinstance(experiment.subject, Surface) else data
     trainers = {name: Trainer(experiment, estimator, data) for name, estimator in METHODS.items()}
@@ -90,29 +102,31 @@ def _measure_costs(
             measured = costs.experiment_costs(experiment, trainers, data, budget.timing_rounds, on_round)
         records.write_json(path, measured)
     if data is not None and not (path := directory / "memory.json").exists():
-        methods = costs.variants(experiment)
-        found = {}
-        with display.stage(f"{title}: memory", len(methods)):
-            for method in methods:
-                found[method] = costs.memory(experiment.name, method)
-                display.advance(1, method)
+        with display.stage(f"{title}: memory", len(costs.variants(experiment))):
+            found = costs.memory(experiment, 0, lambda method: display.advance(1, method))
         records.write_json(path, found)
 
 
 def _run_depth(title: str, budget: Budget, directory: Path, display: Display) -> None:
     path = directory / "depths.json"
     found: dict[str, Any] = records.read_json(path) if path.exists() else {}
-    experiment = costs.depth_experiment(1)
+    num_methods = len(costs.variants(costs.depth_experiment(1)))
     with display.stage(title, sum(20 + depth for depth in budget.depths)):
         for depth in budget.depths:
-            if str(depth) not in found:
-                rounds = budget.timing_rounds
-                on_round = lambda i, d=depth: display.advance((20 + d) / 2 / (rounds + 1), f"{d} layers, round {i} of {rounds}")  # noqa: E731
-                seconds = costs.depth_seconds(depth, rounds, on_round)
-                methods = costs.variants(experiment)
-                memory = {}
-                for method in methods:
-                    memory[method] = costs.memory("depth", method, depth)
-                    display.advance((20 + depth) / 2 / len(methods), f"{depth} layers, memory, {method}")
-                found[str(depth)] = {"costs": seconds, "memory": memory}
-                records.write_json(path, found)
+            half = (20 + depth) / 2  # of the work at this depth, in the same arbitrary unit
+
+            def on_round(i: int, depth: int = depth, half: float = half) -> None:
+                display.advance(
+                    half / (budget.timing_rounds + 1), f"{depth} layers, round {i} of {budget.timing_rounds}"
+                )
+
+            def on_method(method: str, depth: int = depth, half: float = half) -> None:
+                display.advance(half / num_methods, f"{depth} layers, memory, {method}")
+
+            if str(depth) in found:
+                display.advance(2 * half, f"{depth} layers, recorded before")
+                continue
+            seconds = costs.depth_seconds(depth, budget.timing_rounds, on_round)
+            memory = costs.memory(costs.depth_experiment(depth), depth, on_method)
+            found[str(depth)] = {"costs": seconds, "memory": memory}
+            records.write_json(path, found)

@@ -116,7 +116,9 @@ def _outcome(method: str, setting: str, runs: list, backprop_runs: list, costs: 
     ratios = []
     if costs and method != "backprop":
         by_seed = {run[0]["seed"]: run for run in backprop_runs if run[-1]["kind"] == "end"}
-        ratios = [_time_ratio(run, by_seed[run[0]["seed"]], method, costs) for run in ended if run[0]["seed"] in by_seed]
+        ratios = [
+            _time_ratio(run, by_seed[run[0]["seed"]], method, costs) for run in ended if run[0]["seed"] in by_seed
+        ]
     median = statistics.median_low(ratios) if ratios else float("inf")
     return Outcome(
         method,

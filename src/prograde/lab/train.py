@@ -23,6 +23,7 @@ from prograde.lab.models import Surface
 
 SEARCH_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e0)
 _EVAL_CHUNK = 500
+_TRAJECTORY_LENGTH = 500  # steps of a trajectory that are recorded, at most
 _SEARCH_SEED = 1_000_000  # seeds of the search are apart from those of the runs
 
 
@@ -52,13 +53,16 @@ class Trainer:
     `estimator=None` evaluates the loss on the same batches and changes nothing: the bare forward pass.
     """
 
-    def __init__(self, experiment: Experiment, estimator: pg.Estimator | None, data: Dataset | None, checkpointed=False):
+    def __init__(
+        self, experiment: Experiment, estimator: pg.Estimator | None, data: Dataset | None, checkpointed=False
+    ):
         self.surface = experiment.subject if isinstance(experiment.subject, Surface) else None
         self.in_scan = experiment.in_scan
         if self.surface is not None:
             self._loss, self.train_data = self.surface.fun, ()
         else:
-            assert callable(experiment.subject) and data is not None
+            assert callable(experiment.subject)
+            assert data is not None
             self.network = experiment.subject(checkpointed)
             self._loss = self.network.loss
             self.data = data
@@ -69,10 +73,7 @@ class Trainer:
     def start(self, seed: int) -> Carry:
         """The state before the first step."""
         key, _ = self._keys(seed)
-        if self.surface is not None:
-            params = jnp.asarray(self.surface.start)
-        else:
-            params = jax.jit(self.network.init)(key)
+        params = jax.jit(self.network.init)(key) if self.surface is None else jnp.asarray(self.surface.start)
         return params, _optimizer(0.0).init(params), jnp.zeros((), jnp.int32)
 
     def steps(
@@ -94,7 +95,12 @@ class Trainer:
         if self.surface is not None:
             return np.zeros((count, 0), np.int32)
         per_epoch = len(self.data.train[1]) // BATCH_SIZE
-        return np.stack([_epoch_order(seed, t // per_epoch, len(self.data.train[1]))[t % per_epoch] for t in range(first, first + count)])
+        return np.stack(
+            [
+                _epoch_order(seed, t // per_epoch, len(self.data.train[1]))[t % per_epoch]
+                for t in range(first, first + count)
+            ]
+        )
 
     def evaluate(self, params: PyTree, part: tuple[np.ndarray, np.ndarray], limit: int) -> tuple[float, float]:
         """Mean loss and accuracy on the first `limit` examples of a part of the data."""
@@ -182,7 +188,13 @@ def train(
             step += len(rows)
             point |= {"batch_loss": float(losses.mean()), **_measure(trainer, carry[0], budget)}
             if visited is not None:
-                point |= {"losses": losses.tolist(), "visited": np.asarray(visited).tolist()}
+                every = math.ceil(run.steps / _TRAJECTORY_LENGTH)
+                kept = slice(every - 1, None, every)
+                point |= {
+                    "every": every,
+                    "losses": losses[kept].tolist(),
+                    "visited": np.asarray(visited)[kept].tolist(),
+                }
             record.append(point)
         if status == "diverged" or step == run.steps:
             record.append({"kind": "end", "status": status, "step": step, "seconds": seconds})
@@ -233,7 +245,9 @@ def search(
         if len(trials) < len(SEARCH_GRID):
             rate = SEARCH_GRID[len(trials)]
         else:
-            centre = min(trials[: len(SEARCH_GRID)], key=lambda t: math.inf if t["loss"] is None else t["loss"])["learning_rate"]
+            centre = min(trials[: len(SEARCH_GRID)], key=lambda t: math.inf if t["loss"] is None else t["loss"])[
+                "learning_rate"
+            ]
             rate = centre * 10 ** (-0.5 if len(trials) == len(SEARCH_GRID) else 0.5)
         trials.append({"learning_rate": rate, "loss": _trial(trainer, rate, budget)})
         records.write_json(path, {**found, "best": best()})
