@@ -102,8 +102,8 @@ def _apply_factors(x: Array, contract_x: tuple[int, ...], inner: Array, outer: A
     if inner.shape[1] == 1:
         vector, factor = projected[..., 0], outer[:, 0]
         if weight_first:
-            return factor.reshape((-1,) + (1,) * vector.ndim) * vector
-        return vector[..., None] * factor
+            return factor.reshape((-1,) + (1,) * vector.ndim) * vector[None]
+        return vector[..., None] * factor.reshape((1,) * vector.ndim + (-1,))
     if weight_first:
         return lax.dot_general(outer, projected, (((1,), (projected.ndim - 1,)), ((), ())))
     return lax.dot_general(projected, outer, (((projected.ndim - 1,), (1,)), ((), ())))

@@ -71,17 +71,17 @@ def value_and_grad(
                     "Pass what is differentiated by position."
                 )
         wanted = [position % len(args) for position in positions]
+        # a single argument is passed as it is, so that its tangents are those of `estimator.estimate`
+        params = args[wanted[0]] if isinstance(argnums, int) else tuple(args[position] for position in wanted)
+        others = tuple(None if i in wanted else arg for i, arg in enumerate(args))
 
-        def of_wanted(chosen: tuple[Any, ...], *args: Any) -> Any:
-            complete = list(args)
-            for position, arg in zip(wanted, chosen, strict=True):
+        def of_params(params: Any, *others: Any) -> Any:
+            complete = list(others)
+            for position, arg in zip(wanted, (params,) if isinstance(argnums, int) else params, strict=True):
                 complete[position] = arg
             return fun(*complete, **kwargs)
 
-        params = tuple(args[position] for position in wanted)
-        others = tuple(None if i in wanted else arg for i, arg in enumerate(args))
-        result = estimator.estimate(of_wanted, key, estimator.init(params), params, *others, has_aux=has_aux)
-        grads = result.grads[0] if isinstance(argnums, int) else result.grads
-        return ((result.value, result.aux) if has_aux else result.value), grads
+        result = estimator.estimate(of_params, key, estimator.init(params), params, *others, has_aux=has_aux)
+        return ((result.value, result.aux) if has_aux else result.value), result.grads
 
     return value_and_grad_fun

@@ -25,33 +25,35 @@ from prograde._structured import LowRankTangent, Tangent
 _SMALL = 2**16  # draws of fewer elements than this are batched by shape: one generator call instead of one per leaf
 
 
-def _leaf_keys(key: Key[Array, ""], params: PyTree[Array]) -> Key[Array, " leaves"]:
-    """One key per leaf, folded from the leaf's path, so that a leaf's tangent does not depend on its neighbours."""
+def _leaf_words(params: PyTree[Array]) -> list[int]:
+    """One word per leaf to fold into a key, from the leaf's path: a leaf's tangent does not depend on its neighbours."""
     words: dict[int, None] = {}  # an ordered set
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
         name, salt = jax.tree_util.keystr(path), 0
         while (word := int.from_bytes(hashlib.sha256(f"{name}{salt or ''}".encode()).digest()[:4], "big")) in words:
             salt += 1
         words[word] = None
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(list(words), jnp.uint32))
+    return list(words)
 
 
 def _draw(
-    keys: Key[Array, " draws"], shapes: list[tuple[tuple[int, ...], jnp.dtype]], entries: Callable
+    key: Key[Array, ""], words: list[int], shapes: list[tuple[tuple[int, ...], jnp.dtype]], entries: Callable
 ) -> list[Array]:
-    """`entries(key, shape, dtype)` for each key and shape; small draws of one shape share a call, to compile faster."""
+    """`entries(fold_in(key, word), shape, dtype)` for each; small draws of one shape share a call, to compile faster."""
     groups: dict[tuple, list[int]] = {}
     for i, (shape, dtype) in enumerate(shapes):
         groups.setdefault((shape, dtype) if math.prod(shape) < _SMALL else (i,), []).append(i)
     drawn: list[Array] = [jnp.zeros(())] * len(shapes)
     for members in groups.values():
         shape, dtype = shapes[members[0]]
-        if len(members) == 1:
-            drawn[members[0]] = entries(keys[members[0]], shape, dtype)
-        else:
-            stack = jax.vmap(lambda k, shape=shape, dtype=dtype: entries(k, shape, dtype))(keys[jnp.asarray(members)])
-            for i, array in zip(members, stack, strict=True):
-                drawn[i] = array
+
+        def one(word: Array, shape: tuple[int, ...] = shape, dtype: jnp.dtype = dtype) -> Array:
+            return entries(jax.random.fold_in(key, word), shape, dtype)
+
+        group_words = jnp.asarray([words[i] for i in members], jnp.uint32)
+        arrays = jax.vmap(one)(group_words) if len(members) > 1 else [one(group_words[0])]
+        for i, array in zip(members, arrays, strict=True):
+            drawn[i] = array
     return drawn
 
 
@@ -111,8 +113,9 @@ class _IndependentEntries(TangentDistribution):
 
     def sample(self, key, params, index=0, num_tangents=1):
         leaves, treedef = jax.tree.flatten(params)
-        keys = _leaf_keys(jax.random.fold_in(key, index), params)
-        return treedef.unflatten(_draw(keys, [(w.shape, w.dtype) for w in leaves], self._entries))
+        shapes = [(w.shape, w.dtype) for w in leaves]
+        drawn = _draw(jax.random.fold_in(key, index), _leaf_words(params), shapes, self._entries)
+        return treedef.unflatten(drawn)
 
     @staticmethod
     @abc.abstractmethod
@@ -234,7 +237,7 @@ class Basis(TangentDistribution):
                 f"num_tangents={num_tangents}, but Basis has one tangent per parameter and the parameters hold {n}. "
                 f"Use num_tangents <= {n}."
             )
-        chosen = jax.random.permutation(key, n)[index]
+        chosen = jax.random.permutation(jax.random.fold_in(key, 0), n)[index]
         tangents, start = [], 0
         for w in leaves:
             position = jnp.arange(start, start + w.size).reshape(w.shape)
@@ -297,7 +300,6 @@ class LowRank(TangentDistribution):
 
     def sample(self, key, params, index=0, num_tangents=1):
         leaves, treedef = jax.tree.flatten(params)
-        keys = _leaf_keys(jax.random.fold_in(key, index), params)
         shapes = []
         for w in leaves:
             if self._is_low_rank(w):  # both factors of a matrix in one draw
@@ -305,7 +307,8 @@ class LowRank(TangentDistribution):
             else:
                 shapes.append((w.shape, w.dtype))
         tangents = []
-        for w, drawn in zip(leaves, _draw(keys, shapes, self.factors._entries), strict=True):
+        arrays = _draw(jax.random.fold_in(key, index), _leaf_words(params), shapes, self.factors._entries)
+        for w, drawn in zip(leaves, arrays, strict=True):
             if self._is_low_rank(w):
                 a, b = lax.split(drawn, w.shape[-2:], axis=drawn.ndim - 2)
                 drawn = LowRankTangent(a, b / math.sqrt(self.rank) if self.rank > 1 else b)

@@ -103,7 +103,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             (5e-4,),
             Reported(note="both descend into the valley; forward gradients are reported faster in time"),
             quick=Budget(steps=2000, points=10, search_steps=2000, seeds=5, timing_rounds=10),
-            full=Budget(steps=25_000, points=50, search_steps=25_000, seeds=10, timing_rounds=10),
+            full=Budget(steps=25_000, points=50, search_steps=5000, seeds=10, timing_rounds=10),
         ),
         Experiment(
             "logreg",
@@ -121,7 +121,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             (2e-4, 2e-5),
             Reported(2.468, 4.165, (0.211, 0.40)),
             quick=Budget(steps=240, points=8, search_steps=80, seeds=2, timing_rounds=5),
-            full=Budget(steps=6600, points=33, search_steps=1500, seeds=3, timing_rounds=40),
+            full=Budget(steps=4200, points=28, search_steps=1000, seeds=3, timing_rounds=40),
         ),
         Experiment(
             "cnn",
@@ -130,7 +130,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             (2e-4,),
             Reported(1.434, 2.211, (0.514,)),
             quick=Budget(steps=32, points=4, search_steps=16, seeds=1, eval_examples=200, timing_rounds=3),
-            full=Budget(steps=700, points=14, search_steps=140, seeds=3, eval_examples=1000, timing_rounds=20),
+            full=Budget(steps=480, points=12, search_steps=100, seeds=3, eval_examples=1000, timing_rounds=20),
             in_scan=False,
         ),
         Experiment(

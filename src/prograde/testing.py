@@ -1,0 +1,104 @@
+"""Statistical assertions that know what they can detect.
+
+A test of an estimator draws samples and compares their mean with what it should be. Two things can go wrong: a correct
+estimator fails by chance, or a wrong one passes because the samples are too few. Both rates are arguments here, and the
+number of samples follows from them.
+"""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+
+
+def required_samples(deviation: float, effect: float, false_fail: float = 1e-6, false_pass: float = 1e-6) -> int:
+    """How many samples tell a mean from one that is off by `effect`.
+
+        n = ((z(1 - false_fail / 2) + z(1 - false_pass)) deviation / effect)^2
+
+    **Arguments:**
+
+    - `deviation`: the standard deviation of one sample.
+    - `effect`: the least error of the mean that must be noticed, in the same unit.
+    - `false_fail`: the rate at which a correct mean fails, two-sided.
+    - `false_pass`: the rate at which a mean that is off by `effect` passes.
+
+    **Returns:** the number of samples.
+
+    **Errors:** `ValueError` for an effect that is not positive or a deviation that is not finite and non-negative.
+
+    **Source:** the power of a z-test; the use of computed sample sizes follows TensorFlow Probability's
+    `statistical_testing`.
+
+    !!! example
+
+        >>> from prograde.testing import required_samples
+        >>> required_samples(deviation=2 ** 0.5, effect=0.02)
+        465137
+    """
+    if not effect > 0:
+        raise ValueError(f"effect={effect!r}, but the effect to be noticed must be positive.")
+    if not 0 <= deviation < math.inf:
+        raise ValueError(f"deviation={deviation!r}, but a finite standard deviation of at least 0 is needed.")
+    z = NormalDist().inv_cdf(1 - false_fail / 2) + NormalDist().inv_cdf(1 - false_pass)
+    return max(2, math.ceil((z * deviation / effect) ** 2))
+
+
+def assert_mean(
+    samples: Float[ArrayLike, "n *coordinates"],
+    expected: Float[ArrayLike, "*coordinates"],
+    effect: float,
+    false_fail: float = 1e-6,
+    false_pass: float = 1e-6,
+) -> None:
+    """Asserts that the mean of independent samples is `expected`, and that an error of `effect` would have been noticed.
+
+    With several coordinates every one is tested, and `false_fail` is the rate for all of them together.
+
+    **Arguments:**
+
+    - `samples`: independent samples along the first axis.
+    - `expected`: what their mean should be.
+    - `effect`: the least error of a mean that must be noticed, an absolute figure.
+    - `false_fail`, `false_pass`: as in `required_samples`.
+
+    **Errors:** `AssertionError` when a mean is off, and also when there are too few samples for the effect and the rates.
+    The mean must be near normal, so distributions with heavy tails want more samples than the formula says.
+
+    **Source:** as `required_samples`.
+
+    !!! example
+
+        >>> import numpy as np
+        >>> from prograde.testing import assert_mean
+        >>> signs = np.random.default_rng(0).choice([-1.0, 1.0], 100_000)
+        >>> assert_mean(signs, 0.0, effect=0.05)
+        >>> assert_mean(signs + 0.05, 0.0, effect=0.05)
+        Traceback (most recent call last):
+        ...
+        AssertionError: mean 0.04916 +- 0.00316 is 15.5 standard errors from the expected 0 (limit 4.9).
+    """
+    samples = np.asarray(samples, np.float64)
+    means = samples.mean(axis=0).reshape(-1)
+    deviations = samples.std(axis=0, ddof=1).reshape(-1)
+    targets = np.broadcast_to(np.asarray(expected, np.float64), samples.shape[1:]).reshape(-1)
+    false_fail = false_fail / means.size
+    limit = NormalDist().inv_cdf(1 - false_fail / 2)
+    needed = required_samples(float(deviations.max()), effect, false_fail, false_pass)
+    if len(samples) < needed:
+        raise AssertionError(
+            f"{len(samples)} samples cannot notice an error of {effect:g} at these rates: {needed} are needed."
+        )
+    errors = deviations / math.sqrt(len(samples))
+    distances = np.abs(means - targets) / np.maximum(errors, np.finfo(np.float64).tiny)
+    # a coordinate that never varies has no standard error: it must agree to rounding
+    constant = errors <= 1e-12 * np.maximum(np.abs(targets), 1)
+    wrong = np.where(constant, ~np.isclose(means, targets, rtol=1e-5, atol=1e-12), distances > limit)
+    if wrong.any():
+        i = int(np.argmax(np.where(wrong, distances, -1)))
+        raise AssertionError(
+            f"mean {means[i]:.4g} +- {errors[i]:.3g} is {distances[i]:.1f} standard errors from the expected "
+            f"{targets[i]:g} (limit {limit:.1f})."
+        )

@@ -1,0 +1,42 @@
+"""Fixtures that every test shares. Seeds are fixed; `--vary-seed` draws a new one, prints it, and uses it throughout."""
+
+import os
+import random
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+
+import jax
+import pytest
+
+jax.config.update("jax_debug_key_reuse", True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--vary-seed", action="store_true", help="use a new seed instead of the fixed one")
+    parser.addoption("--seed", type=int, default=0, help="use this seed")
+
+
+def pytest_configure(config):
+    if config.getoption("--vary-seed"):
+        config.option.seed = random.SystemRandom().randrange(2**31)
+
+
+def pytest_report_header(config):
+    return f"seed: {config.option.seed}"
+
+
+@pytest.fixture(scope="session")
+def seed(request):
+    return request.config.option.seed
+
+
+@pytest.fixture
+def key(seed):
+    return jax.random.key(seed)
+
+
+@pytest.fixture
+def strict():
+    """No implicit promotion of dtypes or ranks, in the package's code and in the test's."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield

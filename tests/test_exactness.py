@@ -1,0 +1,188 @@
+"""Identities that hold to rounding, for every distribution and model."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+
+import prograde as pg
+from prograde._structured import LowRankTangent
+
+DISTRIBUTIONS = [
+    pg.Normal(),
+    pg.Rademacher(),
+    pg.Sphere(),
+    pg.Basis(),
+    pg.LowRank(1),
+    pg.LowRank(2, pg.Normal()),
+]
+TOLERANCE = {"float32": 2e-4, "float64": 1e-11, "bfloat16": 6e-2}
+
+
+def dense(tangents):
+    """The slow twin of a structured tangent: every factor multiplied out."""
+    return jax.tree.map(
+        lambda t: jnp.einsum("...mr,...nr->...mn", t.a, t.b) if isinstance(t, LowRankTangent) else t,
+        tangents,
+        is_leaf=lambda t: isinstance(t, LowRankTangent),
+    )
+
+
+def floats(params):
+    return eqx.filter(params, eqx.is_inexact_array)
+
+
+def close(actual, expected, tolerance):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        np.testing.assert_allclose(a, e, rtol=tolerance, atol=tolerance * max(1e-30, np.abs(e).max()))
+
+
+def slow_twin(loss, params, args, tangents):
+    """Value, directional derivatives and gradient estimate by plain jax.jvp along dense tangents."""
+    part, rest = eqx.partition(params, eqx.is_inexact_array)
+    along = jax.jit(lambda p, v: jax.jvp(lambda p: loss(eqx.combine(p, rest), *args), (p,), (v,)))
+    value, directional = None, []
+    for tangent in tangents:
+        value, slope = along(part, tangent)
+        directional.append(slope)
+    grads = jax.tree.map(
+        lambda *v: sum(float(d) * np.asarray(t, np.float64) for d, t in zip(directional, v, strict=True)) / len(v),
+        *tangents,
+    )
+    return value, jnp.stack(directional), grads
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
+@pytest.mark.parametrize("model", models.ALL, ids=lambda m: m.__name__)
+def test_estimate_equals_plain_jvp_along_the_dense_twins(model, distribution, key):
+    params, loss, args = model(key)
+    estimator = pg.WeightPerturbation(distribution, num_tangents=3)
+    result = eqx.filter_jit(estimator.estimate)(loss, key, None, params, *args)
+    tangents = [dense(distribution.sample(key, floats(params), i, 3)) for i in range(3)]
+    value, directional, grads = slow_twin(loss, params, args, tangents)
+    close(result.value, value, 1e-5)
+    close(result.directional, directional, TOLERANCE["float32"])
+    close(result.grads, grads, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("model", [models.mlp, models.scan_over_layers, models.attention], ids=lambda m: m.__name__)
+def test_low_rank_equals_dense_twin_in_other_dtypes(model, dtype, key):
+    with jax.enable_x64(dtype == "float64"):
+        params, loss, args = model(key, jnp.dtype(dtype))
+        estimator = pg.WeightPerturbation(pg.LowRank(2), num_tangents=1)
+        result = eqx.filter_jit(estimator.estimate)(loss, key, None, params, *args)
+        assert result.directional.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
+        assert all(g.dtype == dtype for g in jax.tree.leaves(result.grads))
+        tangents = dense(pg.LowRank(2).sample(key, params))
+        wide = jnp.float64 if dtype == "float64" else jnp.float32  # the twin of bfloat16 computes in float32
+        cast = lambda tree: jax.tree.map(lambda x: x.astype(wide), tree)
+        value, directional, _ = slow_twin(loss, cast(params), cast(args), [cast(tangents)])
+        close(result.value, value, TOLERANCE[dtype])
+        close(result.directional, directional, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("model", models.ALL, ids=lambda m: m.__name__)
+def test_full_basis_equals_reverse_mode(model, key):
+    params, loss, args = model(key)
+    n = sum(leaf.size for leaf in jax.tree.leaves(floats(params)))
+    estimator = pg.WeightPerturbation(pg.Basis(), num_tangents=n, chunk=64)
+    grads = eqx.filter_jit(estimator.estimate)(loss, key, None, params, *args).grads
+    close(grads, eqx.filter_grad(loss)(params, *args), 1e-4)
+
+
+def test_one_dense_normal_tangent_is_the_estimator_of_the_paper(key):
+    params, loss, args = models.mlp(key)
+    tangents = pg.Normal().sample(key, params)
+    _, directional = jax.jvp(lambda p: loss(p, *args), (params,), (tangents,))
+    _, grads = pg.value_and_grad(loss, pg.WeightPerturbation(pg.Normal()))(key, params, *args)
+    for g, v in zip(jax.tree.leaves(grads), jax.tree.leaves(tangents), strict=True):
+        np.testing.assert_array_equal(g, directional * v)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
+def test_chunks_change_nothing_but_rounding(distribution, key):
+    params, loss, args = models.scan_over_layers(key)
+
+    def estimate(chunk):
+        estimator = pg.WeightPerturbation(distribution, num_tangents=7, chunk=chunk)
+        return jax.jit(lambda key: estimator.estimate(loss, key, None, params, *args))(key)
+
+    whole = estimate(None)
+    for chunk in (1, 3, 100):
+        part = estimate(chunk)
+        assert part.directional.shape == (7,)
+        close(part.directional, whole.directional, 1e-4)
+        close(part.grads, whole.grads, 1e-4)
+        close(part.value, whole.value, 1e-6)
+
+
+def test_weight_on_either_side_and_both(key):
+    k = jax.random.split(jax.random.fold_in(key, 17), 3)
+    params = {"w": jax.random.normal(k[0], (6, 5)), "u": jax.random.normal(k[1], (5, 6))}
+    x = jax.random.normal(k[2], (5, 4))
+
+    def loss(params):
+        left = params["w"] @ x
+        right = x.T @ params["u"]
+        batched = jax.vmap(lambda column: params["w"] @ column, in_axes=1)(x)
+        return jnp.sum(jnp.sin(left)) + jnp.sum(jnp.cos(right)) + jnp.sum((params["w"] @ params["u"]) * batched.sum())
+
+    estimator = pg.WeightPerturbation(pg.LowRank(2))
+    result = estimator.estimate(loss, key, None, params)
+    _, directional, grads = slow_twin(loss, params, (), [dense(pg.LowRank(2).sample(key, params))])
+    close(result.directional, directional, TOLERANCE["float32"])
+    close(result.grads, grads, TOLERANCE["float32"])
+
+
+def test_low_rank_tangent_is_not_formed(key):
+    """The compiled step holds no array of the size of the matrix but the matrix itself and its update."""
+    n = 512
+    w = jnp.zeros((n, n))
+    x = jnp.ones((2, n))
+
+    def slope(w, key):
+        estimator = pg.WeightPerturbation(pg.LowRank(1))
+        return estimator.estimate(lambda w: jnp.sum(jnp.tanh(x @ w)), key, None, w).directional
+
+    compiled = jax.jit(slope).lower(w, key).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < n * n  # a quarter of one dense tangent
+
+
+@pytest.mark.parametrize("model", models.STRICT, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("distribution", [pg.Normal(), pg.Sphere(), pg.LowRank(1), pg.LowRank(2)], ids=repr)
+def test_nothing_is_promoted_silently(model, distribution, key, strict):
+    params, loss, args = model(key)
+    result = pg.WeightPerturbation(distribution, 4, chunk=3).estimate(loss, key, None, params, *args)
+    assert jnp.isfinite(result.directional).all()
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
+def test_a_key_gives_one_tangent_and_another_key_another(distribution, key):
+    params, _, _ = models.mlp(key)
+    first, again = distribution.sample(key, params), distribution.sample(key, params)
+    close(dense(first), dense(again), 0)
+    other = distribution.sample(jax.random.fold_in(key, 1), params)
+    same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)]
+    assert not all(same)
+
+
+@pytest.mark.parametrize("distribution", [pg.Normal(), pg.Rademacher(), pg.LowRank(1)], ids=repr)
+def test_a_leaf_keeps_its_tangent_when_the_tree_around_it_changes(distribution, key):
+    alone = distribution.sample(key, {"w": jnp.zeros((8, 8))})
+    among = distribution.sample(key, {"a": jnp.zeros((8, 8)), "w": jnp.zeros((8, 8)), "z": jnp.zeros(3)})
+    close(dense(alone["w"]), dense(among["w"]), 0)
+    assert not np.array_equal(dense(among["a"]), dense(among["w"]))
+
+
+def test_large_draws_of_signs_are_signs_and_balanced(key):
+    signs = np.asarray(pg.Rademacher().sample(key, jnp.zeros((300, 333))))  # large enough to be unpacked from bits
+    assert set(np.unique(signs)) == {-1.0, 1.0}
+    # 4.9 standard deviations of a sum of n signs, and of the sums of products of neighbours (32 lanes, one word)
+    assert abs(signs.sum()) < 4.9 * signs.size**0.5
+    flat = signs.reshape(-1)
+    for lag in (1, 32, 333, flat.size // 32, -(-flat.size // 32)):
+        assert abs((flat[lag:] * flat[:-lag]).sum()) < 4.9 * flat.size**0.5

@@ -1,0 +1,103 @@
+"""What holds for the project as a whole: layering, public names, and that everything in the docs runs."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import prograde
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "prograde"
+MODULES = [m.name for m in pkgutil.walk_packages(prograde.__path__, "prograde.") if not m.name.endswith("__main__")]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_core_does_not_import_the_lab_or_what_only_the_lab_needs():
+    allowed = {"jax", "jaxtyping", "equinox", "quax", "numpy", "prograde"} | set(sys.stdlib_module_names)
+    for path in SOURCE.rglob("*.py"):
+        if "lab" not in path.parts:
+            for name in imports(path):
+                assert name.split(".")[0] in allowed, f"{path} imports {name}"
+                assert not name.startswith("prograde.lab"), f"{path} imports {name}"
+
+
+def test_lab_uses_public_names_only():
+    public = {"prograde", "prograde.testing"}
+    for path in (SOURCE / "lab").glob("*.py"):
+        for name in imports(path):
+            if name.startswith("prograde"):
+                assert name in public or name.startswith("prograde.lab"), f"{path} imports {name}"
+
+
+def test_importing_prograde_does_not_import_the_lab():
+    code = "import sys, prograde; print([m for m in ('prograde.lab', 'optax', 'matplotlib', 'tyro', 'rich') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_there_is_no_pickle():
+    for path in [*SOURCE.rglob("*.py")]:
+        assert not {name for name in imports(path) if name.split(".")[0] in {"pickle", "dill", "cloudpickle", "joblib"}}
+        assert "allow_pickle=True" not in path.read_text()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    module = importlib.import_module(name)
+    failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS, verbose=False)
+    assert failed == 0
+
+
+def public_objects():
+    for name in prograde.__all__:
+        yield name, getattr(prograde, name)
+    for name in ("required_samples", "assert_mean"):
+        yield f"testing.{name}", getattr(importlib.import_module("prograde.testing"), name)
+
+
+@pytest.mark.parametrize(("name", "thing"), list(public_objects()), ids=lambda x: x if isinstance(x, str) else "")
+def test_public_docstrings_say_what_a_user_needs(name, thing):
+    text = thing.__doc__
+    assert text
+    if name not in ("Estimate", "Estimator", "TangentDistribution"):
+        assert ">>>" in text, f"{name} has no example"
+        assert re.search(r"arXiv|Source", text), f"{name} names no source"
+
+
+def test_api_page_lists_exactly_the_public_names():
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert set(re.findall(r"^::: prograde\.(\w+)$", page, re.M)) == set(prograde.__all__)
+    assert set(re.findall(r"^::: prograde\.testing\.(\w+)$", page, re.M)) == {"required_samples", "assert_mean"}
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+def test_code_on_the_pages_runs(page):
+    """The Python blocks of a page run one after the other in one namespace."""
+    namespace = {}
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S):
+        exec(compile(block, page, "exec"), namespace)
+
+
+def test_version_stands_once():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {prograde.__version__}" in changelog
+    assert f'version = "{prograde.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"version: {prograde.__version__}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_constraints_pin_versions_and_nothing_else():
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), line
