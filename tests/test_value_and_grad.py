@@ -88,12 +88,22 @@ def test_argnums(estimator, key):
 def test_aux_passes_arrays_integers_and_other_objects(estimator, key):
     def loss(w, x):
         h = x @ w
-        return jnp.sum(h**2), {"h": h, "count": jnp.asarray(3), "name": "text", "none": None, "fun": jnp.tanh}
+        return jnp.sum(h**2), {
+            "h": h,
+            "count": jnp.asarray(3),
+            "name": "text",
+            "none": None,
+            "fun": jnp.tanh,
+            "w": w,
+            "np": np.ones(2),
+        }
 
     w, x = jnp.ones((4, 2)), jnp.ones((3, 4))
     (value, aux), grads = pg.value_and_grad(loss, estimator, has_aux=True)(key, w, x)
     np.testing.assert_allclose(aux["h"], x @ w)
     assert (int(aux["count"]), aux["name"], aux["none"], aux["fun"]) == (3, "text", None, jnp.tanh)
+    np.testing.assert_array_equal(aux["w"], w)
+    np.testing.assert_array_equal(aux["np"], np.ones(2))
     assert value == 96
     assert grads.shape == (4, 2)
 

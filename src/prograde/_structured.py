@@ -79,7 +79,10 @@ def directional_derivative(
             params,
             is_leaf=_is_structured,
         )
-        return quax.quaxify(fun)(perturbed)
+        out = quax.quaxify(fun)(perturbed)
+        # a parameter that is returned as it came in, as auxiliary output, comes out as a Quax value
+        is_value = lambda x: isinstance(x, LowRankPerturbed)  # noqa: E731
+        return jax.tree.map(lambda x: x.materialise() if is_value(x) else x, out, is_leaf=is_value)
 
     return jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),), has_aux=True)
 

@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 
@@ -91,7 +92,7 @@ class _Static(eqx.Module):
 
 def pack(tree: PyTree) -> tuple[PyTree, _Static]:
     """Splits a tree into its arrays and the rest, both safe to return from transformed functions."""
-    arrays, rest = eqx.partition(tree, eqx.is_array)
+    arrays, rest = eqx.partition(tree, lambda x: isinstance(x, jax.Array | np.ndarray | np.generic))
     leaves, treedef = jax.tree.flatten(rest)
     return arrays, _Static((tuple(leaves), treedef))
 

@@ -62,7 +62,7 @@ class Report:
     out: Path | None = None
     """Where report.html goes; by default into the first directory."""
     markdown: Path | None = None
-    """Write figures and tables for the documentation into this directory instead."""
+    """Write figures and tables into this page of a documentation instead, between the marks it holds."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _report(command: Report, console) -> None:
         raise UsageError("report needs at least one directory of records.")
     if command.markdown is not None:
         report.write_markdown(list(command.directories), command.markdown)
-        console.print(f"Figures and tables: {command.markdown}", highlight=False, soft_wrap=True)
+        console.print(f"Figures and tables are in {command.markdown}", highlight=False, soft_wrap=True)
         return
     path = report.build(list(command.directories), command.out or command.directories[0])
     report.print_tables(report.find(list(command.directories)), console)

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import subprocess
+import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,9 @@ def save_state(path: Path, state: PyTree) -> None:
 def load_state(path: Path, like: PyTree) -> PyTree:
     """The saved arrays, as a tree like `like`."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return jax.tree_util.tree_map_with_path(lambda p, _: arrays[jax.tree_util.keystr(p)], like)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise RecordError(
             f"{path}: not a checkpoint of this run ({error}). Delete it to start this run again."
         ) from error

@@ -37,10 +37,6 @@ class Table:
     rows: list[list[str]]
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def _spread(spread: Spread | None, percent: bool = False) -> str:
     if spread is None:
         return "–"
@@ -109,7 +105,7 @@ def cost_table(summary: Summary) -> Table:
                 method,
                 f"{1e3 * seconds['median']:.3g} ({1e3 * seconds['low']:.3g} to {1e3 * seconds['high']:.3g})",
                 f"{ratio['median']:.2f}",
-                _number(reported.get(method), 3).rstrip("0") if reported.get(method) else "",
+                f"{reported[method]:g}" if reported.get(method) else "",
                 _mebibytes(memory.get("temp_bytes")),
                 _mebibytes(rss[0]),
             ]
@@ -121,38 +117,51 @@ def cost_table(summary: Summary) -> Table:
     return Table(f"{summary.experiment.title}: cost of a step ({n} rounds)", columns, rows)
 
 
-def depth_table(summary: Summary) -> Table:
-    """Cost and memory against depth."""
+def depth_tables(summary: Summary) -> list[Table]:
+    """Cost against depth, and memory against depth."""
     methods = [m for m in METHOD_TITLES if m != "bare"]
-    rows = []
+    times, memories = [], []
     for depth, figures in sorted(summary.depths.items()):
-        ratios = [f"{figures['costs'][m]['ratio']['median']:.2f}" for m in methods]
-        temps = [_mebibytes(figures["memory"][m]["temp_bytes"]) for m in methods]
-        quotient = figures["costs"]["forward"]["ratio"]["median"] / figures["costs"]["backprop"]["ratio"]["median"]
-        own = figures["costs"]["low-rank"]["ratio"]["median"] / figures["costs"]["backprop"]["ratio"]["median"]
-        rss = [_mebibytes(figures["memory"][m]["peak_rss"]) for m in ("low-rank", "backprop")]
-        rows.append([str(depth), *ratios, f"{quotient:.2f}", f"{own:.2f}", *temps, *rss])
-    columns = [
-        "layers",
-        *(f"R {m}" for m in methods),
-        "R_f/R_b",
-        "R low-rank/R_b",
-        *(f"temp {m}, MiB" for m in methods),
-        *(f"RSS {m}, MiB" for m in ("low-rank", "backprop")),
+        ratio = {m: figures["costs"][m]["ratio"]["median"] for m in methods}
+        bare = f"{1e3 * figures['costs']['bare']['seconds']['median']:.3g}"
+        quotients = [f"{ratio[m] / ratio['backprop']:.2f}" for m in ("forward", "low-rank")]
+        times.append([str(depth), bare, *(f"{ratio[m]:.2f}" for m in methods), *quotients])
+        memory = figures["memory"]
+        memories.append(
+            [
+                str(depth),
+                *(_mebibytes(memory[m]["temp_bytes"]) for m in METHOD_TITLES),
+                *(_mebibytes(memory[m]["peak_rss"]) for m in METHOD_TITLES),
+            ]
+        )
+    rounds = next(iter(summary.depths.values()))["costs"]["bare"]["seconds"]["n"]
+    reported = f"reported: {summary.experiment.reported.note}"
+    time_columns = ["layers", "bare, ms", *(f"R {m}" for m in methods), "forward/backprop", "low-rank/backprop"]
+    memory_columns = ["layers", *(f"temp {m}" for m in METHOD_TITLES), *(f"RSS {m}" for m in METHOD_TITLES)]
+    return [
+        Table(f"{summary.experiment.title} ({rounds} rounds; {reported})", time_columns, times),
+        Table(
+            "Memory of a step, MiB: what XLA needs beside arguments, and peak RSS of a process",
+            memory_columns,
+            memories,
+        ),
     ]
-    return Table(f"{summary.experiment.title}. Reported: {summary.experiment.reported.note}", columns, rows)
 
 
 def tables(summary: Summary) -> list[Table]:
     """All tables of an experiment."""
     if summary.depths:
-        return [depth_table(summary)]
+        return depth_tables(summary)
     found = [training_table(summary)] if summary.outcomes else []
     return [*found, *([cost_table(summary)] if summary.costs else [])]
 
 
 def _conclusion(summary: Summary) -> str:
     """Agreement and disagreement with the paper in words, from the figures."""
+    if summary.depths:
+        return _depth_conclusion(summary)
+    if isinstance(summary.experiment.subject, Surface):
+        return _surface_conclusion(summary)
     said, reported = [], summary.experiment.reported
     if summary.costs and reported.r_f and reported.r_b:
         r = {m: c["ratio"]["median"] for m, c in summary.costs.items()}
@@ -160,28 +169,52 @@ def _conclusion(summary: Summary) -> str:
             f"The paper's estimator costs {r['forward']:.2f} bare forward passes here (reported {reported.r_f:g}), backprop "
             f"{r['backprop']:.2f} (reported {reported.r_b:g}), the rank-one tangent {r['low-rank']:.2f}."
         )
-        agree = (r["forward"] < r["backprop"]) == (reported.r_f < reported.r_b)
-        comparison = "cheaper than" if r["forward"] < r["backprop"] else "dearer than"
+        confirmed = "confirmed" if r["forward"] < r["backprop"] else "not confirmed"
+        share = {m: f"{r[m] / r['backprop']:.2f} of a backprop step" for m in ("forward", "low-rank")}
         said.append(
-            f"That a dense forward-gradient step is cheaper than a backprop step is {'confirmed' if agree else 'not confirmed'}: "
-            f"it is {comparison} backprop's; the rank-one step is {'cheaper' if r['low-rank'] < r['backprop'] else 'dearer'}."
+            f"That a dense forward-gradient step is cheaper than a backprop step is {confirmed}: it takes {share['forward']}; "
+            f"the rank-one step takes {share['low-rank']}."
         )
     for o in summary.outcomes:
+        here = "backprop's best loss was not reached" if o.time_ratio is None else f"T is {o.time_ratio:.2f}"
         if (claim := _reported_ratio(summary.experiment, o)) and o.finished:
-            here = "backprop's best loss was not reached" if o.time_ratio is None else f"T is {o.time_ratio:.2f}"
             verdict = "agrees" if o.time_ratio is not None and o.time_ratio < 1 else "disagrees"
             said.append(f"At rate {o.learning_rate:g} (reported T {claim}), {here}: this {verdict} with a T below 1.")
-        if (
-            o.setting == "tuned"
-            and o.method != "backprop"
-            and o.finished
-            and not isinstance(summary.experiment.subject, Surface)
-        ):
-            here = "does not reach backprop's best loss" if o.time_ratio is None else f"has T {o.time_ratio:.2f}"
-            said.append(f"With both tuned, {o.method} {here}.")
-    if not said and reported.note:
-        said.append(f"Reported: {reported.note}.")
+        if o.setting == "tuned" and o.method != "backprop" and o.finished:
+            said.append(f"With both tuned, {o.method}: {here}.")
     return " ".join(said)
+
+
+def _surface_conclusion(summary: Summary) -> str:
+    said = [f"Reported: {summary.experiment.reported.note}."] if summary.experiment.reported.note else []
+    finals = {(o.setting, o.method): o.final_loss for o in summary.outcomes}
+    for setting in dict.fromkeys(o.setting for o in summary.outcomes):
+        forward, backprop = finals.get((setting, "forward")), finals.get((setting, "backprop"))
+        if forward and backprop:
+            said.append(
+                f"At the {setting} rate, forward gradients end at f = {forward.mean:.2g} (mean of {forward.n}; "
+                f"{forward.low:.2g} to {forward.high:.2g}), gradient descent at {backprop.mean:.2g}."
+            )
+    return " ".join(said)
+
+
+def _depth_conclusion(summary: Summary) -> str:
+    least, most = min(summary.depths), max(summary.depths)
+
+    def ratio(method: str, depth: int) -> float:
+        costs = summary.depths[depth]["costs"]
+        return costs[method]["ratio"]["median"] / costs["backprop"]["ratio"]["median"]
+
+    def temp(method: str, depth: int) -> str:
+        return _mebibytes(summary.depths[depth]["memory"][method]["temp_bytes"])
+
+    return (
+        f"The paper's estimator takes {ratio('forward', least):.1f} times as long as backprop at {least} layers and "
+        f"{ratio('forward', most):.1f} times at {most}; the rank-one tangent {ratio('low-rank', least):.2f} and "
+        f"{ratio('low-rank', most):.2f} times. From {least} to {most} layers the temporary memory of a rank-one step goes from "
+        f"{temp('low-rank', least)} to {temp('low-rank', most)} MiB, of backprop from {temp('backprop', least)} to "
+        f"{temp('backprop', most)}, of the dense tangent from {temp('forward', least)} to {temp('forward', most)}."
+    )
 
 
 def build(directories: list[Path], out: Path) -> Path:
@@ -204,18 +237,8 @@ def _section(summary: Summary) -> str:
     if svg := figure(summary):
         parts.append(f'<figure role="img" aria-label="{html.escape(summary.experiment.title)}">{svg}</figure>')
     parts += [_html_table(table) for table in tables(summary)]
-    config = summary.manifest["config"]
-    data = f" Data: {config['data']['name']}." if config.get("data") else ""
-    search = "; ".join(
-        f"{m}: {len(s['trials'])} trials of {s['steps']} steps, best {s['best']:.2g}"
-        for m, s in summary.searches.items()
-    )
-    environment = summary.manifest["environments"][0]
-    dirty = " with local changes" if environment["git_dirty"] else ""
     parts.append(
-        f"<p class=small>Made on {html.escape(environment['processor'])}, {environment['cores']} cores, "
-        f"jax {environment['versions']['jax']}, commit {(environment['git_commit'] or 'unknown')[:10]}{dirty}.{data} "
-        f"{html.escape('Search: ' + search + '.' if search else '')}</p>"
+        f"<p class=small>{html.escape(_made_on(summary))}</p>"
         f"<details><summary>Manifest</summary><pre>{html.escape(json.dumps(summary.manifest, indent=1))}</pre></details></section>"
     )
     return "\n".join(parts)
@@ -249,25 +272,49 @@ def print_tables(summaries: list[Summary], console: Console) -> None:
         console.print()
 
 
-def write_markdown(directories: list[Path], out: Path) -> None:
-    """Writes the figures (`NAME.svg`) and one page of tables (`tables.md`) for the documentation."""
-    parts = []
+_BEGIN, _END = "<!-- records: begin, written by prograde report --markdown -->", "<!-- records: end -->"
+
+
+def write_markdown(directories: list[Path], page: Path) -> None:
+    """Writes tables and figures into a page of the documentation, between its two marks; the rest of the page stays.
+
+    A page that does not exist is made; figures go into a directory beside the page, of its name.
+    """
+    figures = page.with_suffix("")
+    parts = [_TERMS.replace("\n", " ")]
     for summary in find(directories):
         name = summary.experiment.name
-        environment = summary.manifest["environments"][0]
-        parts.append(f"## {summary.experiment.title}\n\n{_conclusion(summary)}\n")
+        parts.append(f"## {summary.experiment.title}\n\n{_conclusion(summary)}")
         if svg := figure(summary):
-            records.write(out / f"{name}.svg", svg.encode())
-            parts.append(f"![{summary.experiment.title}]({name}.svg)\n")
+            records.write(figures / f"{name}.svg", svg.encode())
+            parts.append(f"![{summary.experiment.title}]({figures.name}/{name}.svg)")
         for table in tables(summary):
             lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-            parts.append(f"**{table.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-        commit = (environment["git_commit"] or "unknown")[:10]
-        parts.append(
-            f"*{environment['processor']}, {environment['cores']} cores, jax {environment['versions']['jax']}, "
-            f"commit `{commit}`, {environment['started']}.*\n"
-        )
-    records.write(out / "tables.md", "\n".join(parts).encode())
+            parts.append(f"**{table.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        parts.append(f"*{_made_on(summary)}*")
+    text = page.read_text() if page.exists() else f"{_BEGIN}\n{_END}\n"
+    if text.count(_BEGIN) != 1 or text.count(_END) != 1:
+        raise records.RecordError(f"{page} exists and lacks the marks between which tables go: {_BEGIN} and {_END}.")
+    before, rest = text.split(_BEGIN)
+    body = "\n\n".join(parts)
+    records.write(page, f"{before}{_BEGIN}\n\n{body}\n\n{_END}{rest.split(_END)[1]}".encode())
+
+
+def _made_on(summary: Summary) -> str:
+    """Where the numbers come from, in a sentence."""
+    environment, config = summary.manifest["environments"][0], summary.manifest["config"]
+    data = f" Data: {config['data']['name']}." if config.get("data") else ""
+    dirty = " with local changes" if environment["git_dirty"] else ""
+    trials = [
+        f"{method} {found['best']:.2g} of {len(found['trials'])} trials of {found['steps']} steps"
+        for method, found in summary.searches.items()
+        if "best" in found
+    ]
+    search = f" Rates found: {'; '.join(trials)}." if trials else ""
+    return (
+        f"Made on {environment['processor']}, {environment['cores']} cores, jax {environment['versions']['jax']}, "
+        f"commit {(environment['git_commit'] or 'unknown')[:10]}{dirty}, {environment['started'][:10]}.{data}{search}"
+    )
 
 
 _PAGE = """<!doctype html>
