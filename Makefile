@@ -23,7 +23,7 @@ lint: setup
 	$(BIN)/pyright
 
 docs: setup
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: setup
 	$(BIN)/python benchmarks/basics.py

@@ -1,6 +1,7 @@
 """The one place where a perturbation enters a program."""
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -48,4 +49,4 @@ def inject(s: Float[Array, ""], z: Float[Array, "*shape"], direction: Float[Arra
         >>> float(value), float(directional)          # |w|^2  and  2 w . v
         (5.0, 2.0)
     """
-    return _inject(s, z, lax.stop_gradient(direction))
+    return _inject(jnp.asarray(s), z, lax.stop_gradient(direction))

@@ -20,6 +20,8 @@ class Backprop(Estimator):
 
     **Errors:** as `jax.grad`; a loss that is neither a scalar nor a vector of per-example losses is refused.
 
+    **Source:** reverse accumulation, as `jax.grad` does it.
+
     !!! example
 
         >>> import jax.numpy as jnp, prograde as pg
