@@ -23,7 +23,7 @@ def idx(array: np.ndarray) -> bytes:
 def directory(tmp_path, seed):
     """A small data set as four idx files, two of them compressed."""
     generator = np.random.default_rng(seed)
-    for part, n in (("train", 30), ("t10k", 10)):
+    for part, n in (("train", 80), ("t10k", 10)):
         images = generator.integers(0, 256, (n, 28, 28)).astype(np.uint8)
         labels = (np.arange(n) % 10).astype(np.uint8)
         (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
@@ -56,7 +56,7 @@ def test_parts_do_not_overlap():
 
 def test_a_directory_of_idx_files_loads(directory):
     loaded = data.load(str(directory))
-    assert len(loaded.train[1]) + len(loaded.validation[1]) == 30
+    assert len(loaded.train[1]) + len(loaded.validation[1]) == 80
     assert len(loaded.test[1]) == 10
     raw = data._read_idx(directory / "t10k-images-idx3-ubyte.gz", 3)
     np.testing.assert_allclose(loaded.test[0], raw / 255, rtol=1e-6)
@@ -75,12 +75,12 @@ def damage(path: Path, change) -> None:
         ("train-images-idx3-ubyte.gz", lambda c: b"\0\0\x09" + c[3:], r"00000803.*found 00000903"),
         ("t10k-labels-idx1-ubyte", lambda c: b"", r"00000801.*empty file"),
         ("train-labels-idx1-ubyte", lambda c: c[:6], r"header of 8 bytes, found 6"),
-        ("train-images-idx3-ubyte.gz", lambda c: c[:-1], r"expected 23520 bytes.*found 23519.*truncated"),
-        ("train-labels-idx1-ubyte", lambda c: c + b"x", r"expected 30 bytes.*found 31.*too long"),
+        ("train-images-idx3-ubyte.gz", lambda c: c[:-1], r"expected 62720 bytes.*found 62719.*truncated"),
+        ("train-labels-idx1-ubyte", lambda c: c + b"x", r"expected 80 bytes.*found 81.*too long"),
         (
             "train-labels-idx1-ubyte",
-            lambda c: idx(np.zeros(29, np.uint8)),
-            r"one label for each of 30 images, found 29",
+            lambda c: idx(np.zeros(79, np.uint8)),
+            r"one label for each of 80 images, found 79",
         ),
         ("train-labels-idx1-ubyte", lambda c: c[:-1] + b"\x0a", r"labels from 0 to 9, found 10"),
         ("t10k-images-idx3-ubyte.gz", lambda c: idx(np.zeros((10, 8, 8), np.uint8)), r"28 x 28, found 8 x 8"),
@@ -91,6 +91,14 @@ def test_damage_is_named(directory, name, change, words):
     with pytest.raises(data.DataError, match=words) as caught:
         data.load(str(directory))
     assert str(directory / name) in str(caught.value)
+
+
+def test_too_few_images_for_a_batch_are_refused(directory):
+    for name, array in (("images-idx3", np.zeros((71, 28, 28), np.uint8)), ("labels-idx1", np.zeros(71, np.uint8))):
+        for path in directory.glob(f"train-{name}*"):
+            damage(path, lambda c: idx(array))
+    with pytest.raises(data.DataError, match="at least 72 images, found 71"):
+        data.load(str(directory))
 
 
 def test_damaged_compression_is_named(directory):

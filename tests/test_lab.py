@@ -174,6 +174,17 @@ def test_divergence_ends_one_run_at_its_step(tmp_path):
     assert record[-1]["step"] == step
 
 
+def test_parameters_that_the_last_step_ruined_count_as_divergence(small_data, tmp_path):
+    """The losses of all steps are finite, what they leave behind is not."""
+    trainer = train.Trainer(experiments.EXPERIMENTS["logreg"], experiments.METHODS["backprop"], small_data)
+    run = train.Run("backprop", "paper", 1e38, 0, 1)
+    budget = experiments.Budget(steps=1, points=1, eval_examples=20)
+    record = train.train(trainer, run, budget, tmp_path, lambda run, point: None)
+    assert record[-1]["status"] == "diverged"
+    assert record[-1]["step"] == 1
+    assert summary._outcome("backprop", "paper", [record], [record], {}).final_loss is None
+
+
 def test_search_gives_every_method_the_same_trials_and_prefers_what_does_not_diverge(tmp_path):
     experiment = experiments.EXPERIMENTS["beale"]
     budget = experiments.Budget(search_steps=50)

@@ -44,7 +44,9 @@ def test_lab_uses_public_names_only():
 
 
 def test_importing_prograde_does_not_import_the_lab():
-    code = "import sys, prograde; print([m for m in ('prograde.lab', 'optax', 'matplotlib', 'tyro') if m in sys.modules])"
+    code = (
+        "import sys, prograde; print([m for m in ('prograde.lab', 'optax', 'matplotlib', 'tyro') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 

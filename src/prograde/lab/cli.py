@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -29,6 +29,9 @@ beside backprop, on this machine.
 What is stopped, by Ctrl-C or otherwise, is continued by the same command with --out DIR --resume."""
 
 
+_LENGTH = tyro.conf.create_mutex_group(required=False, title="length")
+
+
 @dataclass(frozen=True)
 class Reproduce:
     """Run experiments of the paper and write a report.
@@ -37,17 +40,19 @@ class Reproduce:
     by the paper's estimator, by rank-one forward gradients and by backprop, at the paper's rate and at the rate found.
     """
 
-    experiments: tyro.conf.Positional[tuple[str, ...]] = ("all",)
+    experiments: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")] = ("all",)
     """Names of experiments (see `prograde list`), or all."""
-    data: str = "digits"
+    data: Annotated[str, tyro.conf.arg(metavar="digits|mnist|DIR")] = "digits"
     """digits (comes with the package), mnist (data directory, cache, or download), or a directory of idx files."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where the MNIST files are; without it PROGRADE_DATA_DIR, then the cache, then the public mirrors."""
-    length: Annotated[Literal["quick", "full"], tyro.conf.arg(name="length")] = "quick"
-    """quick takes minutes, full takes hours. --quick and --full say the same."""
-    seeds: int | None = None
+    quick: Annotated[bool, _LENGTH] = False
+    """Minutes; the default."""
+    full: Annotated[bool, _LENGTH] = False
+    """The better part of an hour or more: long runs, several seeds, many rounds of timing."""
+    seeds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Runs of each method and setting; by default as many as the length affords."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where the records and the report go; by default runs/DATE-TIME-DATA-LENGTH."""
     resume: bool = False
     """Continue what is in --out. The numbers are those of a run that was never stopped."""
@@ -57,11 +62,11 @@ class Reproduce:
 class Report:
     """Build report.html again, from records alone."""
 
-    directories: tyro.conf.Positional[tuple[Path, ...]]
+    directories: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR [DIR ...]")]
     """Directories of records; several are shown on one page."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where report.html goes; by default into the first directory."""
-    markdown: Path | None = None
+    markdown: Annotated[Path | None, tyro.conf.arg(metavar="PAGE")] = None
     """Write figures and tables into this page of a documentation instead, between the marks it holds."""
 
 
@@ -78,13 +83,15 @@ def main() -> None:
     """The entry point of the command line. Exits with 2 on a bad request, 130 on Ctrl-C."""
     from rich.console import Console
 
-    arguments = ["--length=" + a[2:] if a in ("--quick", "--full") else a for a in sys.argv[1:]]
-    if "--version" in arguments:
+    if sys.argv[1:] == ["--version"]:
         print(f"prograde {metadata.version('prograde')}")
         return
     commands = {"reproduce": Reproduce, "report": Report, "list": List}
     command = tyro.extras.subcommand_cli_from_dict(
-        commands, args=arguments, prog="prograde", description=_DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,)
+        commands,
+        prog="prograde",
+        description=_DESCRIPTION,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     console, errors = Console(), Console(stderr=True)
     from prograde.lab.data import DataError
@@ -100,6 +107,8 @@ def main() -> None:
     except (DataError, RecordError, UsageError) as error:
         errors.print(f"prograde: {error}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except OSError as error:
         errors.print(
             f"prograde: {error}. What was recorded before is complete.", markup=False, highlight=False, soft_wrap=True
@@ -124,11 +133,12 @@ def _reproduce(command: Reproduce, console, errors) -> None:
         raise UsageError("--resume needs --out DIR, the directory to continue.")
     chosen = [EXPERIMENTS[name] for name in names]
     data = load(command.data, command.data_dir) if any(callable(e.subject) for e in chosen) else None
+    length = "full" if command.full else "quick"
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = command.out or Path("runs") / f"{stamp}-{data.name if data else 'functions'}-{command.length}"
+    out = command.out or Path("runs") / f"{stamp}-{data.name if data else 'functions'}-{length}"
     console.print(f"Records go to {out}.", highlight=False)
     try:
-        reproduce.run_all(chosen, data, command.length == "full", command.seeds, out, command.resume, Display(console))
+        reproduce.run_all(chosen, data, command.full, command.seeds, out, command.resume, Display(console))
     except KeyboardInterrupt:
         again = dataclasses.replace(command, out=out, resume=True)
         errors.print(
@@ -163,29 +173,35 @@ def _report(command: Report, console) -> None:
 
 
 def _list(console) -> None:
-    from rich.table import Table
+    from rich.padding import Padding
+    from rich.text import Text
 
     from prograde.lab.experiments import EXPERIMENTS, METHOD_TITLES, METHODS
 
-    table = Table(title="Experiments; figures reported by the paper, at second hand", title_justify="left")
-    for column in ("name", "what", "paper's rates", "R_f", "R_b", "T_f/T_b", "reported besides"):
-        table.add_column(column, overflow="fold")
+    def entry(name: str, title: str, *details: str) -> None:
+        console.print(f"  {name:12}{title}", highlight=False, markup=False)
+        for detail in filter(None, details):
+            console.print(Padding(Text(detail, style="dim"), (0, 0, 0, 14)))
+
+    console.print("Experiments. Figures reported by the paper are given at second hand.\n", highlight=False)
     for e in EXPERIMENTS.values():
         r = e.reported
         ratios = ", ".join(f"{t:g}" for t in r.t_ratio)
-        r_f, r_b = ("3 to 4", "4 to 5") if e.name == "depth" else (f"{r.r_f or '–'}", f"{r.r_b or '–'}")
-        table.add_row(
-            e.name, e.title, ", ".join(f"{p:g}" for p in e.paper_rates) or "–", r_f, r_b, ratios or "–", r.note
-        )
-    console.print(table)
-    table = Table(title="Methods", title_justify="left")
-    for column in ("name", "what", "estimator"):
-        table.add_column(column, overflow="fold")
+        figures = [
+            f"R_f {r.r_f:g}" if r.r_f else "",
+            f"R_b {r.r_b:g}" if r.r_b else "",
+            f"T {ratios}" if ratios else "",
+        ]
+        reported = "; ".join(filter(None, [", ".join(filter(None, figures)), r.note]))
+        rates = ", ".join(f"{p:g}" for p in e.paper_rates)
+        entry(e.name, e.title, f"rate {rates}" if rates else "", f"reported: {reported}" if reported else "")
+    console.print("\nMethods\n")
     for name, estimator in METHODS.items():
-        table.add_row(name, METHOD_TITLES[name], repr(estimator))
-    console.print(table)
+        entry(name, METHOD_TITLES[name], repr(estimator))
     console.print(
-        "R: a training step over a bare forward pass; T: time to backprop's best held-out loss.", highlight=False
+        "\nR_f, R_b: a forward-gradient and a backprop step over a bare forward pass. "
+        "T: time to backprop's best held-out loss, over backprop's.",
+        highlight=False,
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 import prograde as pg
 from prograde.lab import experiments, models
-from prograde.lab.data import IMAGE_SIZE, NUM_CLASSES, Dataset
+from prograde.lab.data import BATCH_SIZE, IMAGE_SIZE, NUM_CLASSES, Dataset
 from prograde.lab.train import Trainer
 
 _SCAN_STEPS = 20  # steps a measurement, where they run inside one scan
@@ -35,7 +35,7 @@ def variants(experiment: experiments.Experiment) -> dict[str, tuple[pg.Estimator
 def synthetic_data(num_batches: int = 10) -> Dataset:
     """Random images, where only the cost matters."""
     generator = np.random.default_rng(0)
-    n = num_batches * experiments.BATCH_SIZE
+    n = num_batches * BATCH_SIZE
     part = (
         generator.random((n, IMAGE_SIZE, IMAGE_SIZE), np.float32),
         generator.integers(0, NUM_CLASSES, n).astype(np.int32),

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import importlib.resources
+import math
 import os
 import struct
 import zlib
@@ -34,6 +35,7 @@ _MNIST_MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
+BATCH_SIZE = 64
 _VALIDATION_PART = 10  # one training example in so many is kept apart for the search of learning rates
 
 
@@ -178,8 +180,11 @@ def _from_idx(name: str, paths: dict[str, Path]) -> Dataset:
         images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
         if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
             raise DataError(f"{images_path}: expected images of 28 x 28, found {images.shape[1]} x {images.shape[2]}.")
-        if len(images) == 0 or len(images) != len(labels):
+        if len(images) != len(labels):
             raise DataError(f"{labels_path}: expected one label for each of {len(images)} images, found {len(labels)}.")
+        least = math.ceil(BATCH_SIZE * _VALIDATION_PART / (_VALIDATION_PART - 1)) if part == "train" else 1
+        if len(images) < least:
+            raise DataError(f"{images_path}: expected at least {least} images, found {len(images)}.")
         if labels.max() >= NUM_CLASSES:
             raise DataError(f"{labels_path}: expected labels from 0 to {NUM_CLASSES - 1}, found {labels.max()}.")
         arrays += [images.astype(np.float32) / 255, labels.astype(np.int32)]

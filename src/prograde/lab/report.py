@@ -186,7 +186,7 @@ def _conclusion(summary: Summary) -> str:
 
 
 def _surface_conclusion(summary: Summary) -> str:
-    said = [f"Reported: {summary.experiment.reported.note}."] if summary.experiment.reported.note else []
+    said = []
     finals = {(o.setting, o.method): o.final_loss for o in summary.outcomes}
     for setting in dict.fromkeys(o.setting for o in summary.outcomes):
         forward, backprop = finals.get((setting, "forward")), finals.get((setting, "backprop"))

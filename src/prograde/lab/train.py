@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 import prograde as pg
 from prograde.lab import records
-from prograde.lab.data import Dataset
-from prograde.lab.experiments import BATCH_SIZE, DECAY, Budget, Experiment
+from prograde.lab.data import BATCH_SIZE, Dataset
+from prograde.lab.experiments import DECAY, Budget, Experiment
 from prograde.lab.models import Surface
 
 SEARCH_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e0)
@@ -180,13 +180,16 @@ def train(
         carry, losses, visited = trainer.steps(carry, run.learning_rate, run.seed, rows)
         losses = np.asarray(losses)  # waits for the steps
         seconds += time.perf_counter() - begin
-        point = {"kind": "point", "step": step + len(rows), "seconds": seconds}
         finite = np.isfinite(losses)
+        point = {"kind": "point", "step": step + len(rows), "seconds": seconds, "batch_loss": float(losses.mean())}
+        if finite.all():
+            point |= _measure(trainer, carry[0], budget)
         if not finite.all():
             status, step = "diverged", step + int(np.argmin(finite))
+        elif not math.isfinite(point["test_loss"]):  # the last step left parameters that are not
+            status, step = "diverged", step + len(rows)
         else:
             step += len(rows)
-            point |= {"batch_loss": float(losses.mean()), **_measure(trainer, carry[0], budget)}
             if visited is not None:
                 every = math.ceil(run.steps / _TRAJECTORY_LENGTH)
                 kept = slice(every - 1, None, every)
