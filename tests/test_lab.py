@@ -19,7 +19,7 @@ from prograde.lab import costs, experiments, records, report, reproduce, summary
 from prograde.lab.data import Dataset
 from prograde.lab.display import Display
 
-TINY = experiments.Budget(steps=2, points=2, search_steps=1, seeds=1, eval_examples=20, timing_rounds=1, depths=(1, 4))
+TINY = experiments.Budget(steps=2, points=2, seeds=1, eval_examples=20, timing_rounds=1, depths=(1, 4))
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
 
 
@@ -187,7 +187,7 @@ def test_parameters_that_the_last_step_ruined_count_as_divergence(small_data, tm
 
 def test_search_gives_every_method_the_same_trials_and_prefers_what_does_not_diverge(tmp_path):
     experiment = experiments.EXPERIMENTS["beale"]
-    budget = experiments.Budget(search_steps=50)
+    budget = experiments.Budget(steps=50)
     for method, estimator in experiments.METHODS.items():
         trainer = train.Trainer(experiment, estimator, None)
         trials = []

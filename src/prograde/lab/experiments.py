@@ -32,15 +32,13 @@ METHOD_TITLES = {
 class Budget:
     """How much is run.
 
-    **Fields:** `steps` of training a run; `points` on its curve, where it is evaluated and can be resumed;
-    `search_steps` a candidate of the learning-rate search (0: no search); `seeds` a method and setting; `eval_examples`
-    of the training and of the test part that a point is evaluated on; `timing_rounds` in which every method is
-    timed once; `depths` of the depth experiment.
+    **Fields:** `steps` of training a run, and of each trial of the learning-rate search; `points` on its curve, where it
+    is evaluated and can be resumed; `seeds` a method and setting; `eval_examples` of the training and of the test part
+    that a point is evaluated on; `timing_rounds` in which every method is timed once; `depths` of the depth experiment.
     """
 
     steps: int = 0
     points: int = 20
-    search_steps: int = 0
     seeds: int = 1
     eval_examples: int = 10_000
     timing_rounds: int = 20
@@ -82,7 +80,7 @@ class Experiment:
         return self.full if full else self.quick
 
 
-_SURFACE = Budget(steps=1000, points=10, search_steps=1000, seeds=5, timing_rounds=10)
+_SURFACE = Budget(steps=1000, points=10, seeds=5, timing_rounds=10)
 
 EXPERIMENTS: dict[str, Experiment] = {
     e.name: e
@@ -94,7 +92,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             (0.01,),
             Reported(),
             quick=_SURFACE,
-            full=Budget(steps=1000, points=10, search_steps=1000, seeds=10, timing_rounds=10),
+            full=Budget(steps=1000, points=10, seeds=10, timing_rounds=10),
         ),
         Experiment(
             "rosenbrock",
@@ -102,8 +100,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             models.ROSENBROCK,
             (5e-4,),
             Reported(),
-            quick=Budget(steps=2000, points=10, search_steps=2000, seeds=5, timing_rounds=10),
-            full=Budget(steps=25_000, points=50, search_steps=5000, seeds=10, timing_rounds=10),
+            quick=Budget(steps=2000, points=10, seeds=5, timing_rounds=10),
+            full=Budget(steps=25_000, points=50, seeds=10, timing_rounds=10),
         ),
         Experiment(
             "logreg",
@@ -111,8 +109,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             models.logreg,
             (1e-4,),
             Reported(2.435, 4.389, (0.553,)),
-            quick=Budget(steps=2000, points=20, search_steps=500, seeds=3, timing_rounds=10),
-            full=Budget(steps=28_000, points=56, search_steps=7000, seeds=3, timing_rounds=60),
+            quick=Budget(steps=2000, points=20, seeds=3, timing_rounds=10),
+            full=Budget(steps=25_000, points=50, seeds=3, timing_rounds=60),
         ),
         Experiment(
             "mlp",
@@ -120,8 +118,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             models.mlp,
             (2e-4, 2e-5),
             Reported(2.468, 4.165, (0.211, 0.40)),
-            quick=Budget(steps=240, points=8, search_steps=80, seeds=2, timing_rounds=5),
-            full=Budget(steps=4200, points=28, search_steps=1000, seeds=3, timing_rounds=40),
+            quick=Budget(steps=240, points=8, seeds=2, timing_rounds=5),
+            full=Budget(steps=3000, points=20, seeds=3, timing_rounds=40),
         ),
         Experiment(
             "cnn",
@@ -129,8 +127,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             models.cnn,
             (2e-4,),
             Reported(1.434, 2.211, (0.514,)),
-            quick=Budget(steps=32, points=4, search_steps=16, seeds=1, eval_examples=200, timing_rounds=3),
-            full=Budget(steps=480, points=12, search_steps=100, seeds=3, eval_examples=1000, timing_rounds=20),
+            quick=Budget(steps=32, points=4, seeds=1, eval_examples=200, timing_rounds=3),
+            full=Budget(steps=300, points=10, seeds=3, eval_examples=1000, timing_rounds=20),
             in_scan=False,
         ),
         Experiment(

@@ -51,7 +51,7 @@ def _run_training(
         name: cost["seconds"]["median"] for name, cost in records.read_json(directory / "costs.json").items()
     }
     trials = len(SEARCH_GRID) + 2
-    search_seconds = sum(step_seconds[name] for name in METHODS) * budget.search_steps * trials
+    search_seconds = sum(step_seconds[name] for name in METHODS) * budget.steps * trials
     begun = [time.monotonic()]
 
     def steps_per_second(steps: float) -> str:
@@ -62,7 +62,7 @@ def _run_training(
     def on_trial(method: str, number: int, trial: dict[str, Any]) -> None:
         loss = "diverged" if trial["loss"] is None else f"loss {trial['loss']:.4g}"
         facts = f"{method}, trial {number} of {trials}, rate {trial['learning_rate']:.2g}, {loss}"
-        display.advance(budget.search_steps * step_seconds[method], f"{facts}, {steps_per_second(budget.search_steps)}")
+        display.advance(budget.steps * step_seconds[method], f"{facts}, {steps_per_second(budget.steps)}")
 
     with display.stage(f"{title}: learning rates", search_seconds):
         tuned = {name: search(trainers[name], name, budget, directory, on_trial) for name in METHODS}

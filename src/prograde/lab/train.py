@@ -232,13 +232,13 @@ def _measure(trainer: Trainer, params: PyTree, budget: Budget) -> dict[str, floa
 def search(
     trainer: Trainer, method: str, budget: Budget, directory: Path, on_trial: Callable[[str, int, dict[str, Any]], None]
 ) -> float:
-    """The learning rate of least loss after `budget.search_steps`: the same budget for every method.
+    """The learning rate of least loss after `budget.steps`, the length of a run: the same budget for every method.
 
-    A grid over five decades, then two more candidates half a decade to either side of its best. Networks are judged on
+    Shorter trials would choose rates that diverge later: a forward gradient goes wrong by chance, and late. A grid over five decades, then two more candidates half a decade to either side of its best. Networks are judged on
     the validation part, by one seed; test functions by the mean of five seeds. A trial that diverges loses.
     """
     path = directory / "search" / f"{method}.json"
-    found: dict[str, Any] = records.read_json(path) if path.exists() else {"steps": budget.search_steps, "trials": []}
+    found: dict[str, Any] = records.read_json(path) if path.exists() else {"steps": budget.steps, "trials": []}
     trials: list[dict[str, Any]] = found["trials"]
 
     def best() -> float:
@@ -262,9 +262,9 @@ def _trial(trainer: Trainer, learning_rate: float, budget: Budget) -> float | No
     finals = []
     for seed in range(_SEARCH_SEED, _SEARCH_SEED + (5 if trainer.surface is not None else 1)):
         carry = trainer.start(seed)
-        chunk = math.ceil(budget.search_steps / 4)  # so that divergence ends a trial early
-        for first in range(0, budget.search_steps, chunk):
-            rows = trainer.rows(seed, first, min(chunk, budget.search_steps - first))
+        chunk = math.ceil(budget.steps / 8)  # so that divergence ends a trial early
+        for first in range(0, budget.steps, chunk):
+            rows = trainer.rows(seed, first, min(chunk, budget.steps - first))
             carry, losses, _ = trainer.steps(carry, learning_rate, seed, rows)
             if not np.isfinite(np.asarray(losses)).all():
                 break
