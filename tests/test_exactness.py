@@ -138,6 +138,79 @@ def test_weight_on_either_side_and_both(key):
     close(result.grads, grads, TOLERANCE["float32"])
 
 
+@jax.custom_jvp
+def straight_through(w):
+    return jnp.sign(w)
+
+
+straight_through.defjvp(lambda primals, tangents: (straight_through(primals[0]), tangents[0]))
+
+ON_THE_WEIGHT_ITSELF = {
+    "relu": lambda w, x: jnp.sum(x @ jax.nn.relu(w)),
+    "softplus": lambda w, x: jnp.sum(jax.nn.softplus(w) ** 2),
+    "logaddexp": lambda w, x: jnp.sum(jnp.logaddexp(w, 0.0)),
+    "slogdet": lambda w, x: jnp.linalg.slogdet(w)[1],
+    "det": lambda w, x: jnp.linalg.det(w),
+    "solve": lambda w, x: jnp.sum(jnp.linalg.solve(w, x.T)),
+    "straight through": lambda w, x: jnp.sum(x @ straight_through(w)),
+    "softplus in scan": lambda w, x: jnp.sum(
+        jax.lax.scan(lambda h, _: (jnp.tanh(h @ jax.nn.softplus(w)), None), x, None, 3)[0]
+    ),
+    "carried by scan": lambda w, x: jnp.sum(x @ jax.lax.scan(lambda c, _: (0.9 * c + 0.1 * c**2, None), w, None, 3)[0]),
+    "carried unchanged": lambda w, x: jnp.sum(
+        jax.lax.scan(lambda c, _: ((c[0] @ c[1], c[1]), None), (x, w), None, 3)[0][0]
+    ),
+    "fori_loop": lambda w, x: jnp.sum(x @ jax.lax.fori_loop(0, 3, lambda i, c: jnp.sin(c), w)),
+    "while_loop": lambda w, x: jnp.sum(x @ jax.lax.while_loop(lambda c: jnp.sum(c**2) > 9, lambda c: 0.8 * c, w)),
+    "cond": lambda w, x: jnp.sum((x @ jax.lax.cond(x[0, 0] > 0, lambda w: w, lambda w: 2 * w, w)) ** 2),
+    "switch": lambda w, x: jnp.sum(jax.lax.switch(1, [lambda w: x @ w, lambda w: x @ jnp.sin(w)], w)),
+    "checkpoint": lambda w, x: jnp.sum(jax.checkpoint(lambda w: jnp.tanh(x @ w))(w)),
+    "custom_jvp of product": lambda w, x: jnp.sum(jax.nn.silu(jax.nn.relu(x @ w))),
+}
+
+
+@pytest.mark.parametrize("use", ON_THE_WEIGHT_ITSELF)
+@pytest.mark.parametrize("jit", [False, True])
+def test_whatever_is_done_to_a_weight_its_tangent_arrives(use, jit, key):
+    k = jax.random.split(jax.random.fold_in(key, 17))
+    w, x = jax.random.normal(k[0], (5, 5)), jax.random.normal(k[1], (3, 5))
+    loss = ON_THE_WEIGHT_ITSELF[use]
+    estimate = lambda w, x: pg.WeightPerturbation(pg.LowRank(1)).estimate(loss, key, None, w, x).directional
+    expected = slow_twin(loss, w, (x,), [dense(pg.LowRank(1).sample(key, w))])[1]
+    assert np.abs(expected).max() > 1e-3
+    close((jax.jit(estimate) if jit else estimate)(w, x), expected, 1e-3)
+
+
+@pytest.mark.parametrize("distribution", [pg.Normal(), pg.LowRank(1), pg.LowRank(2)], ids=repr)
+def test_directional_derivatives_can_be_differentiated_again(distribution, key):
+    """Reverse mode over the estimate: the gradient of the directional derivative by the input, and by the weight."""
+    k = jax.random.split(jax.random.fold_in(key, 17))
+    w, x = jax.random.normal(k[0], (5, 4)), jax.random.normal(k[1], (3, 5))
+    loss = lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 3)
+    tangent = dense(distribution.sample(key, w))
+    slope = lambda w, x: jax.jvp(lambda w: loss(w, x), (w,), (tangent,))[1]
+    estimate = lambda w, x: pg.WeightPerturbation(distribution).estimate(loss, key, None, w, x).directional[0]
+    close(jax.grad(estimate, (0, 1))(w, x), jax.grad(slope, (0, 1))(w, x), 1e-3)
+
+
+def test_chunks_of_bfloat16_lose_nothing(key):
+    """One parameter and Rademacher tangents: the estimate is 1 exactly, in however many chunks."""
+    for chunk in (None, 1, 300):
+        estimator = pg.WeightPerturbation(pg.Rademacher(), num_tangents=2048, chunk=chunk)
+        assert estimator.estimate(lambda w: w, key, None, jnp.ones((), jnp.bfloat16)).grads == 1
+
+
+def test_an_empty_stack_of_weights(key):
+    params = {"w": jnp.ones((8, 8)), "none": jnp.zeros((0, 8, 8))}
+    loss = lambda p: jnp.sum(p["w"]) + jnp.sum(p["none"])
+    assert pg.WeightPerturbation(pg.LowRank(1)).estimate(loss, key, None, params).grads["none"].shape == (0, 8, 8)
+
+
+def test_inject_refuses_another_shape():
+    with pytest.raises(ValueError, match=r"shape \(2,\).*shape \(3, 2\)"):
+        pg.inject(0.0, jnp.zeros((3, 2)), jnp.zeros(2))
+
+
 def test_low_rank_tangent_is_not_formed(key):
     """The compiled step holds no array of the size of the matrix but the matrix itself and its update."""
     n = 512

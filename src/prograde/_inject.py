@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 
@@ -31,9 +30,12 @@ def inject(s: Float[Array, ""], z: Float[Array, "*shape"], direction: Float[Arra
 
     - `s`: the scalar that the program is differentiated by. Its value is not used, only its tangent.
     - `z`: the value to perturb, of any shape and a real floating dtype.
-    - `direction`: the perturbation, of the shape of `z`. It is a constant: no derivative flows through it.
+    - `direction`: the perturbation, of the shape of `z`. As s is 0, the change of
+      the direction itself has no part in the derivative by s.
 
     **Returns:** `z`, unchanged.
+
+    **Errors:** `ValueError` for a direction of another shape.
 
     **Cost:** nothing in the primal; one multiply-add per element of `z` in the tangent.
 
@@ -49,4 +51,9 @@ def inject(s: Float[Array, ""], z: Float[Array, "*shape"], direction: Float[Arra
         >>> float(value), float(directional)          # |w|^2  and  2 w . v
         (5.0, 2.0)
     """
-    return _inject(jnp.asarray(s), z, lax.stop_gradient(direction))
+    if jnp.shape(direction) != jnp.shape(z):
+        raise ValueError(
+            f"direction has shape {jnp.shape(direction)}, but the value it perturbs, z, has shape {jnp.shape(z)}. "
+            "Give it the shape of z."
+        )
+    return _inject(jnp.asarray(s), z, direction)

@@ -14,8 +14,11 @@ import jax
 import jax.numpy as jnp
 import quax
 from jax import lax
+from jax._src.core import set_current_trace
 from jax.core import ShapedArray
 from jaxtyping import Array, ArrayLike, Float, PyTree
+from quax._compat import unpack_scan_args
+from quax._trace import _QuaxTrace
 
 from prograde._inject import inject
 
@@ -57,6 +60,8 @@ class LowRankPerturbed(quax.ArrayValue):
         return ShapedArray(self.weight.shape, self.weight.dtype)
 
     def materialise(self) -> Array:
+        if self.weight.size == 0:
+            return self.weight
         return inject(self.s[(0,) * self.s.ndim], self.weight, LowRankTangent(self.a, self.b).dense())
 
 
@@ -87,16 +92,18 @@ def directional_derivative(
     return jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),), has_aux=True)
 
 
-def weighted_sum(tangents: PyTree[Tangent], coefficients: Float[Array, " k"], like: PyTree[Array]) -> PyTree[Array]:
-    """sum_k c_k v_k for tangents with a leading axis k, in the dtypes of `like`."""
+def weighted_sum(tangents: PyTree[Tangent], coefficients: Float[Array, " k"]) -> PyTree[Array]:
+    """sum_k c_k v_k for tangents with a leading axis k, in the dtype of the coefficients or the tangents', the wider."""
 
-    def leaf(v: Tangent, w: Array) -> Array:
+    def leaf(v: Tangent) -> Array:
+        c = coefficients.astype(
+            jnp.promote_types(coefficients.dtype, v.a.dtype if isinstance(v, LowRankTangent) else v.dtype)
+        )
         if isinstance(v, LowRankTangent):
-            return v.weighted_sum(coefficients).astype(w.dtype)
-        scale = coefficients.reshape((-1,) + (1,) * (v.ndim - 1))
-        return jnp.sum(scale * v.astype(coefficients.dtype), axis=0).astype(w.dtype)
+            return v.weighted_sum(c)
+        return jnp.sum(c.reshape((-1,) + (1,) * (v.ndim - 1)) * v.astype(c.dtype), axis=0)
 
-    return jax.tree.map(leaf, tangents, like, is_leaf=_is_structured)
+    return jax.tree.map(leaf, tangents, is_leaf=_is_structured)
 
 
 def _apply_factors(x: Array, contract_x: tuple[int, ...], inner: Array, outer: Array, weight_first: bool) -> Array:
@@ -123,7 +130,7 @@ def _(x: ArrayLike, p: LowRankPerturbed, *, dimension_numbers, **kwargs):
         return lax.dot_general(x, p.materialise(), dimension_numbers, **kwargs)
     inner, outer = (p.a, p.b) if contract_p[0] == 0 else (p.b, p.a)
     z = lax.dot_general(x, p.weight, dimension_numbers, **kwargs)
-    direction = _apply_factors(lax.stop_gradient(jnp.asarray(x)), contract_x, inner, outer, weight_first=False)
+    direction = _apply_factors(jnp.asarray(x), contract_x, inner, outer, weight_first=False)
     return inject(p.s, z, direction)
 
 
@@ -134,7 +141,7 @@ def _(p: LowRankPerturbed, x: ArrayLike, *, dimension_numbers, **kwargs):
         return lax.dot_general(p.materialise(), x, dimension_numbers, **kwargs)
     inner, outer = (p.a, p.b) if contract_p[0] == 0 else (p.b, p.a)
     z = lax.dot_general(p.weight, x, dimension_numbers, **kwargs)
-    direction = _apply_factors(lax.stop_gradient(jnp.asarray(x)), contract_x, inner, outer, weight_first=True)
+    direction = _apply_factors(jnp.asarray(x), contract_x, inner, outer, weight_first=True)
     return inject(p.s, z, direction)
 
 
@@ -150,3 +157,42 @@ def _(p: LowRankPerturbed, *, permutation):
     if p.weight.ndim == 2 and tuple(permutation) == (1, 0):
         return LowRankPerturbed(p.weight.T, p.b, p.a, p.s)
     return lax.transpose(p.materialise(), permutation)
+
+
+def _materialise_where_quax_differentiates_or_carries(trace: type) -> None:
+    """Makes perturbed weights dense where Quax would take them apart.
+
+    - A custom JVP rule gets the tangents of a value's fields as if they were a value of its own. The tangent of a b^T is not
+      that of its fields, so a rule applied to a weight itself (`softplus(w)`) would lose it.
+    - What a loop carries, or the branches of a `cond` return, must not change its kind; a weight does with its first update.
+
+    Quax has no hook for either, so its trace is extended here; other users' Quax values pass through as before.
+    """
+
+    def dense(self: Any, tracer: Any) -> Any:
+        value = self.to_value(tracer)
+        if not isinstance(value, LowRankPerturbed):
+            return tracer
+        with set_current_trace(self.parent_trace):
+            return value.materialise()
+
+    custom_jvp, primitive_rule = trace.process_custom_jvp_call, trace.process_primitive
+
+    def process_custom_jvp_call(self: Any, primitive: Any, fun: Any, jvp: Any, tracers: Any, **kwargs: Any) -> Any:
+        return custom_jvp(self, primitive, fun, jvp, [dense(self, t) for t in tracers], **kwargs)
+
+    def process_primitive(self: Any, primitive: Any, tracers: Any, params: dict[str, Any]) -> Any:
+        if primitive is lax.cond_p:
+            tracers = [dense(self, t) for t in tracers]
+        elif primitive is lax.while_p:
+            num_consts = params["cond_nconsts"] + params["body_nconsts"]
+            tracers = [*tracers[:num_consts], *(dense(self, t) for t in tracers[num_consts:])]
+        elif primitive is lax.scan_p:
+            consts, carry, xs = unpack_scan_args(tracers, params)
+            tracers = [*consts, *(dense(self, t) for t in carry), *xs]
+        return primitive_rule(self, primitive, tracers, params)
+
+    trace.process_custom_jvp_call, trace.process_primitive = process_custom_jvp_call, process_primitive
+
+
+_materialise_where_quax_differentiates_or_carries(_QuaxTrace)

@@ -1,5 +1,6 @@
 """The drop-in for `jax.value_and_grad`."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ def value_and_grad(
             f"estimator={estimator!r}, but an instance of an estimator is needed, such as "
             "WeightPerturbation(LowRank(rank=1)) or Backprop()."
         )
-    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    single = not isinstance(argnums, Sequence)
+    positions = tuple(operator.index(position) for position in ((argnums,) if single else argnums))
 
     def value_and_grad_fun(key: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         for position in positions:
@@ -72,12 +74,12 @@ def value_and_grad(
                 )
         wanted = [position % len(args) for position in positions]
         # a single argument is passed as it is, so that its tangents are those of `estimator.estimate`
-        params = args[wanted[0]] if isinstance(argnums, int) else tuple(args[position] for position in wanted)
+        params = args[wanted[0]] if single else tuple(args[position] for position in wanted)
         others = tuple(None if i in wanted else arg for i, arg in enumerate(args))
 
         def of_params(params: Any, *others: Any) -> Any:
             complete = list(others)
-            for position, arg in zip(wanted, (params,) if isinstance(argnums, int) else params, strict=True):
+            for position, arg in zip(wanted, (params,) if single else params, strict=True):
                 complete[position] = arg
             return fun(*complete, **kwargs)
 

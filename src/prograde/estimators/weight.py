@@ -86,7 +86,7 @@ class WeightPerturbation(Estimator):
             mean = directional.reshape(size, -1).mean(axis=1)
             # the last chunk may run over the number of tangents: what is over counts nothing
             coefficients = jnp.where(indices < self.num_tangents, mean / self.num_tangents, 0)
-            return jnp.mean(value), aux, directional, weighted_sum(tangents, coefficients, floats)
+            return jnp.mean(value), aux, directional, weighted_sum(tangents, coefficients)
 
         indices = jnp.arange(num_chunks * size).reshape(num_chunks, size)
         if num_chunks == 1:
@@ -101,4 +101,5 @@ class WeightPerturbation(Estimator):
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (like[0], like[1], like[3]))
             (value, aux, grads), directional = lax.scan(add_chunk, zeros, indices)
             directional = directional.reshape(num_chunks * size, *directional.shape[2:])[: self.num_tangents]
+        grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, floats)
         return Estimate(value, unpack(aux), grads, directional, state)
