@@ -233,7 +233,19 @@ def test_time_ratio_follows_from_steps_and_measured_costs():
     fails = run("low-rank", [3.0, 2.0, 0.6, 0.51])
     assert summary._outcome("low-rank", "paper", [reaches], [backprop], figures).time_ratio == pytest.approx(1.0)
     outcome = summary._outcome("low-rank", "paper", [fails], [backprop], figures)
-    assert (outcome.time_ratio, outcome.reached, outcome.finished) == (None, 0, 1)
+    assert (outcome.time_ratio, outcome.time_bound, outcome.reached, outcome.compared) == (
+        None,
+        pytest.approx(1.0),
+        0,
+        1,
+    )
+    # two seeds, one of which does not reach it: the worse counts
+    twice = [[{**run[0], "seed": seed}, *run[1:]] for seed, run in enumerate((reaches, fails))]
+    references = [[{**backprop[0], "seed": seed}, *backprop[1:]] for seed in (0, 1)]
+    assert summary._outcome("low-rank", "paper", twice, references, figures).time_ratio is None
+    # no verdict without a reference: backprop has not run, or never got better than its start
+    for reference in ([], [run("backprop", [1.0, 2.0])]):
+        assert summary._outcome("low-rank", "paper", [reaches], reference, figures).compared == 0
 
 
 # the command line, as a person uses it

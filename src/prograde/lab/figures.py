@@ -35,6 +35,9 @@ _RC: Any = {
 }
 
 
+_DRAWN_PATHS = 5  # trajectories of a method on one plane
+
+
 def _style(method: str, *, marker: bool = False) -> dict[str, Any]:
     style = dict(STYLE[method])
     return style if marker else {k: v for k, v in style.items() if k != "marker"}
@@ -73,18 +76,22 @@ def _points(run: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _band(axes: Any, outcome: Outcome, x_of: Any, key: str) -> None:
-    """Mean over seeds, with a band from the least to the greatest, at the points that all seeds have."""
-    runs = [_points(run) for run in outcome.runs]
-    length = min(map(len, runs))
-    if length == 0:
-        return
-    values = np.array([[p[key] for p in run[:length]] for run in runs])
-    x = x_of(np.array([p["step"] for p in runs[0][:length]]))
-    axes.plot(x, values.mean(0), **_style(outcome.method), linewidth=1.6)
-    if len(runs) > 1:
-        axes.fill_between(
-            x, values.min(0), values.max(0), color=STYLE[outcome.method]["color"], alpha=0.15, linewidth=0
-        )
+    """Mean over seeds with a band from the least to the greatest, at each step over the seeds that got there."""
+    values: dict[int, list[float]] = {}
+    for run in outcome.runs:
+        for point in _points(run):
+            if point.get(key) is not None:
+                values.setdefault(point["step"], []).append(point[key])
+    steps = sorted(values)
+    x = x_of(np.array(steps))
+    axes.plot(x, [np.mean(values[t]) for t in steps], **_style(outcome.method), linewidth=1.6)
+    low, high = [min(values[t]) for t in steps], [max(values[t]) for t in steps]
+    axes.fill_between(x, low, high, color=STYLE[outcome.method]["color"], alpha=0.15, linewidth=0)
+    for _, step in outcome.diverged:  # a cross where a seed diverged
+        before = max((t for t in steps if t <= step), default=None)
+        if before is not None:
+            y = values[before][0] if len(values[before]) == 1 else float(np.mean(values[before]))
+            axes.plot(x_of(np.array([before])), [y], marker="x", color=STYLE[outcome.method]["color"])
 
 
 def _curves(summary: Summary) -> Figure:
@@ -128,22 +135,20 @@ def _trajectories(summary: Summary, surface: Surface) -> Figure:
         for outcome in (o for o in summary.outcomes if o.setting == setting):
             # on a function without matrices a rank-one tangent is a vector of signs
             label = {"label": "forward gradient (signs)"} if outcome.method == "low-rank" else {}
-            curves = []
-            for run in outcome.runs[:5]:
-                visited = [surface.start, *(v for p in _points(run) for v in p.get("visited", ()))]
-                losses = [v for p in _points(run) for v in p.get("losses", ())]
-                path = np.array(visited)
-                style = _style(outcome.method) | label | {"linewidth": 0.9, "alpha": 0.8}
-                plane.plot(path[:, 0], path[:, 1], **style)
-                curves.append(losses)
-            length = min(map(len, curves))
-            if length:
-                values = np.maximum(np.array([c[:length] for c in curves]), 1e-30)
-                steps = (1 + np.arange(length)) * _points(outcome.runs[0])[1]["every"]
-                style = _style(outcome.method) | label
-                loss.plot(steps, np.median(values, 0), **style, linewidth=1.4)
-                colour = STYLE[outcome.method]["color"]
-                loss.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+            style = _style(outcome.method) | label
+            curves: dict[int, list[float]] = {}
+            for i, run in enumerate(outcome.runs):
+                points = _points(run)[1:]
+                if i < _DRAWN_PATHS:
+                    path = np.array([surface.start, *(v for p in points for v in p["visited"])])
+                    plane.plot(path[:, 0], path[:, 1], **style | {"linewidth": 0.9, "alpha": 0.8})
+                losses = [(p["every"], v) for p in points for v in p["losses"]]
+                for j, (every, v) in enumerate(losses):
+                    curves.setdefault((1 + j) * every, []).append(max(v, 1e-30))
+            steps = sorted(curves)
+            loss.plot(steps, [np.median(curves[t]) for t in steps], **style, linewidth=1.4)
+            low, high = [min(curves[t]) for t in steps], [max(curves[t]) for t in steps]
+            loss.fill_between(steps, low, high, color=STYLE[outcome.method]["color"], alpha=0.15, linewidth=0)
         plane.plot(*surface.start, "o", color="black", markersize=5)
         plane.annotate("start", surface.start, xytext=(5, 5), textcoords="offset points")
         plane.plot(*surface.minimum, "*", color="black", markersize=10)

@@ -22,7 +22,8 @@ _INTRODUCTION = (
 _TERMS = """R is the time of a full training step over that of a bare forward pass on the same batches: all methods take turns
 in one run, and R is the median of the rounds' ratios. T is the time a method takes to reach the best held-out loss of backprop,
 over the time backprop takes, both at the same setting; time is steps times the measured median cost of a step, T is the
-median over the seeds, and “not reached” means that the median seed does not get there within the run. “paper” is the paper's
+median over the seeds; “> x” means that the median seed does not get there in a run of x times backprop's time (all methods run
+for the same number of steps). “paper” is the paper's
 learning rate, the same for all methods; “tuned” is a rate found for each method by a search of the same budget. Held-out is
 the data's test part; the search uses a validation part taken from the training data. All runs are plain SGD with the rate
 eta_0 exp(-1e-4 t). Losses are means over seeds, with the least and the greatest."""
@@ -52,10 +53,12 @@ def _mebibytes(value: int | None) -> str:
 def _ratio(outcome: Outcome) -> str:
     if outcome.method == "backprop":
         return "1"
-    if outcome.time_ratio is None:
-        return "not reached" if outcome.finished else "–"
-    seeds = "" if outcome.reached == outcome.finished else f" ({outcome.reached} of {outcome.finished} seeds)"
-    return f"{outcome.time_ratio:.2f}{seeds}"
+    if not outcome.compared:
+        return "–"
+    seeds = f" ({outcome.reached} of {outcome.compared} seeds)" if outcome.reached < outcome.compared else ""
+    if outcome.time_ratio is not None:
+        return f"{outcome.time_ratio:.2f}{seeds}"
+    return f"> {outcome.time_bound:.2f}{seeds}" if outcome.time_bound is not None else f"diverged{seeds}"
 
 
 def _reported_ratio(experiment: Experiment, outcome: Outcome) -> str:
@@ -176,13 +179,35 @@ def _conclusion(summary: Summary) -> str:
             f"the rank-one step takes {share['low-rank']}."
         )
     for o in summary.outcomes:
-        here = "backprop's best loss was not reached" if o.time_ratio is None else f"T is {o.time_ratio:.2f}"
-        if (claim := _reported_ratio(summary.experiment, o)) and o.finished:
-            verdict = "agrees" if o.time_ratio is not None and o.time_ratio < 1 else "disagrees"
-            said.append(f"At rate {o.learning_rate:g} (reported T {claim}), {here}: this {verdict} with a T below 1.")
-        if o.setting == "tuned" and o.method != "backprop" and o.finished:
-            said.append(f"With both tuned, {o.method}: {here}.")
+        claim = _reported_ratio(summary.experiment, o)
+        if claim and o.compared:
+            said.append(f"At rate {o.learning_rate:g} (reported T {claim}), {_reached(o)}: {_verdict(o)}.")
+        elif o.setting == "tuned" and o.method != "backprop" and o.compared:
+            said.append(f"With both tuned, {o.method}: {_reached(o)}.")
+        if o.diverged:
+            said.append(_divergence(o))
     return " ".join(said)
+
+
+def _reached(o: Outcome) -> str:
+    if o.time_ratio is not None:
+        return f"T is {o.time_ratio:.2f}"
+    if o.time_bound is not None:
+        return f"backprop's best loss was not reached in a run of {o.time_bound:.2f} times backprop's time"
+    return "backprop's best loss was not reached before the run diverged"
+
+
+def _verdict(o: Outcome) -> str:
+    if o.time_ratio is not None:
+        return "this agrees with a T below 1" if o.time_ratio < 1 else "this disagrees with a T below 1"
+    if o.time_bound is not None and o.time_bound < 1:
+        return "this does not decide whether T is below 1"
+    return "this disagrees with a T below 1"
+
+
+def _divergence(o: Outcome) -> str:
+    first = min(step for _, step in o.diverged)
+    return f"{o.method} at its {o.setting} rate diverged in {len(o.diverged)} of {o.finished} seeds, first at step {first}."
 
 
 def _surface_conclusion(summary: Summary) -> str:
@@ -195,6 +220,7 @@ def _surface_conclusion(summary: Summary) -> str:
                 f"At the {setting} rate, forward gradients end at f = {forward.mean:.2g} (mean of {forward.n}; "
                 f"{forward.low:.2g} to {forward.high:.2g}), gradient descent at {backprop.mean:.2g}."
             )
+    said += [_divergence(o) for o in summary.outcomes if o.diverged]
     return " ".join(said)
 
 
@@ -208,7 +234,15 @@ def _depth_conclusion(summary: Summary) -> str:
     def temp(method: str, depth: int) -> str:
         return _mebibytes(summary.depths[depth]["memory"][method]["temp_bytes"])
 
+    def range_of(method: str) -> str:
+        found = [summary.depths[d]["costs"][method]["ratio"]["median"] for d in summary.depths]
+        return f"{min(found):.1f} to {max(found):.1f}"
+
+    low_rank = [ratio("low-rank", d) for d in summary.depths]
     return (
+        f"Reported: {summary.experiment.reported.note}. Here R_f of the paper's estimator is {range_of('forward')}, R_b is "
+        f"{range_of('backprop')}, and R of the rank-one tangent {range_of('low-rank')}, {min(low_rank):.2f} to {max(low_rank):.2f} of "
+        f"R_b. "
         f"The paper's estimator takes {ratio('forward', least):.1f} times as long as backprop at {least} layers and "
         f"{ratio('forward', most):.1f} times at {most}; the rank-one tangent {ratio('low-rank', least):.2f} and "
         f"{ratio('low-rank', most):.2f} times. From {least} to {most} layers the temporary memory of a rank-one step goes from "
@@ -302,19 +336,24 @@ def write_markdown(directories: list[Path], page: Path) -> None:
 
 def _made_on(summary: Summary) -> str:
     """Where the numbers come from, in a sentence."""
-    environment, config = summary.manifest["environments"][0], summary.manifest["config"]
+    config = summary.manifest["config"]
+    places = []
+    for e in summary.manifest["environments"]:
+        dirty = " with local changes" if e["git_dirty"] else ""
+        commit = f"commit {(e['git_commit'] or 'unknown')[:10]}{dirty}"
+        places.append(
+            f"{e['processor']}, {e['cores']} cores, jax {e['versions']['jax']}, {commit}, {e['started'][:10]}"
+        )
     data = f" Data: {config['data']['name']}." if config.get("data") else ""
-    dirty = " with local changes" if environment["git_dirty"] else ""
-    trials = [
-        f"{method} {found['best']:.2g} of {len(found['trials'])} trials of {found['steps']} steps"
-        for method, found in summary.searches.items()
-        if "best" in found
-    ]
+    flags = summary.manifest["environments"][0]["xla_flags"]
+    flags = f" XLA_FLAGS: {flags}." if flags else ""
+    trials = []
+    for method, found in summary.searches.items():
+        rates = [trial["learning_rate"] for trial in found["trials"]]
+        edge = " (the edge of the search)" if found["best"] in (min(rates), max(rates)) else ""
+        trials.append(f"{method} {found['best']:.2g}{edge} of {len(rates)} trials of {found['steps']} steps")
     search = f" Rates found: {'; '.join(trials)}." if trials else ""
-    return (
-        f"Made on {environment['processor']}, {environment['cores']} cores, jax {environment['versions']['jax']}, "
-        f"commit {(environment['git_commit'] or 'unknown')[:10]}{dirty}, {environment['started'][:10]}.{data}{search}"
-    )
+    return f"Made on {'; then on '.join(dict.fromkeys(places))}.{data}{flags}{search}"
 
 
 _PAGE = """<!doctype html>

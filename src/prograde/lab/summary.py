@@ -23,10 +23,12 @@ class Spread:
 class Outcome:
     """What a method reached at a setting.
 
-    `final_loss`, `final_accuracy`: held-out, over the seeds that ended; `diverged`: (seed, step) of those that did not;
-    `time_ratio`: time to backprop's best held-out loss over backprop's time to it, the median over seeds (`None` when the
-    median seed does not reach it), where time is steps times the interleaved median cost of a step; `reached`: how many
-    seeds reach it.
+    `final_loss`, `final_accuracy`: held-out, over the seeds that completed; `diverged`: (seed, step) of those that did not;
+    `finished`: how many seeds ended in either way. `time_ratio`: time to backprop's best held-out loss over backprop's
+    time to it, the median over the seeds, where time is steps times the interleaved median cost of a step; `None` where
+    the median seed does not reach it. `time_bound`: what T exceeds in that case, the time of the whole run over backprop's
+    (`None` when the seed diverged, and so never will). `reached` of `compared` seeds reach it; `compared` is 0 where
+    backprop has not run, or never got better than its start.
     """
 
     method: str
@@ -38,7 +40,9 @@ class Outcome:
     diverged: list[tuple[int, int]]
     finished: int
     time_ratio: float | None
+    time_bound: float | None
     reached: int
+    compared: int
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,9 @@ def find(directories: list[Path]) -> list[Summary]:
     found = []
     for directory in directories:
         manifests = [directory / records.MANIFEST, *sorted(directory.glob(f"*/{records.MANIFEST}"))]
+        if not any(path.exists() for path in manifests):
+            raise records.RecordError(f"{directory}: no records here (no {records.MANIFEST}).")
         found += [summarise(path.parent) for path in manifests if path.exists()]
-    if not found:
-        raise records.RecordError(f"{', '.join(map(str, directories))}: no records here (no {records.MANIFEST}).")
     return sorted(found, key=lambda s: list(EXPERIMENTS).index(s.experiment.name))
 
 
@@ -102,7 +106,7 @@ def summarise(directory: Path) -> Summary:
 
 
 def _points(run: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [line for line in run if line["kind"] == "point"]
+    return [line for line in run if line["kind"] == "point" and line.get("test_loss") is not None]
 
 
 def _spread(values: list[float]) -> Spread | None:
@@ -113,13 +117,13 @@ def _outcome(method: str, setting: str, runs: list, backprop_runs: list, costs: 
     ended = [run for run in runs if run[-1]["kind"] == "end"]
     completed = [run for run in ended if run[-1]["status"] == "completed"]
     finals = [_points(run)[-1] for run in completed]
-    ratios = []
+    times = []
     if costs and method != "backprop":
-        by_seed = {run[0]["seed"]: run for run in backprop_runs if run[-1]["kind"] == "end"}
-        ratios = [
-            _time_ratio(run, by_seed[run[0]["seed"]], method, costs) for run in ended if run[0]["seed"] in by_seed
-        ]
-    median = statistics.median_low(ratios) if ratios else float("inf")
+        references = {run[0]["seed"]: run for run in backprop_runs if run[-1]["kind"] == "end"}
+        pairs = [(run, references[run[0]["seed"]]) for run in ended if run[0]["seed"] in references]
+        times = sorted(filter(None, (_time_ratio(run, reference, method, costs) for run, reference in pairs)))
+    # (0, T) of a seed that reaches it, (1, bound) of one that does not, (2, 0) of one that diverged: in this order
+    kind, value = times[len(times) // 2] if times else (2, 0.0)
     return Outcome(
         method,
         setting,
@@ -129,15 +133,23 @@ def _outcome(method: str, setting: str, runs: list, backprop_runs: list, costs: 
         _spread([p["test_accuracy"] for p in finals if "test_accuracy" in p]),
         [(run[0]["seed"], run[-1]["step"]) for run in ended if run[-1]["status"] == "diverged"],
         len(ended),
-        median if median < float("inf") else None,
-        sum(ratio < float("inf") for ratio in ratios),
+        value if kind == 0 else None,
+        value if kind == 1 else None,
+        sum(kind == 0 for kind, _ in times),
+        len(times),
     )
 
 
-def _time_ratio(run: list, backprop_run: list, method: str, costs: dict[str, Any]) -> float:
+def _time_ratio(run: list, backprop_run: list, method: str, costs: dict[str, Any]) -> tuple[int, float] | None:
+    """(0, T) where the run reaches backprop's best loss, (1, what T exceeds) or, diverged, (2, 0) where it does not."""
     reference = min(_points(backprop_run), key=lambda p: p["test_loss"])
-    reached = next((p["step"] for p in _points(run) if p["test_loss"] <= reference["test_loss"]), None)
-    if reached is None or reference["step"] == 0:
-        return float("inf")
+    if reference["step"] == 0:
+        return None
     seconds = {name: cost["seconds"]["median"] for name, cost in costs.items()}
-    return reached * seconds[method] / (reference["step"] * seconds["backprop"])
+    backprop_seconds = reference["step"] * seconds["backprop"]
+    reached = next((p["step"] for p in _points(run) if p["test_loss"] <= reference["test_loss"]), None)
+    if reached is not None:
+        return 0, reached * seconds[method] / backprop_seconds
+    if run[-1]["status"] == "diverged":
+        return 2, 0.0
+    return 1, run[-1]["step"] * seconds[method] / backprop_seconds
