@@ -76,26 +76,33 @@ def test_a_damaged_state_is_named(tmp_path):
 
 
 def test_a_directory_is_claimed_once(tmp_path):
-    config = {"experiment": "mlp", "budget": {"steps": 10}}
-    records.claim(tmp_path / "a", config, resume=False)
+    config, other = {"experiment": "mlp", "budget": {"steps": 10}}, {"experiment": "mlp", "budget": {"steps": 20}}
+    records.claim({tmp_path / "a": config}, resume=False)
     with pytest.raises(records.RecordError, match="--resume"):
-        records.claim(tmp_path / "a", config, resume=False)
-    records.claim(tmp_path / "a", config, resume=True)
+        records.claim({tmp_path / "a": config}, resume=False)
+    records.claim({tmp_path / "a": config}, resume=True)
     before = (tmp_path / "a" / "manifest.json").read_bytes()
     for resume in (False, True):
         with pytest.raises(records.RecordError, match=r"budget\.steps is 10 there and 20 here"):
-            records.claim(tmp_path / "a", {"experiment": "mlp", "budget": {"steps": 20}}, resume)
+            records.claim({tmp_path / "new": config, tmp_path / "a": other}, resume)
     assert (tmp_path / "a" / "manifest.json").read_bytes() == before
+    assert not (tmp_path / "new").exists()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "holiday.jpg").write_bytes(b"")
     with pytest.raises(records.RecordError, match="not empty"):
-        records.claim(tmp_path / "b", config, resume=False)
+        records.claim({tmp_path / "b": config}, resume=False)
+
+
+def test_what_a_killed_process_left_half_written_is_no_obstacle(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".manifest.json.1234.tmp").write_bytes(b"{")
+    records.claim({tmp_path / "a": {}}, resume=True)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["manifest.json"]
 
 
 def test_the_manifest_says_what_a_number_depends_on(tmp_path):
-    records.claim(tmp_path / "a", {}, resume=False)
+    records.claim({tmp_path / "a": {}}, resume=False)
     (environment,) = records.read_json(tmp_path / "a" / "manifest.json")["environments"]
-    assert {"started", "git_commit", "git_dirty", "versions", "device", "processor", "cores", "xla_flags"} <= set(
-        environment
-    )
+    wanted = {"started", "git_commit", "git_dirty", "versions", "device", "processor", "cores", "xla_flags"}
+    assert wanted <= set(environment)
     assert {"jax", "jaxlib", "quax", "prograde", "python"} <= set(environment["versions"])

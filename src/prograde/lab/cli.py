@@ -4,13 +4,19 @@ import dataclasses
 import datetime
 import os
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
-import tyro
+try:
+    import tyro
+except ImportError as error:  # installed without the extra
+    raise SystemExit(
+        f"prograde: the command line needs more packages ({error.name}). pip install 'prograde[lab]'"
+    ) from None
 
 # XLA hands single convolutions on a CPU to a library whose backward pass is slow; without it backprop of the CNN takes
 # half the time. Every comparison gives backprop the faster setting. The option is known to exist in jaxlib 0.10 only,
@@ -75,6 +81,11 @@ class List:
     """List the experiments, the methods, and what the paper reports for each."""
 
 
+def say(console, text: str) -> None:
+    """Prints a sentence as it is, however long."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class UsageError(ValueError):
     """A command that cannot be carried out as given."""
 
@@ -105,52 +116,62 @@ def main() -> None:
         else:
             _list(console)
     except (DataError, RecordError, UsageError) as error:
-        errors.print(f"prograde: {error}", markup=False, highlight=False, soft_wrap=True)
+        say(errors, f"prograde: {error}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError as error:
-        errors.print(
-            f"prograde: {error}. What was recorded before is complete.", markup=False, highlight=False, soft_wrap=True
-        )
+        say(errors, f"prograde: {error}")
         raise SystemExit(1) from None
 
 
 def _reproduce(command: Reproduce, console, errors) -> None:
     if metadata.version("jaxlib").startswith("0.10."):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FASTER_CONVOLUTIONS}".strip()
-    from prograde.lab import report, reproduce
+    from prograde.lab import records, report, reproduce
     from prograde.lab.data import load
     from prograde.lab.display import Display
     from prograde.lab.experiments import EXPERIMENTS
 
-    names = list(EXPERIMENTS) if command.experiments in ((), ("all",)) else list(dict.fromkeys(command.experiments))
+    names = list(dict.fromkeys(command.experiments)) or ["all"]
+    if "all" in names:
+        names = [name for name in names if name not in EXPERIMENTS and name != "all"] + list(EXPERIMENTS)
     if unknown := [name for name in names if name not in EXPERIMENTS]:
         raise UsageError(f"unknown experiment {', '.join(unknown)}. Valid names: all, {', '.join(EXPERIMENTS)}.")
     if command.seeds is not None and command.seeds < 1:
         raise UsageError(f"--seeds {command.seeds}: at least 1 is needed.")
     if command.resume and command.out is None:
         raise UsageError("--resume needs --out DIR, the directory to continue.")
+    if command.data_dir is not None and command.data != "mnist":
+        raise UsageError(f"--data-dir {command.data_dir} goes with --data mnist only; this is --data {command.data}.")
     chosen = [EXPERIMENTS[name] for name in names]
     data = load(command.data, command.data_dir) if any(callable(e.subject) for e in chosen) else None
     length = "full" if command.full else "quick"
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     out = command.out or Path("runs") / f"{stamp}-{data.name if data else 'functions'}-{length}"
-    console.print(f"Records go to {out}.", highlight=False)
+    say(console, f"Records go to {out}.")
+    again = _command_line(dataclasses.replace(command, out=out, resume=True))
     try:
         reproduce.run_all(chosen, data, command.full, command.seeds, out, command.resume, Display(console))
     except KeyboardInterrupt:
-        again = dataclasses.replace(command, out=out, resume=True)
-        errors.print(
-            f"\nStopped; the records are complete. To continue: {_command_line(again)}", highlight=False, soft_wrap=True
-        )
+        say(errors, f"\nStopped; the records are complete. To continue: {again}")
         raise SystemExit(130) from None
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, records.RecordError):
+            raise
+        say(errors, f"prograde: {error}\nWhat was recorded before is complete. To continue: {again}")
+        raise SystemExit(1) from None
     report.print_tables(report.find([out]), console)
-    console.print(f"Report: {report.build([out], out)}", highlight=False, soft_wrap=True)
+    say(console, f"Report: {report.build([out], out)}")
 
 
 def _command_line(command: Reproduce) -> str:
-    words = ["prograde", "reproduce", *command.experiments]
+    if sys.argv[0].endswith(".py"):
+        program = [sys.executable, "-m", "prograde.lab.cli"]
+    else:  # as it was called: `make` calls a program that need not be on the path
+        found = shutil.which("prograde")
+        program = ["prograde" if found and Path(found).samefile(sys.argv[0]) else sys.argv[0]]
+    words = [*program, "reproduce", *command.experiments]
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
         if field.name != "experiments" and value not in (None, field.default):
@@ -165,11 +186,11 @@ def _report(command: Report, console) -> None:
         raise UsageError("report needs at least one directory of records.")
     if command.markdown is not None:
         report.write_markdown(list(command.directories), command.markdown)
-        console.print(f"Figures and tables are in {command.markdown}", highlight=False, soft_wrap=True)
+        say(console, f"Figures and tables are in {command.markdown}")
         return
     path = report.build(list(command.directories), command.out or command.directories[0])
     report.print_tables(report.find(list(command.directories)), console)
-    console.print(f"Report: {path}", highlight=False, soft_wrap=True)
+    say(console, f"Report: {path}")
 
 
 def _list(console) -> None:

@@ -24,9 +24,9 @@ class Display:
         self._title, self._total, self._done = title, total, 0.0
         self._begin = self._last = time.monotonic()
         if not self.console.is_terminal:
-            self.console.print(f"{title}: started", highlight=False)
+            self._line(f"{title}: started")
             yield
-            self.console.print(f"{title}: done in {time.monotonic() - self._begin:.0f} s", highlight=False)
+            self._line(f"{title}: done in {time.monotonic() - self._begin:.0f} s")
             return
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -47,6 +47,12 @@ class Display:
             finally:
                 self._progress = None
 
+    def reach(self, amount: float) -> None:
+        """`amount` of the work is done in all, also where it was recorded before or ended early."""
+        self._done = min(max(self._done, amount), self._total)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=self._done)
+
     def advance(self, amount: float, facts: str) -> None:
         """`amount` more of the work is done; `facts` says what, with its figures."""
         self._done = min(self._done + amount, self._total)
@@ -56,4 +62,7 @@ class Display:
             self._last = now
             left = (now - self._begin) * (self._total - self._done) / max(self._done, 1e-9)
             part = 100 * self._done / self._total
-            self.console.print(f"{self._title}: {part:.0f}%, {left:.0f} s left, {facts}", highlight=False)
+            self._line(f"{self._title}: {part:.0f}%, {left:.0f} s left, {facts}")
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)

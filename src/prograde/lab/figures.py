@@ -172,7 +172,9 @@ def _depth(summary: Summary) -> Figure:
         time.plot(depths, [1e3 * c["seconds"]["median"] for c in costs], **style)
         if method != "bare":
             ratio.plot(depths, [c["ratio"]["median"] for c in costs], **style)
-        memory.plot(depths, [summary.depths[d]["memory"][method]["temp_bytes"] / 2**20 for d in depths], **style)
+        memory.plot(
+            depths, [(summary.depths[d]["memory"][method]["temp_bytes"] or np.nan) / 2**20 for d in depths], **style
+        )
     time.set(ylabel="time a step (ms)", yscale="log")
     ratio.set(ylabel="step over bare forward pass", ylim=(0, None))
     memory.set(ylabel="XLA temporary memory (MiB)", yscale="log")

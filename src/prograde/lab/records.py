@@ -154,15 +154,23 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix} is {old!r} there and {new!r} here"]
 
 
-def claim(directory: Path, config: dict[str, Any], resume: bool) -> None:
-    """Makes `directory` the place of the records of `config`, or raises when it holds something else."""
-    path, config = directory / MANIFEST, _plain(config)
-    if not path.exists():
-        if directory.exists() and any(directory.iterdir()):
+def claim(configs: dict[Path, dict[str, Any]], resume: bool) -> None:
+    """Makes each directory the place of the records of its configuration, or raises, before anything is changed."""
+    manifests = {directory: _manifest(directory, _plain(config), resume) for directory, config in configs.items()}
+    here = environment()
+    for directory, manifest in manifests.items():
+        for left in directory.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        manifest["environments"].append(here)
+        write_json(directory / MANIFEST, manifest)
+
+
+def _manifest(directory: Path, config: dict[str, Any], resume: bool) -> dict[str, Any]:
+    if not (directory / MANIFEST).exists():
+        if directory.exists() and any(not path.match(".*.tmp") for path in directory.iterdir()):
             raise RecordError(f"{directory} is not empty and holds no {MANIFEST}. Choose another --out.")
-        write_json(path, {"config": config, "environments": [environment()]})
-        return
-    manifest = read_json(path)
+        return {"config": config, "environments": []}
+    manifest = read_json(directory / MANIFEST)
     if differences := _differences(manifest["config"], config):
         raise RecordError(
             f"{directory} holds records of another configuration: {'; '.join(differences)}. Choose another --out; "
@@ -172,5 +180,4 @@ def claim(directory: Path, config: dict[str, Any], resume: bool) -> None:
         raise RecordError(
             f"{directory} holds records of this configuration. Pass --resume to continue them, or another --out."
         )
-    manifest["environments"].append(environment())
-    write_json(path, manifest)
+    return manifest

@@ -23,8 +23,7 @@ def run_all(
 ) -> None:
     """Runs the experiments into `out`, one directory each. All directories are claimed before anything runs."""
     facts = None if data is None else {"name": data.name, "sha256": data.fingerprint()}
-    for experiment in chosen:
-        records.claim(out / experiment.name, describe(experiment, full, seeds, facts), resume)
+    records.claim({out / e.name: describe(e, full, seeds, facts) for e in chosen}, resume)
     for i, experiment in enumerate(chosen):
         title = f"{experiment.name} ({i + 1} of {len(chosen)})"
         budget = experiment.budget(full)
@@ -65,7 +64,11 @@ def _run_training(
         display.advance(budget.steps * step_seconds[method], f"{facts}, {steps_per_second(budget.steps)}")
 
     with display.stage(f"{title}: learning rates", search_seconds):
-        tuned = {name: search(trainers[name], name, budget, directory, on_trial) for name in METHODS}
+        tuned, done = {}, 0.0
+        for name in METHODS:
+            tuned[name] = search(trainers[name], name, budget, directory, on_trial)
+            done += budget.steps * trials * step_seconds[name]
+            display.reach(done)
 
     runs = [
         Run(method, setting.name, setting.learning_rate or tuned[method], seed, budget.steps)
@@ -82,9 +85,12 @@ def _run_training(
         display.advance(steps * step_seconds[run.method], facts)
 
     with display.stage(f"{title}: training", sum(run.steps * step_seconds[run.method] for run in runs)):
+        done = 0.0
         for run in runs:
             begun[0] = time.monotonic()
             train(trainers[run.method], run, budget, directory, on_point)
+            done += run.steps * step_seconds[run.method]
+            display.reach(done)
 
 
 def _measure_costs(
