@@ -41,8 +41,7 @@ def inject(s: Float[Array, ""], z: Float[Array, "*shape"], direction: Float[Arra
 
     **Source:** the rule is the sum rule of forward mode, as in "Gradients without Backpropagation" (arXiv 2202.08587).
 
-    !!! example
-
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from prograde import inject
         >>> weight, tangent = jnp.array([1.0, 2.0]), jnp.array([3.0, -1.0])

@@ -37,8 +37,7 @@ def value_and_grad(
 
     **Source:** arXiv 2202.08587.
 
-    !!! example
-
+    Examples:
         >>> import jax, jax.numpy as jnp, optax, prograde as pg
         >>> def loss_fn(params, x, y):
         ...     return jnp.mean((x @ params - y) ** 2)

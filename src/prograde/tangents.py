@@ -133,8 +133,7 @@ class Normal(_IndependentEntries):
 
     **Source:** arXiv 2202.08587.
 
-    !!! example
-
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from prograde import Normal
         >>> tangent = Normal().sample(jax.random.key(0), {"w": jnp.zeros((3, 2))})
@@ -160,8 +159,7 @@ class Rademacher(_IndependentEntries):
 
     **Source:** simultaneous perturbation with signs is Spall's SPSA (1992); for forward gradients, arXiv 2310.14168.
 
-    !!! example
-
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from prograde import Rademacher
         >>> tangent = Rademacher().sample(jax.random.key(0), jnp.zeros(1000))
@@ -185,8 +183,7 @@ class Sphere(TangentDistribution):
 
     **Source:** arXiv 2310.14168 compares it with `Normal`; it is the direction of randomised gradient-free methods.
 
-    !!! example
-
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from prograde import Sphere
         >>> tangent = Sphere().sample(jax.random.key(0), {"w": jnp.zeros((3, 2)), "b": jnp.zeros(4)})
@@ -220,8 +217,7 @@ class Basis(TangentDistribution):
     **Source:** randomised coordinate descent; the full basis is forward-mode differentiation of arXiv 2202.08587,
     section 2.
 
-    !!! example
-
+    Examples:
         >>> import jax, jax.numpy as jnp, prograde as pg
         >>> grad_fn = pg.value_and_grad(lambda w: jnp.sum(w ** 2), pg.WeightPerturbation(pg.Basis(), num_tangents=3))
         >>> value, grads = grad_fn(jax.random.key(0), jnp.array([1.0, 2.0, 3.0]))
@@ -275,8 +271,7 @@ class LowRank(TangentDistribution):
     **Source:** rank-one directions for forward-only training: LOZO, arXiv 2410.07698; the second moments are derived in
     the documentation and tested.
 
-    !!! example
-
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from prograde import LowRank
         >>> tangent = LowRank(rank=2).sample(jax.random.key(0), {"w": jnp.zeros((30, 20)), "b": jnp.zeros(20)})

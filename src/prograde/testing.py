@@ -32,8 +32,7 @@ def required_samples(deviation: float, effect: float, false_fail: float = 1e-6, 
     **Source:** the power of a z-test; the use of computed sample sizes follows TensorFlow Probability's
     `statistical_testing`.
 
-    !!! example
-
+    Examples:
         >>> from prograde.testing import required_samples
         >>> required_samples(deviation=2 ** 0.5, effect=0.02)
         465137
@@ -69,8 +68,7 @@ def assert_mean(
 
     **Source:** as `required_samples`.
 
-    !!! example
-
+    Examples:
         >>> import numpy as np
         >>> from prograde.testing import assert_mean
         >>> signs = np.random.default_rng(0).choice([-1.0, 1.0], 100_000)

@@ -25,8 +25,7 @@ class Estimate(eqx.Module):
       without tangents.
     - `state`: the estimator's next state.
 
-    !!! example
-
+    Examples:
         >>> import jax, jax.numpy as jnp, prograde as pg
         >>> estimator = pg.WeightPerturbation(pg.Rademacher(), num_tangents=4)
         >>> params = jnp.ones(3)
@@ -48,8 +47,7 @@ class Estimator(abc.ABC):
 
     To write one, subclass and implement `estimate`; estimators that learn also implement `init`.
 
-    !!! example
-
+    Examples:
         >>> import jax, jax.numpy as jnp, prograde as pg
         >>> estimator = pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=8)
         >>> estimator == pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=8)

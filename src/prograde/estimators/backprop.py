@@ -22,8 +22,7 @@ class Backprop(Estimator):
 
     **Source:** reverse accumulation, as `jax.grad` does it.
 
-    !!! example
-
+    Examples:
         >>> import jax.numpy as jnp, prograde as pg
         >>> value, grads = pg.value_and_grad(lambda w: jnp.sum(w ** 2), pg.Backprop())(None, jnp.array([1.0, 2.0]))
         >>> print(value, grads)

@@ -40,8 +40,7 @@ class WeightPerturbation(Estimator):
 
     **Source:** arXiv 2202.08587; several tangents: arXiv 2310.14168.
 
-    !!! example
-
+    Examples:
         >>> import jax, jax.numpy as jnp, prograde as pg
         >>> def loss_fn(params, x, y):
         ...     return jnp.mean((x @ params["w"] + params["b"] - y) ** 2)
