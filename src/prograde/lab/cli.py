@@ -18,8 +18,8 @@ except ImportError as error:  # installed without the extra
         f"prograde: the command line needs more packages ({error.name}). pip install 'prograde[lab]'"
     ) from None
 
-# XLA hands single convolutions on a CPU to a library whose backward pass is slow; without it backprop of the CNN takes
-# half the time. Every comparison gives backprop the faster setting. The option is known to exist in jaxlib 0.10 only,
+# XLA hands single convolutions on a CPU to a library whose backward pass is slow; without it backprop of the CNN is
+# much faster. Every comparison gives backprop the faster setting. The option is known to exist in jaxlib 0.10 only,
 # and XLA ends the process on an option it does not know.
 _FASTER_CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 

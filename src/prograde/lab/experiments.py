@@ -61,7 +61,7 @@ class Experiment:
 
     **Fields:** `subject`: the function to minimise, or how to build the network (its argument: whether reverse mode is
     checkpointed), `None` for the depth experiment; `paper_rates`: the paper's learning rates; `in_scan`: whether the steps
-    run inside one `lax.scan` (XLA runs the reverse of a convolution 25 times slower inside a loop on a CPU, so the CNN's
+    run inside one `lax.scan` (on a CPU XLA runs the reverse of a convolution on a slow path inside a loop, so the CNN's
     steps are dispatched one by one).
     """
 
