@@ -129,7 +129,7 @@ def environment() -> dict[str, Any]:
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": commit,
-        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "git_dirty": bool(git("status", "--porcelain", "--", str(Path(__file__).parents[1]))) if commit else None,
         "versions": {
             "python": platform.python_version(),
             **{
