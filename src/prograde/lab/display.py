@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 _PLAIN_INTERVAL = 5.0  # seconds between plain lines of one stage
 
@@ -35,10 +36,17 @@ class Display:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("{task.fields[facts]}", markup=False),
+            TextColumn(
+                "{task.fields[facts]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            ),
         )
         with Progress(
-            *columns, console=self.console, transient=False, refresh_per_second=4, speed_estimate_period=1e6
+            *columns,
+            console=self.console,
+            expand=True,
+            transient=False,
+            refresh_per_second=4,
+            speed_estimate_period=1e6,
         ) as progress:
             self._progress, self._task = progress, progress.add_task(title, total=total, facts="")
             try:

@@ -79,9 +79,9 @@ def _run_training(
 
     def on_point(run: Run, point: dict[str, Any]) -> None:
         steps = budget.steps / budget.points
-        accuracy = f", accuracy {point['test_accuracy']:.1%}" if "test_accuracy" in point else ""
-        loss = f"held-out loss {point['test_loss']:.4g}" if "test_loss" in point else "diverged"
-        facts = f"{run.name}, step {point['step']} of {run.steps}, {loss}{accuracy}, {steps_per_second(steps)}"
+        accuracy = f", {point['test_accuracy']:.1%}" if "test_accuracy" in point else ""
+        loss = f"loss {point['test_loss']:.3g}" if "test_loss" in point else "diverged"
+        facts = f"{point['step']}/{run.steps}, {loss}{accuracy}, {steps_per_second(steps)}, {run.name}"
         display.advance(steps * step_seconds[run.method], facts)
 
     with display.stage(f"{title}: training", sum(run.steps * step_seconds[run.method] for run in runs)):
