@@ -4,24 +4,28 @@ grad_fn = prograde.value_and_grad(loss_fn, prograde.WeightPerturbation(prograde.
 loss, grads = grad_fn(key, params, batch)
 """
 
+from prograde._check import CheckReport, check
 from prograde._inject import inject
 from prograde._value_and_grad import value_and_grad
 from prograde.estimators import Backprop, Estimate, Estimator, WeightPerturbation
-from prograde.tangents import Basis, LowRank, Normal, Rademacher, Sphere, TangentDistribution
+from prograde.tangents import Basis, LowRank, Normal, Rademacher, Separable, Sphere, TangentDistribution
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Backprop",
     "Basis",
+    "CheckReport",
     "Estimate",
     "Estimator",
     "LowRank",
     "Normal",
     "Rademacher",
+    "Separable",
     "Sphere",
     "TangentDistribution",
     "WeightPerturbation",
+    "check",
     "inject",
     "value_and_grad",
 ]

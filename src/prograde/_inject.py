@@ -1,20 +1,37 @@
 """The one place where a perturbation enters a program."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 
-@jax.custom_jvp
-def _inject(s, z, direction):
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _inject(direction, s, z, operands):
     return z
 
 
-@_inject.defjvp
-def _inject_jvp(primals, tangents):
-    _, z, direction = primals
+def _inject_jvp(direction, primals, tangents):
+    _, z, operands = primals
     sdot, zdot, _ = tangents
-    return z, zdot + (sdot * direction.astype(sdot.dtype)).astype(z.dtype)
+    if isinstance(sdot, SymbolicZero):
+        return z, zdot
+    along = (sdot * direction(*operands).astype(sdot.dtype)).astype(z.dtype)
+    return z, along if isinstance(zdot, SymbolicZero) else zdot + along
+
+
+_inject.defjvp(_inject_jvp, symbolic_zeros=True)
+
+
+def inject_product(s: Array, z: Array, direction: Callable[..., Array], *operands: Array) -> Array:
+    """`inject` with the direction given as a function of operands, evaluated only where a tangent is.
+
+    The derivative of the direction is then never traced, let alone computed.
+    """
+    return _inject(direction, s, z, operands)
 
 
 def inject(s: Float[Array, ""], z: Float[Array, "*shape"], direction: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -55,4 +72,8 @@ def inject(s: Float[Array, ""], z: Float[Array, "*shape"], direction: Float[Arra
             f"direction has shape {jnp.shape(direction)}, but the value it perturbs, z, has shape {jnp.shape(z)}. "
             "Give it the shape of z."
         )
-    return _inject(jnp.asarray(s), z, direction)
+    return inject_product(jnp.asarray(s), z, _itself, jnp.asarray(direction))
+
+
+def _itself(direction: Array) -> Array:
+    return direction

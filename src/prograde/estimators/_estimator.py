@@ -113,6 +113,12 @@ def check_key(key: Any) -> None:
         raise TypeError(f"key has shape {key.shape}, but one key is needed. Use keys[i], or jax.vmap over the keys.")
 
 
+def check_whole(name: str, value: Any) -> None:
+    """Raises unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}, but a whole number of at least 1 is needed.")
+
+
 def split_params(
     fun: Callable[..., Any], params: PyTree, args: tuple[Any, ...], has_aux: bool
 ) -> tuple[Callable[[PyTree], tuple[Array, PyTree]], PyTree[Array]]:

@@ -1,14 +1,21 @@
 """Weight perturbation: the forward gradient."""
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, PyTree
 
-from prograde._structured import directional_derivative, weighted_sum
-from prograde.estimators._estimator import Estimate, Estimator, check_key, split_params, unpack
+from prograde._custom_vjp import inline_custom_vjp
+from prograde._jaxprs import live_bytes
+from prograde._structured import directional_derivative, is_structured, weighted_sum
+from prograde.estimators._estimator import Estimate, Estimator, check_key, check_whole, split_params, unpack
 from prograde.tangents import LowRank, TangentDistribution
+
+_CHUNK_BYTES = 2**28  # what the tangents of a chunk may take when `chunk` is not given; more for larger models
 
 
 @dataclass(frozen=True)
@@ -23,8 +30,12 @@ class WeightPerturbation(Estimator):
 
     - `tangents`: the distribution of v, such as `Normal()` or `LowRank(rank=1)`.
     - `num_tangents`: K, at least 1.
-    - `chunk`: how many tangents are carried through the function together; all of them when `None`. The result does not
+    - `chunk`: how many tangents are carried through the function together. When `None`, as many as fit into the memory of
+      the parameters, or into 256 MiB where that is more, by a count of what is live at once. The result does not
       depend on it (up to rounding), the memory does: it holds the activations of one layer for `chunk` tangents.
+    - `custom_vjp`: what to do with a function that has a `jax.custom_vjp`, a hand-made rule for reverse mode, which JAX refuses
+      to differentiate forward: `"error"`, or `"inline"` to differentiate the code of the function itself instead. The
+      hand-made rule then has no say; where it does not equal the derivative of the code, neither does the result.
 
     **Bias:** none, for any function and any K.
 
@@ -33,10 +44,11 @@ class WeightPerturbation(Estimator):
 
     **Cost:** one forward run gives the loss and a directional derivative. A dense tangent doubles the multiply-adds and
     draws n random numbers; a low-rank one adds little to each. K tangents share one evaluation of the function (one per
-    chunk). No activation is stored.
+    chunk), one dropout mask and one update of batch statistics. No activation is stored, and structured tangents are not formed
+    before their weighted sum is.
 
-    **Errors:** `ValueError` for `num_tangents` or `chunk` below 1; `TypeError` for complex parameters, an old-style key
-    or a loss that is not real; all at trace time.
+    **Errors:** `ValueError` for `num_tangents` or `chunk` below 1 or another `custom_vjp`; `TypeError` for complex parameters, an
+    old-style key, a loss that is not real, or a function that forward mode cannot pass; all at trace time.
 
     **Source:** arXiv 2202.08587; several tangents: arXiv 2310.14168.
 
@@ -54,51 +66,89 @@ class WeightPerturbation(Estimator):
     tangents: TangentDistribution = field(default_factory=LowRank)
     num_tangents: int = 1
     chunk: int | None = None
+    custom_vjp: Literal["error", "inline"] = "error"
 
     def __post_init__(self):
         if not isinstance(self.tangents, TangentDistribution):
             raise TypeError(
                 f"tangents={self.tangents!r}, but a tangent distribution is needed, such as Normal() or LowRank(rank=1)."
             )
-        for name, value in (("num_tangents", self.num_tangents), ("chunk", self.chunk)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r}, but a whole number of at least 1 is needed.")
+        check_whole("num_tangents", self.num_tangents)
+        if self.chunk is not None:
+            check_whole("chunk", self.chunk)
+        if self.custom_vjp not in ("error", "inline"):
+            raise ValueError(f"custom_vjp={self.custom_vjp!r}, but it is 'error' or 'inline'.")
 
     def estimate(self, fun, key, state, params, *args, has_aux=False):
         check_key(key)
         f, floats = split_params(fun, params, args, has_aux)
-        num_chunks = -(-self.num_tangents // (self.chunk or self.num_tangents))
-        size = -(-self.num_tangents // num_chunks)
+        f = inline_custom_vjp(f) if self.custom_vjp == "inline" else f
 
         def one_tangent(index):
             tangents = self.tangents.sample(key, floats, index, self.num_tangents)
             value, directional, aux = directional_derivative(f, floats, tangents)
-            return value, aux, directional.astype(jnp.promote_types(directional.dtype, jnp.float32)), tangents
+            return value, aux, _wide(directional), tangents
 
         def one_chunk(indices):
-            if size == 1:
+            if len(indices) == 1:
                 value, aux, directional, tangents = one_tangent(indices[0])
                 directional, tangents = jax.tree.map(lambda x: x[None], (directional, tangents))
             else:
                 value, aux, directional, tangents = jax.vmap(one_tangent)(indices)
                 value, aux = jax.tree.map(lambda x: x[0], (value, aux))  # the primal is the same for all of them
-            mean = directional.reshape(size, -1).mean(axis=1)
-            # the last chunk may run over the number of tangents: what is over counts nothing
-            coefficients = jnp.where(indices < self.num_tangents, mean / self.num_tangents, 0)
-            return jnp.mean(value), aux, directional, weighted_sum(tangents, coefficients)
+            return jnp.mean(value), aux, directional, tangents
 
+        def coefficients(directional, indices):
+            mean = directional.reshape(len(indices), -1).mean(axis=1)
+            # the last chunk may run over the number of tangents: what is over counts nothing
+            return jnp.where(indices < self.num_tangents, mean / self.num_tangents, 0)
+
+        num_chunks = -(-self.num_tangents // self._chunk_size(f, floats, one_tangent))
+        size = -(-self.num_tangents // num_chunks)
         indices = jnp.arange(num_chunks * size).reshape(num_chunks, size)
         if num_chunks == 1:
-            value, aux, directional, grads = one_chunk(indices[0])
+            value, aux, directional, tangents = one_chunk(indices[0])
+            grads = weighted_sum(tangents, coefficients(directional, indices[0]))
         else:
+            # dense tangents are summed chunk by chunk; structured ones are drawn again, from the same key, and summed at once
+            structured = self._structured(key, floats)
+            at_the_end, in_chunks = eqx.partition(floats, structured)
 
             def add_chunk(carry, indices):
-                value, aux, directional, grads = one_chunk(indices)
-                return (value, aux, jax.tree.map(jnp.add, carry[2], grads)), directional
+                value, aux, directional, tangents = one_chunk(indices)
+                tangents = jax.tree.map(lambda s, v: None if s else v, structured, tangents, is_leaf=is_structured)
+                total = weighted_sum(tangents, coefficients(directional, indices))
+                return (value, aux, jax.tree.map(jnp.add, carry[2], total)), directional
 
             like = jax.eval_shape(one_chunk, indices[0])
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (like[0], like[1], like[3]))
-            (value, aux, grads), directional = lax.scan(add_chunk, zeros, indices)
+            sums = jax.tree.map(lambda w: jnp.zeros(w.shape, _wide_dtype(w.dtype)), in_chunks)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like[:2])
+            (value, aux, sums), directional = lax.scan(add_chunk, (*zeros, sums), indices)
             directional = directional.reshape(num_chunks * size, *directional.shape[2:])[: self.num_tangents]
+            every = jnp.arange(self.num_tangents)
+            again = jax.vmap(lambda index: self.tangents.sample(key, at_the_end, index, self.num_tangents))(every)
+            grads = eqx.combine(sums, weighted_sum(again, coefficients(directional, every)))
         grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, floats)
         return Estimate(value, unpack(aux), grads, directional, state)
+
+    def _structured(self, key: Any, floats: PyTree[Array]) -> PyTree[bool]:
+        """Which leaves have structured tangents."""
+        tangents = jax.eval_shape(lambda: self.tangents.sample(key, floats, 0, self.num_tangents))
+        return jax.tree.map(is_structured, tangents, is_leaf=is_structured)
+
+    def _chunk_size(self, f: Any, floats: PyTree[Array], one_tangent: Any) -> int:
+        if self.chunk is not None or self.num_tangents == 1:
+            return min(self.chunk or 1, self.num_tangents)
+        bare = live_bytes(jax.make_jaxpr(f)(floats).jaxpr)
+        each = live_bytes(jax.make_jaxpr(one_tangent)(0).jaxpr) - bare
+        budget = max(_CHUNK_BYTES, sum(w.nbytes for w in jax.tree.leaves(floats)))
+        return min(self.num_tangents, max(1, budget // max(1, each)))
+
+
+def _wide_dtype(dtype: Any) -> Any:
+    """The dtype that directional derivatives and sums of tangents are kept in."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(_wide_dtype(x.dtype))

@@ -1,0 +1,232 @@
+"""What stands in the way of a forward run, and what it will cost, before a long one is begun."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax
+from jax._src.interpreters.partial_eval import dce_jaxpr
+from jaxtyping import Array, PyTree
+
+from prograde._custom_vjp import describe, inline_custom_vjp, is_custom_vjp, source
+from prograde._jaxprs import equations, multiply_adds
+from prograde._structured import DenseFallback, Recorder, directional_derivative
+from prograde.estimators import Estimator, WeightPerturbation
+from prograde.estimators._estimator import split_params
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found. Printed, it reads as a short text.
+
+    **Fields:**
+
+    - `estimator`: what was checked.
+    - `num_parameters`: n, the numbers in the float arrays of the parameters.
+    - `blocking`: functions with a `jax.custom_vjp` that forward mode cannot pass, each as `name (file:line (caller))`.
+    - `bypassed`: the same, where the estimator has `custom_vjp="inline"` and so leaves the hand-made rule aside.
+    - `always_zero`: paths of parameters whose tangent never reaches the loss, whatever their value: unused, or behind argmax,
+      `stop_gradient`, a conversion to integers. Their gradient is 0, and the estimate only gets noise from them.
+    - `dense`: (path, `DenseFallback`) for each place where a structured tangent had to be formed.
+    - `cost_ratio`: multiply-adds of the estimate over those of the function, by a count; `None` where forward mode is blocked.
+      A loop of unknown length counts as one iteration on both sides.
+    - `memory`, `memory_alone`: bytes of temporaries that XLA plans for the estimate and for the function alone; `None`
+      where not asked for or blocked.
+
+    **Source:** what forward mode cannot pass is what JAX refuses; the count is that of arXiv 2202.08587, section 2.
+
+    Examples:
+        >>> import jax.numpy as jnp, prograde as pg
+        >>> report = pg.check(lambda w: jnp.sum(jnp.round(w)), jnp.ones((8, 8)), memory=False)
+        >>> report.always_zero
+        ('params',)
+    """
+
+    estimator: Estimator
+    num_parameters: int
+    blocking: tuple[str, ...]
+    bypassed: tuple[str, ...]
+    always_zero: tuple[str, ...]
+    dense: tuple[tuple[str, DenseFallback], ...]
+    cost_ratio: float | None
+    memory: int | None
+    memory_alone: int | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing blocks the estimate."""
+        return not self.blocking
+
+    def __str__(self) -> str:
+        lines = [f"{self.estimator}", f"  parameters: {self.num_parameters:,} numbers"]
+        for name in self.blocking:
+            lines.append(
+                f"  BLOCKED by {name}: a jax.custom_vjp, which forward mode cannot pass. Give it a jax.custom_jvp, or pass "
+                "custom_vjp='inline' to the estimator."
+            )
+        for name in self.bypassed:
+            lines.append(f"  bypassed: the rule of {name}; its code is differentiated instead.")
+        for path in self.always_zero:
+            lines.append(
+                f"  always zero: {path} never reaches the loss through a derivative (unused, argmax, stop_gradient, integers)."
+            )
+        for path, fallback in self.dense:
+            lines.append(
+                f"  dense: the tangent of {path} is formed, {list(fallback.shape)}, for {fallback.primitive} at "
+                f"{fallback.source}."
+            )
+        if self.ok and not self.dense:
+            lines.append("  nothing is blocked, and no structured tangent is formed")
+        if self.cost_ratio is not None:
+            lines.append(f"  cost: {self.cost_ratio:.2f} x the function alone, by a count of multiply-adds")
+        if self.memory is not None and self.memory_alone is not None:
+            lines.append(
+                f"  temporary memory: {self.memory / 1e6:,.1f} MB, the function alone {self.memory_alone / 1e6:,.1f} MB"
+            )
+        return "\n".join(lines)
+
+
+def check(
+    fun: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    estimator: Estimator | None = None,
+    has_aux: bool = False,
+    memory: bool = True,
+) -> CheckReport:
+    """Looks at a function before a long run: what blocks forward mode, what is always zero, what falls back, what it costs.
+
+    Nothing is computed: the function is traced, and compiled when `memory` is asked for.
+
+    **Arguments:**
+
+    - `fun`, `params`, `args`, `has_aux`: as for `value_and_grad`. Arrays may be `jax.ShapeDtypeStruct`.
+    - `estimator`: what is going to be used; `WeightPerturbation()` when not given.
+    - `memory`: whether to compile the function and the estimate for XLA's figure of their temporary memory.
+
+    **Returns:** a `CheckReport`; print it.
+
+    **Bias and variance:** none; the report is exact, except that costs are a count of operations and not a time.
+
+    **Cost:** traces the function a few times; with `memory`, compiles it twice.
+
+    **Errors:** as `value_and_grad` for parameters and losses that no estimator takes. A blocked function is no error here.
+
+    **Source:** the rules of forward mode as in arXiv 2202.08587, section 2.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, prograde as pg
+        >>> def loss_fn(params, x):
+        ...     return jnp.mean(jnp.tanh(x @ params["w"]) @ jnp.exp(params["u"]))
+        >>> params = {"w": jnp.ones((64, 32)), "u": jnp.ones((32, 16))}
+        >>> report = pg.check(loss_fn, params, jnp.ones((256, 64)), memory=False)
+        >>> [(path, fallback.primitive) for path, fallback in report.dense]
+        [("params['u']", 'exp')]
+        >>> report.ok, report.cost_ratio < 2
+        (True, True)
+    """
+    estimator = WeightPerturbation() if estimator is None else estimator
+    if not isinstance(estimator, Estimator):
+        raise TypeError(f"estimator={estimator!r}, but an instance of an estimator is needed.")
+    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if eqx.is_array(x) else x  # noqa: E731
+    params, args = jax.tree.map(abstract, (params, args))
+    dynamic, static = eqx.partition((params, args), lambda x: isinstance(x, jax.ShapeDtypeStruct))
+
+    def pieces(dynamic: PyTree) -> tuple[Callable, PyTree]:
+        params, args = eqx.combine(dynamic, static)
+        return split_params(fun, params, args, has_aux)
+
+    def alone(dynamic: PyTree) -> Any:
+        f, floats = pieces(dynamic)
+        return f(floats)
+
+    def estimate(dynamic: PyTree) -> Any:
+        params, args = eqx.combine(dynamic, static)
+        key = jax.random.key(0)
+        result = estimator.estimate(fun, key, estimator.init(params), params, *args, has_aux=has_aux)
+        return result.value, result.grads
+
+    program = jax.make_jaxpr(alone)(dynamic).jaxpr
+    by_hand = {describe(eqn): source(eqn) for eqn in equations(program) if is_custom_vjp(eqn)}
+    forward = isinstance(estimator, WeightPerturbation)
+    reached = _reached_by_tangents(pieces, dynamic) if forward and by_hand else set()
+    differentiated = tuple(name for name, place in by_hand.items() if place in reached)
+    inline = forward and estimator.custom_vjp == "inline"
+    blocking = () if inline else differentiated
+    cost_ratio = None
+    if not blocking:
+        cost_ratio = multiply_adds(jax.make_jaxpr(estimate)(dynamic).jaxpr) / max(1, multiply_adds(program))
+    sizes = _compiled_bytes(alone, estimate, dynamic) if memory and not blocking else (None, None)
+    return CheckReport(
+        estimator=estimator,
+        num_parameters=sum(w.size for w in jax.tree.leaves(eqx.filter_eval_shape(pieces, dynamic)[1])),
+        blocking=blocking,
+        bypassed=differentiated if inline else (),
+        always_zero=_always_zero(pieces, dynamic, bool(by_hand)),
+        dense=_dense_fallbacks(pieces, dynamic, estimator) if forward and not blocking else (),
+        cost_ratio=cost_ratio,
+        memory=sizes[1],
+        memory_alone=sizes[0],
+    )
+
+
+def _compiled_bytes(alone: Callable, estimate: Callable, dynamic: PyTree) -> tuple[int | None, int | None]:
+    def temporaries(function: Callable) -> int | None:
+        analysis: Any = jax.jit(function).lower(dynamic).compile().memory_analysis()
+        return None if analysis is None else analysis.temp_size_in_bytes
+
+    return temporaries(alone), temporaries(estimate)
+
+
+def _paths(floats: PyTree[Array]) -> list[str]:
+    return [f"params{jax.tree_util.keystr(path)}" for path, _ in jax.tree_util.tree_leaves_with_path(floats)]
+
+
+def _reached_by_tangents(pieces: Callable, dynamic: PyTree) -> set[str]:
+    """Where functions with a custom reverse rule are called with an argument that has a tangent."""
+
+    def slope(dynamic: PyTree) -> Any:
+        f, floats = pieces(dynamic)
+        return jax.jvp(lambda w: f(w)[0], (floats,), (floats,))
+
+    # JAX leaves a marker that it refuses to compile
+    return {
+        source(eqn) for eqn in equations(jax.make_jaxpr(slope)(dynamic).jaxpr) if eqn.primitive.name == "custom_lin"
+    }
+
+
+def _always_zero(pieces: Callable, dynamic: PyTree, by_hand: bool) -> tuple[str, ...]:
+    paths: list[str] = []
+
+    def slope(tangents: list[Array] | None, dynamic: PyTree) -> Any:
+        f, floats = pieces(dynamic)
+        f = inline_custom_vjp(f) if by_hand else f
+        paths[:] = _paths(floats)
+        if tangents is None:
+            return jax.tree.leaves(floats)
+        tree = jax.tree.structure(floats)
+        return jax.jvp(lambda w: f(w)[0], (floats,), (jax.tree.unflatten(tree, tangents),))[1]
+
+    shapes = jax.eval_shape(lambda dynamic: slope(None, dynamic), dynamic)
+    program = jax.make_jaxpr(slope)(shapes, dynamic).jaxpr
+    _, used = dce_jaxpr(program, [True] * len(program.outvars))
+    return tuple(path for path, reaches in zip(paths, used, strict=False) if not reaches)
+
+
+def _dense_fallbacks(
+    pieces: Callable, dynamic: PyTree, estimator: WeightPerturbation
+) -> tuple[tuple[str, DenseFallback], ...]:
+    recorders: dict[str, Recorder] = {}
+
+    def run(dynamic: PyTree) -> Any:
+        f, floats = pieces(dynamic)
+        f = inline_custom_vjp(f) if estimator.custom_vjp == "inline" else f
+        recorders.update((path, Recorder()) for path in _paths(floats))
+        tangents = estimator.tangents.sample(jax.random.key(0), floats, 0, estimator.num_tangents)
+        tree = jax.tree.structure(floats)
+        return directional_derivative(f, floats, tangents, jax.tree.unflatten(tree, list(recorders.values())))[:2]
+
+    jax.make_jaxpr(run)(dynamic)
+    found = dict.fromkeys((path, fallback) for path, recorder in recorders.items() for fallback in recorder.fallbacks)
+    return tuple(found)

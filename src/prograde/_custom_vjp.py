@@ -1,0 +1,108 @@
+"""Functions with a hand-made rule for reverse mode, which forward mode cannot pass: named, or taken as their code."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src import source_info_util
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+
+from prograde._jaxprs import equations
+
+
+def is_custom_vjp(eqn: JaxprEqn) -> bool:
+    """Whether an equation calls a function with a `jax.custom_vjp`."""
+    return eqn.primitive.name.startswith("custom_vjp_call")
+
+
+def describe(eqn: JaxprEqn) -> str:
+    """The name of the function and where it is called, `name (file:line)`."""
+    code = eqn.params["call_jaxpr"]
+    jaxpr = code.jaxpr if isinstance(code, ClosedJaxpr) else code
+    name = jaxpr.debug_info.func_name if jaxpr.debug_info is not None else "a function"
+    return f"{name} ({source(eqn)})"
+
+
+def source(eqn: JaxprEqn) -> str:
+    """Where in the user's code an equation comes from, `file:line:column (function)`."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def inline_custom_vjp(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with every call of a function with a custom reverse rule replaced by that function's code."""
+
+    def inlined(*args: Any) -> Any:
+        traced, shape = jax.make_jaxpr(fun, return_shape=True)(*args)
+        jaxpr = _inlined(traced.jaxpr)
+        out = jaxpr_as_fun(ClosedJaxpr(jaxpr, traced.consts))(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shape), out)
+
+    return inlined
+
+
+def _inlined(jaxpr: Jaxpr) -> Jaxpr:
+    if not any(is_custom_vjp(eqn) for eqn in equations(jaxpr)):
+        return jaxpr
+    eqns: list[JaxprEqn] = []
+    names: dict[Any, Any] = {}  # what stands for a variable of the program in the new one
+    of = lambda atoms: [atom if isinstance(atom, Literal) else names.get(atom, atom) for atom in atoms]  # noqa: E731
+
+    def splice(eqn: JaxprEqn) -> None:
+        code = eqn.params["call_jaxpr"]
+        closed = code if isinstance(code, ClosedJaxpr) else ClosedJaxpr(code, ())
+        inner = _inlined(closed.jaxpr)
+        # the same program may be spliced in many times, so its variables get new names each time
+        inside: dict[Any, Any] = dict(zip(inner.invars, of(eqn.invars), strict=True))
+        for var, const in zip(inner.constvars, closed.consts, strict=True):
+            inside[var] = Literal(const, var.aval)
+        look = lambda atoms: [atom if isinstance(atom, Literal) else inside[atom] for atom in atoms]  # noqa: E731
+        for step in inner.eqns:
+            invars = look(step.invars)
+            inside.update((v, Var(v.aval)) for v in step.outvars)
+            eqns.append(step.replace(invars=invars, outvars=[inside[v] for v in step.outvars]))
+        names.update(zip(eqn.outvars, look(inner.outvars), strict=True))
+
+    for eqn in jaxpr.eqns:
+        if is_custom_vjp(eqn):
+            splice(eqn)
+        else:
+            params = {name: _inlined_parameter(value) for name, value in eqn.params.items()}
+            eqns.append(eqn.replace(invars=of(eqn.invars), params=params))
+    return jaxpr.replace(eqns=eqns, outvars=of(jaxpr.outvars))
+
+
+def _inlined_parameter(value: Any) -> Any:
+    if isinstance(value, ClosedJaxpr):
+        inner = _inlined(value.jaxpr)
+        return value if inner is value.jaxpr else ClosedJaxpr(inner, value.consts)
+    if isinstance(value, Jaxpr):
+        return _inlined(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_inlined_parameter(v) for v in value) if type(value) in (tuple, list) else value
+    return value
+
+
+def call_without_reverse_rule(fun: Any, args: list[Any]) -> list[Any]:
+    """Calls the code of a function with a custom reverse rule; refuses, by name, once a tangent arrives there."""
+    code = jaxpr_as_fun(jax.make_jaxpr(fun.call_wrapped)(*args))
+    where = source_info_util.summarize(source_info_util.current())
+    name = fun.debug_info.func_name
+
+    @jax.custom_jvp
+    def call(*args: Any) -> list[Any]:
+        return code(*args)
+
+    def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+        if not all(isinstance(t, SymbolicZero) for t in tangents):
+            raise TypeError(
+                f"{name}, called at {where}, has a jax.custom_vjp: a rule for reverse mode only, which forward mode cannot "
+                "pass. Give it a jax.custom_jvp instead, or pass custom_vjp='inline' to the estimator to differentiate its "
+                "code and leave the rule aside."
+            )
+        out = call(*primals)
+        return out, [jnp.zeros(x.shape, jax.typeof(x).to_tangent_aval().dtype) for x in out]
+
+    call.defjvp(rule, symbolic_zeros=True)
+    return call(*args)

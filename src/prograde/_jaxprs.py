@@ -1,0 +1,103 @@
+"""What a traced program needs: multiply-adds, memory that is live at once, and the programs inside its equations."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+
+
+def subprograms(eqn: JaxprEqn) -> list[Jaxpr]:
+    """The programs in an equation's parameters: bodies of loops, branches, called functions."""
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, ClosedJaxpr):
+                found.append(item.jaxpr)
+            elif isinstance(item, Jaxpr):
+                found.append(item)
+    return found
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """All equations, those of inner programs included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in subprograms(eqn):
+            yield from equations(inner)
+
+
+def multiply_adds(jaxpr: Jaxpr) -> int:
+    """Multiply-adds of products and convolutions, and one for every element that any other operation makes; 40 for a random word.
+
+    A loop of unknown length counts as one iteration, a branch as its dearest. Moving data (reshape, transpose, slices) counts
+    nothing.
+    """
+    return sum(_multiply_adds_of(eqn) for eqn in jaxpr.eqns)
+
+
+_MOVES = {
+    "reshape", "transpose", "broadcast_in_dim", "squeeze", "slice", "dynamic_slice", "concatenate", "convert_element_type",
+    "copy", "pad", "gather", "split", "rev", "iota", "expand_dims", "stop_gradient", "bitcast_convert_type",
+}  # fmt: skip
+
+
+_PER_RANDOM_WORD = 40  # operations of threefry
+
+
+def _multiply_adds_of(eqn: JaxprEqn) -> int:
+    name, inner = eqn.primitive.name, [multiply_adds(program) for program in subprograms(eqn)]
+    out = sum(math.prod(v.aval.shape) for v in eqn.outvars)  # pyright: ignore[reportAttributeAccessIssue]
+    if name == "scan":
+        return eqn.params["length"] * sum(inner)
+    if name == "cond":
+        return max(inner, default=0)
+    if name in ("custom_jvp_call", "custom_vjp_call"):
+        return inner[0]  # the function itself, not its rules
+    if name == "dot_general":
+        (contract, _), _ = eqn.params["dimension_numbers"]
+        return out * math.prod(eqn.invars[0].aval.shape[axis] for axis in contract)  # pyright: ignore
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
+        return out * math.prod(kernel) // max(1, kernel[eqn.params["dimension_numbers"].rhs_spec[0]])
+    if name.startswith("reduce_window"):
+        return out * math.prod(eqn.params["window_dimensions"])
+    if inner and not name.startswith(("reduce", "scatter", "sort")):  # calls, while_loop
+        return sum(inner)
+    if name == "random_bits":
+        return _PER_RANDOM_WORD * out
+    if name in _MOVES or name.startswith("random_"):
+        return 0
+    if name.startswith(("reduce", "arg", "cum")):
+        return sum(math.prod(v.aval.shape) for v in eqn.invars)  # pyright: ignore[reportAttributeAccessIssue]
+    return out
+
+
+def live_bytes(jaxpr: Jaxpr) -> int:
+    """The most bytes of intermediate results that are live at once when every equation is run as it stands.
+
+    A compiler that fuses operations needs less.
+    """
+    last_use: dict[Any, int] = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        last_use.update((v, i) for v in eqn.invars if isinstance(v, Var))
+    kept = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    made: dict[Any, int] = {}
+    live = peak = 0
+    for i, eqn in enumerate(jaxpr.eqns):
+        outputs = {v: _bytes(v) for v in eqn.outvars if v in last_use or v in kept}
+        inside = max((live_bytes(program) for program in subprograms(eqn)), default=0)
+        peak = max(peak, live + max(sum(outputs.values()), inside))
+        made |= outputs
+        live += sum(outputs.values())
+        for v in {v for v in eqn.invars if isinstance(v, Var) and last_use[v] == i and v not in kept}:
+            live -= made.pop(v, 0)
+    return peak
+
+
+def _bytes(v: Any) -> int:
+    try:
+        return math.prod(v.aval.shape) * np.dtype(v.aval.dtype).itemsize
+    except TypeError:  # keys
+        return 8 * math.prod(v.aval.shape)

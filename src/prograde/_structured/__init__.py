@@ -1,0 +1,25 @@
+"""Structured tangents, and how they pass through a program without being formed.
+
+- `tangent`: the factors of a tangent (`LowRankTangent`) and a weight that carries them (`PerturbedArray`);
+- `contractions`, `shapes`: the product rule of one primitive each, written for the factors;
+- `control_flow`: loops, branches and calls that a perturbed weight enters;
+- `derivative`: a forward run along a tree of tangents, and the sum of weighted tangents.
+
+A primitive without a rule materialises the weight, which injects the dense tangent: the directional derivative is exact
+in every case, and only the cost differs.
+"""
+
+from prograde._structured import contractions, control_flow, pooling, shapes  # noqa: F401  (they register rules)
+from prograde._structured.derivative import Tangent, directional_derivative, is_structured, weighted_sum
+from prograde._structured.tangent import DenseFallback, LowRankTangent, PerturbedArray, Recorder
+
+__all__ = [
+    "DenseFallback",
+    "LowRankTangent",
+    "PerturbedArray",
+    "Recorder",
+    "Tangent",
+    "directional_derivative",
+    "is_structured",
+    "weighted_sum",
+]

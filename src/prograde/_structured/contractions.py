@@ -1,0 +1,213 @@
+"""Products of an activation with a perturbed weight: `dot_general` and `conv_general_dilated`.
+
+The tangent's factors are contracted with the activation one by one, so that x v costs a few vector products.
+"""
+
+import itertools
+import math
+import string
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import quax
+from jax import lax
+from jaxtyping import Array, ArrayLike
+
+from prograde._inject import inject_product
+from prograde._structured.tangent import PerturbedArray
+
+
+def _product(
+    dimension_numbers: Any, weight_shape: tuple[int, ...], weight_first: bool, x: Array, *factors: Array
+) -> Array:
+    """`dot_general` of x and a product of factors, factor by factor, the contracted axes first."""
+    (contract_x, contract_p), (batch_x, batch_p) = dimension_numbers
+    ndim = len(weight_shape)
+    x = x.astype(factors[0].dtype)
+    letters = iter(string.ascii_letters)
+    x_names: list[str] = [next(letters) for _ in range(x.ndim)]
+    p_names: list[str] = [next(letters) for _ in range(ndim)]
+    for i, j in zip((*contract_x, *batch_x), (*contract_p, *batch_p), strict=True):
+        p_names[j] = x_names[i]
+    free_x = [x_names[i] for i in range(x.ndim) if i not in (*contract_x, *batch_x)]
+    free_p = [p_names[j] for j in range(ndim) if j not in (*contract_p, *batch_p)]
+    out_names = [x_names[i] for i in batch_x] + (free_p + free_x if weight_first else free_x + free_p)
+    sizes = dict(zip(x_names, x.shape, strict=True)) | dict(zip(p_names, weight_shape, strict=True))
+
+    rank = factors[0].shape[-1]
+    rank_name = [next(letters)] if rank > 1 else []
+    terms: list[tuple[list[str], Array]] = []
+    for factor in factors:
+        covered = [j for j in range(ndim) if factor.shape[j] > 1]
+        shape = [factor.shape[j] for j in covered] + [rank] * len(rank_name)
+        terms.append(([p_names[j] for j in covered] + rank_name, factor.reshape(shape)))
+    contracted = {p_names[j] for j in contract_p}
+    terms.sort(key=lambda term: contracted.isdisjoint(term[0]))  # stable: what shrinks x comes first
+
+    names, value = x_names, x
+    for i, (factor_names, factor) in enumerate(terms):
+        later = set(out_names).union(*(n for n, _ in terms[i + 1 :]))
+        names, value = _pair(names, value, factor_names, factor, later)
+    if left_over := [n for n in names if n not in out_names]:  # axes that no factor varies along
+        value = jnp.sum(value, axis=tuple(names.index(n) for n in left_over))
+        names = [n for n in names if n in out_names]
+    present = [n for n in out_names if n in names]
+    value = lax.transpose(value, [names.index(n) for n in present])
+    value = value.reshape([sizes[n] if n in present else 1 for n in out_names])
+    return jnp.broadcast_to(value, [sizes[n] for n in out_names])
+
+
+def _pair(x_names: list[str], x: Array, y_names: list[str], y: Array, later: set[str]) -> tuple[list[str], Array]:
+    """The product of two arrays with named axes, summed over the shared names that are not needed later."""
+    shared = [n for n in x_names if n in y_names]
+    contract, batch = [n for n in shared if n not in later], [n for n in shared if n in later]
+    free_x, free_y = ([n for n in names if n not in shared] for names in (x_names, y_names))
+    if contract:
+        of = lambda names, some: tuple(names.index(n) for n in some)  # noqa: E731
+        numbers = ((of(x_names, contract), of(y_names, contract)), (of(x_names, batch), of(y_names, batch)))
+        return batch + free_x + free_y, lax.dot_general(x, y, numbers)
+    names = x_names + free_y
+    y = lax.transpose(y, [y_names.index(n) for n in names if n in y_names])
+    y = y.reshape([y.shape[[m for m in names if m in y_names].index(n)] if n in y_names else 1 for n in names])
+    return names, x.reshape(x.shape + (1,) * len(free_y)) * y
+
+
+def _dot(x: Any, p: PerturbedArray, weight_first: bool, dimension_numbers: Any, **kwargs: Any) -> Array:
+    """`dot_general`, with `dimension_numbers` for (x, p)."""
+    contract, batch = dimension_numbers
+    if weight_first:
+        z = lax.dot_general(p.weight, x, (contract[::-1], batch[::-1]), **kwargs)
+    else:
+        z = lax.dot_general(x, p.weight, dimension_numbers, **kwargs)
+    if z.size == 0 or p.weight.size == 0:
+        return z
+    direction = partial(_product, dimension_numbers, p.weight.shape, weight_first)
+    return inject_product(p.scalar, z, direction, jnp.asarray(x), *p.factors)
+
+
+@quax.register(lax.dot_general_p)
+def _(x: ArrayLike, p: PerturbedArray, *, dimension_numbers, **kwargs):
+    return _dot(x, p, False, dimension_numbers, **kwargs)
+
+
+@quax.register(lax.dot_general_p)
+def _(p: PerturbedArray, x: ArrayLike, *, dimension_numbers, **kwargs):
+    contract, batch = dimension_numbers
+    return _dot(x, p, True, (contract[::-1], batch[::-1]), **kwargs)
+
+
+@quax.register(lax.dot_general_p)
+def _(p: PerturbedArray, q: PerturbedArray, *, dimension_numbers, **kwargs):
+    # materialising one leaves a product with one perturbed factor, which has a rule; the larger stays structured
+    product: Any = quax.quaxify(lax.dot_general)
+    if p.weight.size > q.weight.size:
+        return product(p, q.materialise(), dimension_numbers, **kwargs)
+    return product(p.materialise(), q, dimension_numbers, **kwargs)
+
+
+@quax.register(lax.conv_general_dilated_p)
+def _(x: ArrayLike, p: PerturbedArray, *, dimension_numbers, batch_group_count, **kwargs):
+    numbers, params = dimension_numbers, kwargs | {"batch_group_count": batch_group_count}
+    out_axis = numbers.rhs_spec[0]
+    varying = [{i for i in range(p.weight.ndim) if f.shape[i] > 1} for f in p.factors]
+    one_output_factor = sum(out_axis in axes for axes in varying) <= 1
+    if batch_group_count > 1 or not one_output_factor or 0 in (jnp.size(x), p.weight.size):
+        return lax.conv_general_dilated_p.bind(x, p.materialise(), dimension_numbers=numbers, **params)
+    z = lax.conv_general_dilated_p.bind(x, p.weight, dimension_numbers=numbers, **params)
+    if z.size == 0:
+        return z
+    return inject_product(
+        p.scalar, z, partial(_convolution, numbers, p.weight.shape, params), jnp.asarray(x), *p.factors
+    )
+
+
+def _convolution(
+    numbers: Any, weight_shape: tuple[int, ...], params: dict[str, Any], x: Array, *factors: Array
+) -> Array:
+    """`conv_general_dilated` of x and a product of factors."""
+    out_axis, in_axis, *spatial = numbers.rhs_spec
+    # channels last on the way in, and one axis for each role of the kernel: [*offsets, in, out, rank]
+    channels_last = lax.transpose(x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
+    by_role = [lax.transpose(f, (*spatial, in_axis, out_axis, f.ndim - 1)) for f in factors]
+    sizes = [weight_shape[i] for i in (*spatial, in_axis, out_axis)]
+    direction = _rank_one_convolution(channels_last, [f[..., 0] for f in by_role], sizes, **params)
+    for r in range(1, by_role[0].shape[-1]):
+        direction = direction + _rank_one_convolution(channels_last, [f[..., r] for f in by_role], sizes, **params)
+    spec = numbers.out_spec
+    order = [0] * len(spec)
+    for position, axis in enumerate((spec[0], *spec[2:], spec[1])):
+        order[axis] = position
+    return lax.transpose(direction, order)
+
+
+def _rank_one_convolution(
+    x: Array,
+    factors: list[Array],
+    sizes: list[int],
+    *,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    feature_group_count: int,
+    **_: Any,
+) -> Array:
+    """The convolution of x [batch, *space, channel] with a product of factors [*offset, in, out], channels last.
+
+    The factors that vary along the input channel contract it, at once for all offsets of the kernel they distinguish; each
+    offset then adds a shifted slice; what varies along the output channel alone multiplies the sum.
+    """
+    *offsets, num_in, num_out = sizes
+    groups, ndim = feature_group_count, len(offsets)
+    lead = (1,) * (ndim + 1)
+    dtype = x.dtype
+    inner, shift = jnp.ones((1,) * (ndim + 3), dtype), jnp.ones((1,) * (ndim + 2), dtype)
+    outer = jnp.ones((1, 1), dtype)
+    for factor in factors:
+        size_in, size_out = factor.shape[ndim:]
+        factor = factor.reshape(*factor.shape[:-1], *((groups, num_out // groups) if size_out > 1 else (1, 1)))
+        if size_in > 1:
+            inner = inner * factor
+        elif max(factor.shape[:ndim]) > 1:
+            shift = shift * factor.squeeze(ndim)
+        else:
+            outer = outer * factor.reshape(factor.shape[-2:])
+
+    # y: [batch, *space, group, offset, out]; offset and out have size 1 unless the inner factors vary along them
+    *inner_offsets, _size_in, inner_groups, inner_out = inner.shape
+    num_offsets = math.prod(inner_offsets)
+    matrix = inner.reshape(num_offsets, -1, inner_groups, inner_out).transpose(1, 2, 0, 3)
+    matrix = jnp.broadcast_to(matrix, (num_in, *matrix.shape[1:])).reshape(num_in, inner_groups, -1)
+    x = x.reshape(*x.shape[:-1], groups, num_in)
+    if inner_groups == 1:
+        y = lax.dot_general(x, matrix[:, 0], (((ndim + 2,), (0,)), ((), ())))
+    else:
+        y = lax.dot_general(x, matrix, (((ndim + 2,), (0,)), ((ndim + 1,), (1,))))
+        y = jnp.moveaxis(y, 0, ndim + 1)
+    y = y.reshape(*x.shape[:-1], num_offsets, inner_out)
+
+    edges = [(low, high, d - 1) for (low, high), d in zip(padding, lhs_dilation, strict=True)]
+    y = lax.pad(y, jnp.zeros((), dtype), [(0, 0, 0), *edges, *[(0, 0, 0)] * 3])
+    reach = [(k - 1) * d for k, d in zip(offsets, rhs_dilation, strict=True)]
+    total = jnp.zeros((), dtype)
+    for offset in itertools.product(*(range(k) for k in offsets)):
+        start = [o * d for o, d in zip(offset, rhs_dilation, strict=True)]
+        limit = [n - r + a for n, r, a in zip(y.shape[1:], reach, start, strict=False)]
+        at = int(np.ravel_multi_index(offset, inner_offsets, mode="clip"))
+        piece = lax.slice(
+            y,
+            (0, *start, 0, at, 0),
+            (y.shape[0], *limit, groups, at + 1, inner_out),
+            (1, *window_strides, 1, 1, 1),
+        ).squeeze(ndim + 2)
+        if max(shift.shape[:ndim]) > 1:
+            weight = shift[tuple(min(o, n - 1) for o, n in zip(offset, shift.shape, strict=False))]
+            piece = piece * weight.reshape(lead + weight.shape)
+        total = piece if total.ndim == 0 else total + piece
+    if max(shift.shape[:ndim]) == 1:
+        outer = outer * shift.reshape(shift.shape[-2:])
+    total = total * outer.reshape(lead + outer.shape)
+    return jnp.broadcast_to(total, (*total.shape[:-2], groups, num_out // groups)).reshape(*total.shape[:-2], num_out)

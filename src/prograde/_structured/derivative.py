@@ -1,0 +1,58 @@
+"""A forward run along a tree of tangents, and the sum of weighted tangents."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import quax
+from jaxtyping import Array, Float, PyTree
+
+from prograde._inject import inject
+from prograde._structured.tangent import LowRankTangent, PerturbedArray, Recorder, perturb
+
+Tangent = Array | LowRankTangent
+
+
+def is_structured(x: Any) -> bool:
+    """Whether a leaf of a tree of tangents is kept as factors."""
+    return isinstance(x, LowRankTangent)
+
+
+def directional_derivative(
+    fun: Callable[[PyTree], tuple[Array, PyTree]],
+    params: PyTree[Array],
+    tangents: PyTree[Tangent],
+    recorders: PyTree[Recorder] | None = None,
+) -> tuple[Array, Array, PyTree]:
+    """(fun, grad fun . v, aux) at `params` along `tangents`, in one forward run. `fun` returns (value, aux)."""
+    if recorders is None:
+        recorders = jax.tree.map(lambda _: None, params)
+
+    def along(s: Array) -> tuple[Array, PyTree]:
+        perturbed = jax.tree.map(
+            lambda v, w, r: perturb(v, w, s, r) if is_structured(v) else inject(s, w, v),
+            tangents,
+            params,
+            recorders,
+            is_leaf=is_structured,
+        )
+        out = quax.quaxify(fun)(perturbed)
+        # a parameter that is returned as it came in, as auxiliary output, comes out as a Quax value
+        is_value = lambda x: isinstance(x, PerturbedArray)  # noqa: E731
+        return jax.tree.map(lambda x: x.materialise() if is_value(x) else x, out, is_leaf=is_value)
+
+    return jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),), has_aux=True)
+
+
+def weighted_sum(tangents: PyTree[Tangent], coefficients: Float[Array, " k"]) -> PyTree[Array]:
+    """sum_k c_k v_k for tangents with a leading axis k, in float32, or float64 where one of them is."""
+
+    def leaf(v: Tangent) -> Array:
+        dtype = v.factors[0].dtype if isinstance(v, LowRankTangent) else v.dtype
+        c = coefficients.astype(jnp.float64 if jnp.float64 in (coefficients.dtype, dtype) else jnp.float32)
+        if isinstance(v, LowRankTangent):
+            return v.weighted_sum(c)
+        return jnp.sum(c.reshape((-1,) + (1,) * (v.ndim - 1)) * v.astype(c.dtype), axis=0)
+
+    return jax.tree.map(leaf, tangents, is_leaf=is_structured)

@@ -1,0 +1,119 @@
+"""A tangent kept as its factors, and a weight that carries one."""
+
+import functools
+import math
+import operator
+import os
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import quax
+from jax._src import source_info_util
+from jax.core import ShapedArray
+from jaxtyping import Array, Float
+
+from prograde._inject import inject
+
+# where a program does something is a line of its author, not of what stands between
+for _package in (quax.__path__[0], eqx.__path__[0], os.path.dirname(__file__)):
+    source_info_util.register_exclusion(_package)
+
+
+class LowRankTangent(eqx.Module):
+    """The tangent sum_r f_1[..., r] f_2[..., r] ... of an array of d axes, kept as its factors.
+
+    Each factor has d + 1 axes. Along an axis of the array a factor has either the array's size or 1, and broadcasts; its
+    last axis is the rank. The matrix a b^T has the factors a[:, None, :] and b[None, :, :].
+    """
+
+    factors: tuple[Float[Array, "*axes rank"], ...]
+
+    def dense(self) -> Float[Array, "*shape"]:
+        """The tangent as an array."""
+        return jnp.sum(functools.reduce(operator.mul, self.factors), axis=-1)
+
+    def weighted_sum(self, coefficients: Float[Array, " k"]) -> Float[Array, "*shape"]:
+        """sum_k c_k v_k, for a tangent whose factors have a leading axis k."""
+        k, rank = self.factors[0].shape[0], self.factors[0].shape[-1]
+        first, *others = (f.astype(coefficients.dtype) for f in self.factors)
+        first = first * coefficients.reshape((k,) + (1,) * (first.ndim - 1))
+        if k * rank == 1:  # an outer product that XLA fuses into whatever uses it
+            return functools.reduce(operator.mul, (first, *others))[0, ..., 0]
+        ndim = first.ndim - 2
+        names = string.ascii_lowercase[:ndim]
+        terms = []
+        for factor in (first, *others):
+            covered = [i for i in range(ndim) if factor.shape[1 + i] > 1]
+            terms.append(
+                ("K" + "".join(names[i] for i in covered) + "R", factor.reshape(k, *_sizes(factor, covered), rank))
+            )
+        shape = jnp.broadcast_shapes(*(f.shape for f in (first, *others)))[1:-1]
+        out = "".join(name for name, size in zip(names, shape, strict=True) if size > 1)
+        total = jnp.einsum(",".join(t for t, _ in terms) + "->" + out, *(f for _, f in terms), optimize="optimal")
+        return total.reshape(shape)
+
+
+def _sizes(factor: Array, covered: Sequence[int]) -> list[int]:
+    return [factor.shape[1 + i] for i in covered]
+
+
+@dataclass(frozen=True)
+class DenseFallback:
+    """A place where a weight's tangent was made dense: for which primitive, in which shape, and where in the program."""
+
+    primitive: str
+    shape: tuple[int, ...]
+    source: str
+
+
+class Recorder:
+    """Collects the dense fall-backs of one weight. Compared by identity, so that nothing cached for another run is used."""
+
+    def __init__(self) -> None:
+        self.primitive = ""
+        self.fallbacks: list[DenseFallback] = []
+
+
+class PerturbedArray(quax.ArrayValue):
+    """A weight whose tangent with respect to `s` is the product of `factors`. `s` has as many axes as the weight."""
+
+    weight: Float[Array, "*shape"]
+    factors: tuple[Float[Array, "*axes rank"], ...]
+    s: Float[Array, "*ones"]
+    recorder: Recorder | None = eqx.field(static=True, default=None)
+
+    def aval(self) -> ShapedArray:
+        return jax.typeof(self.weight)
+
+    @property
+    def scalar(self) -> Float[Array, ""]:
+        """What the program is differentiated by. After a loop `s` may be repeated along the axes the loop made."""
+        return self.s[(0,) * self.s.ndim]
+
+    def materialise(self) -> Array:
+        if self.weight.size == 0:
+            return self.weight
+        if self.recorder is not None and sum(math.prod(f.shape[:-1]) > 1 for f in self.factors) > 1:
+            source = source_info_util.summarize(source_info_util.current())
+            self.recorder.fallbacks.append(DenseFallback(self.recorder.primitive, self.weight.shape, source))
+        direction = jnp.broadcast_to(LowRankTangent(self.factors).dense(), self.weight.shape)
+        return inject(self.scalar, self.weight, direction)
+
+    def replace(self, weight: Array, factors: Sequence[Array]) -> "PerturbedArray":
+        """Another weight and other factors, differentiated by the same scalar."""
+        return PerturbedArray(weight, tuple(factors), self.scalar.reshape((1,) * weight.ndim), self.recorder)
+
+    def map(self, of_weight: Callable[[Array], Array], of_factor: Callable[[Array], Array]) -> "PerturbedArray":
+        """Applies one function to the weight and another to every factor."""
+        return self.replace(of_weight(self.weight), [of_factor(f) for f in self.factors])
+
+
+def perturb(
+    tangent: LowRankTangent, weight: Array, s: Float[Array, ""], recorder: Recorder | None = None
+) -> PerturbedArray:
+    """The weight as a Quax value that carries this tangent with respect to `s`."""
+    return PerturbedArray(weight, tangent.factors, s.reshape((1,) * weight.ndim), recorder)

@@ -1,0 +1,304 @@
+"""Every rule for structured tangents against its dense twin: primitives, control flow, dtypes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import prograde as pg
+from prograde._structured import LowRankTangent
+
+DISTRIBUTIONS = [pg.LowRank(1), pg.LowRank(2, pg.Normal()), pg.Separable(2)]
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 8e-2}
+
+
+def array(*shape, dtype="float64"):
+    return np.random.default_rng(shape).standard_normal(shape).astype(dtype)
+
+
+def dense(tangents):
+    return jax.tree.map(
+        lambda t: t.dense() if isinstance(t, LowRankTangent) else t,
+        tangents,
+        is_leaf=lambda t: isinstance(t, LowRankTangent),
+    )
+
+
+def directional(loss, w, distribution, key):
+    return pg.WeightPerturbation(distribution).estimate(loss, key, None, w).directional[0]
+
+
+def directional_and_twin(loss, w, distributions, key, jit=True):
+    """grad . v through the rules, and by plain jax.jvp along the dense tangent, for each distribution."""
+
+    def both(w, key):
+        actual = [directional(loss, w, distribution, key) for distribution in distributions]
+        tangents = [dense(distribution.sample(key, w)) for distribution in distributions]
+        _, expected = jax.vmap(lambda v: jax.jvp(loss, (w,), (v,)))(jnp.stack(tangents))
+        return jnp.stack(actual), expected
+
+    with jax.debug_key_reuse(False):  # the same key on purpose
+        return (jax.jit(both) if jit else both)(w, key)
+
+
+def fallbacks(loss, w, distribution):
+    return [
+        f.primitive for _, f in pg.check(loss, w, estimator=pg.WeightPerturbation(distribution), memory=False).dense
+    ]
+
+
+def conv(x_shape, w_shape, **kwargs):
+    kwargs = {"window_strides": (1,) * (len(x_shape) - 2), "padding": "SAME"} | kwargs
+    return w_shape, lambda w: lax.conv_general_dilated(jnp.asarray(array(*x_shape), w.dtype), w, **kwargs)
+
+
+NHWC = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+NHC = {"dimension_numbers": ("NHC", "HIO", "NHC")}
+CONVOLUTIONS = {
+    "2-D": conv((2, 8, 7, 3), (3, 3, 3, 4), **NHWC),
+    "strides": conv((2, 8, 7, 3), (3, 2, 3, 4), **NHWC | {"window_strides": (2, 3), "padding": "VALID"}),
+    "channels first, dilated kernel": conv(
+        (2, 6, 8, 7), (4, 6, 3, 3), window_strides=(1, 2), padding=((1, 2), (0, 1)), rhs_dilation=(2, 1)
+    ),
+    "groups": conv((2, 8, 7, 6), (3, 3, 3, 4), **NHWC | {"feature_group_count": 2}),
+    "groups, channels first": conv((2, 6, 5, 7), (4, 3, 3, 3), feature_group_count=2),
+    "depthwise": conv((2, 8, 7, 6), (3, 3, 1, 6), **NHWC | {"feature_group_count": 6}),
+    "one channel": conv((2, 8, 7, 1), (3, 3, 1, 6), **NHWC),
+    "1 x 1": conv((2, 8, 7, 5), (1, 1, 5, 6), **NHWC),
+    "transposed": conv((2, 6, 5, 3), (3, 3, 3, 4), **NHWC | {"padding": ((2, 2), (2, 3)), "lhs_dilation": (2, 2)}),
+    "negative padding": conv((2, 8, 7, 3), (3, 3, 3, 4), **NHWC | {"padding": ((-1, 0), (0, -2))}),
+    "1-D": conv((2, 20, 3), (9, 3, 4), **NHC | {"window_strides": (2,)}),
+    "1-D, cut at the offsets": conv((2, 20, 16), (9, 16, 4), **NHC),
+    "1-D, cut at the offsets, groups": conv((2, 20, 32), (9, 16, 4), **NHC | {"feature_group_count": 2}),
+    "3-D": conv(
+        (1, 5, 6, 4, 3), (2, 3, 2, 3, 4), window_strides=(1, 1, 2), dimension_numbers=("NHWDC", "HWDIO", "NHWDC")
+    ),
+    "input channels first": conv((2, 9, 8, 8), (9, 4, 3, 3), dimension_numbers=("NCHW", "IOHW", "NCHW")),
+    "output before input": conv((2, 8, 8, 5), (3, 3, 4, 5), dimension_numbers=("NHWC", "HWOI", "NHWC")),
+}
+
+
+def use(w_shape, function, x_shape=(4, 6)):
+    return w_shape, lambda w: function(w, jnp.asarray(array(*x_shape), w.dtype))
+
+
+PRODUCTS_AND_SHAPES = {
+    "x @ w": use((6, 5), lambda w, x: x @ w),
+    "w @ x": use((5, 4), lambda w, x: w @ x),
+    "x @ w.T": use((5, 6), lambda w, x: x @ w.T),
+    "w @ w.T": use((5, 6), lambda w, x: w @ w.T),
+    "einsum to heads": use((6, 3, 5), lambda w, x: jnp.einsum("tm,mhd->thd", x, w)),
+    "einsum from heads": use((3, 5, 8), lambda w, x: jnp.einsum("thd,hdm->tm", x, w), (4, 3, 5)),
+    "einsum, fused qkv": use((6, 3, 2, 5), lambda w, x: jnp.einsum("tm,mahd->athd", x, w)),
+    "experts": use((3, 6, 7), lambda w, x: jnp.einsum("etm,emn->etn", x, w), (3, 4, 6)),
+    "weight first, batched": use((3, 7, 6), lambda w, x: jnp.einsum("enm,etm->ent", w, x), (3, 4, 6)),
+    "heads by reshape": use((6, 8), lambda w, x: jnp.einsum("tm,mhd->htd", x, w.reshape(6, 4, 2))),
+    "heads flattened": use((6, 3, 4), lambda w, x: x @ w.reshape(6, 12)),
+    "flattened across the cut": use((3, 4, 6), lambda w, x: x @ w.reshape(12, 6).T),
+    "squeeze": use((1, 6, 5), lambda w, x: x @ w[0]),
+    "expand and broadcast": use((6, 5), lambda w, x: x @ jnp.broadcast_to(w[None], (2, 6, 5)), (2, 4, 6)),
+    "slice": use((8, 5), lambda w, x: x @ w[1:7] + x[:, :3] @ w[2:8:2]),
+    "layer of a stack": use((3, 6, 5), lambda w, x: x @ w[jnp.asarray(1)] + 2 * x @ w[2]),
+    "dynamic slice": use((6, 9), lambda w, x: x @ lax.dynamic_slice(w, (0, 2), (6, 5))),
+    "split": use((6, 9), lambda w, x: sum(i * x @ v for i, v in enumerate(jnp.split(w, 3, 1), 1))),
+    "reversed": use((6, 5), lambda w, x: x @ w[::-1]),
+    "embedding": use((8, 9), lambda w, x: w[jnp.array([[0, 3], [7, -2]])]),
+    "embedding, take": use((8, 9), lambda w, x: jnp.take(w, jnp.array([[0, 3], [5, 2]]), axis=0)),
+    "embedding, out of bounds": use((8, 9), lambda w, x: jnp.nan_to_num(jnp.take(w, jnp.array([0, 8, 3, 99]), axis=0))),
+    "embedding, clipped": use((8, 9), lambda w, x: jnp.take(w, jnp.array([0, 8, 3, 99]), axis=0, mode="clip")),
+    "columns": use((8, 9), lambda w, x: w[:, jnp.array([[0, 3], [7, -2]])]),
+    "rows and columns": use((8, 9), lambda w, x: w[jnp.array([0, 3]), jnp.array([1, 2])]),
+    "an expert for each token": use((3, 6, 9), lambda w, x: jnp.einsum("tm,tmn->tn", x, w[jnp.array([0, 2, 1, 1])])),
+    "tied embedding": use((9, 6), lambda w, x: w[jnp.array([1, 2])] @ w.T),
+    "scaled": use((6, 9), lambda w, x: x @ (w * 2 / 3)),
+    "scaled by what depends on it": use((6, 9), lambda w, x: x @ (w * jnp.sum(w**2))),
+    "sums and differences": use(
+        (6, 9), lambda w, x: x @ (1 - w + jnp.asarray(array(6, 9), w.dtype)) - 3 * x @ (-w - 1)
+    ),
+    "converted": use((6, 9), lambda w, x: (x.astype(jnp.float32) @ w.astype(jnp.float32)).astype(w.dtype)),
+    "vmap over experts": use((3, 6, 9), lambda w, x: jax.vmap(lambda w, x: x @ w)(w, x), (3, 4, 6)),
+    "vmap over a last axis": use((6, 7, 3), lambda w, x: jax.vmap(lambda w: x @ w, in_axes=2)(w)),
+    "vmap over the batch": use((6, 5), lambda w, x: jax.vmap(lambda row: row @ w)(x)),
+}
+FORMED = {"w @ w.T"}  # one of the two is, and the other keeps its factors
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("name", [*CONVOLUTIONS, *PRODUCTS_AND_SHAPES])
+def test_structured_equals_dense_and_is_not_formed(name, key, x64, strict):
+    shape, function = (CONVOLUTIONS | PRODUCTS_AND_SHAPES)[name]
+    w = jnp.asarray(array(*shape))
+    narrow = name == "converted"
+    loss = lambda w: jnp.sum(jnp.sin(function(w)))
+    actual, expected = directional_and_twin(loss, w, DISTRIBUTIONS, key)
+    assert np.abs(expected).min() > 1e-6
+    np.testing.assert_allclose(actual, expected, rtol=1e-5 if narrow else TOLERANCE["float64"])
+    if name not in FORMED and name != "scaled by what depends on it":
+        assert fallbacks(loss, w, pg.LowRank(1)) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["2-D", "groups", "einsum to heads", "embedding", "heads by reshape", "split"])
+def test_structured_equals_dense_in_other_dtypes(name, dtype, key):
+    shape, function = (CONVOLUTIONS | PRODUCTS_AND_SHAPES)[name]
+    w = jnp.asarray(array(*shape), dtype)
+    loss = lambda w: jnp.mean(jnp.square(function(w).astype(jnp.float32)))
+    for distribution in (pg.LowRank(1), pg.LowRank(2, pg.Normal())):
+        actual = pg.WeightPerturbation(distribution).estimate(loss, key, None, w).directional[0]
+        assert actual.dtype == jnp.float32
+        tangent = distribution.sample(key, w).dense().astype(jnp.float32)  # the twin computes in float32
+        expected = jax.jvp(loss, (w.astype(jnp.float32),), (tangent,))[1]
+        scale = jnp.sqrt(jnp.sum(jax.grad(loss)(w.astype(jnp.float32)) ** 2))
+        assert abs(actual - expected) < TOLERANCE[dtype] * scale
+
+
+CONTROL_FLOW = {
+    "jit": lambda w, x: jax.jit(lambda w: x @ w[0])(w),
+    "scan over the stack": lambda w, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0],
+    "scan in reverse, weights out": lambda w, x: lax.scan(lambda h, w: (h @ w, h @ w), x, w, reverse=True)[1],
+    "scan in scan": lambda w, x: lax.scan(
+        lambda h, w: (lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, w)[0], None), x, w.reshape(2, 2, 6, 6)
+    )[0],
+    "scan, weight constant": lambda w, x: lax.scan(lambda h, _: (jnp.tanh(h @ w[0]), None), x, None, 3)[0],
+    "fori_loop": lambda w, x: lax.fori_loop(0, 4, lambda i, h: jnp.tanh(h @ w[i]), x),
+    "while_loop": lambda w, x: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ w[0])), (0, x))[
+        1
+    ],
+    "while_loop, weight in its condition": lambda w, x: lax.while_loop(
+        lambda h: jnp.sum(h @ w[1]) < 1e3, lambda h: h * 1.5 + 0.1 * jnp.abs(h @ w[0]), x
+    ),
+    "cond": lambda w, x: lax.cond(x[0, 0] > 0, lambda w: jnp.sin(x @ w[0]), lambda w: x @ w[1], w),
+    "switch": lambda w, x: lax.switch(1, [lambda w: x @ w[0], lambda w: jnp.cos(x @ w[1]), lambda w: x], w),
+    "checkpoint": lambda w, x: jax.checkpoint(lambda w: jnp.tanh(x @ w[0]) @ w[1])(w),
+    "checkpointed scan": lambda w, x: lax.scan(jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None)), x, w)[0],
+    "vmap": lambda w, x: jax.vmap(lambda w, row: row @ w)(w, x),
+    "custom_jvp": lambda w, x: jax.nn.silu(jax.nn.relu(x @ w[0])),
+    "cond in scan in jit": lambda w, x: jax.jit(
+        lambda w: lax.scan(lambda h, w: (lax.cond(h[0, 0] > 0, lambda: h @ w, lambda: h @ w.T), None), x, w)[0]
+    )(w),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", CONTROL_FLOW)
+def test_control_flow_keeps_the_factors(name, jit, key, x64):
+    w, x = jnp.asarray(array(4, 6, 6)) / 2, jnp.asarray(array(4, 6))
+    loss = lambda w: jnp.sum(jnp.sin(CONTROL_FLOW[name](w, x)))
+    distributions = (pg.LowRank(1), pg.Separable(2)) if jit else (pg.LowRank(1),)
+    actual, expected = directional_and_twin(loss, w, distributions, key, jit)
+    np.testing.assert_allclose(actual, expected, rtol=1e-9)
+    assert fallbacks(loss, w, pg.LowRank(1)) == []
+
+
+@pytest.mark.parametrize(
+    ("x_spec", "spec", "out_spec"),
+    [
+        (P(None, "i"), P("i", None), P()),
+        (P(), P(None, "i"), P(None, "i")),
+        (P("i", None), P(), P("i", None)),
+        (P(), P(), P()),
+    ],
+    ids=["inputs sharded", "outputs sharded", "batch sharded", "replicated"],
+)
+def test_weights_enter_shard_map_with_their_factors(x_spec, spec, out_spec, key, x64):
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices: XLA_FLAGS was set without them")
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    w, x = jnp.asarray(array(6, 8)), jnp.asarray(array(4, 6))
+
+    def product(x, w):
+        z = x @ w
+        return lax.psum(z, "i") if spec == P("i", None) else z
+
+    sharded = jax.shard_map(product, mesh=mesh, in_specs=(x_spec, spec), out_specs=out_spec)
+    loss = lambda w: jnp.sum(jnp.sin(sharded(x, w)))
+    twin = lambda w: jnp.sum(jnp.sin(x @ w))
+    for distribution in (pg.LowRank(1), pg.LowRank(2)):
+        assert fallbacks(loss, w, distribution) == []
+        actual = float(jax.jit(lambda w, key: directional(loss, w, distribution, key))(w, key))
+        tangent = distribution.sample(key, w).dense()
+        np.testing.assert_allclose(actual, float(jax.jvp(twin, (w,), (tangent,))[1]), rtol=1e-9)
+
+
+POOLS = {
+    "2 x 2": ((1, 2, 2, 1), (1, 2, 2, 1), "VALID", None),
+    "overlapping": ((1, 3, 3, 1), (1, 2, 2, 1), "SAME", None),
+    "dilated": ((1, 3, 2, 1), (1, 1, 1, 1), "SAME", (1, 2, 1, 1)),
+    "padded, over channels": ((1, 2, 3, 2), (1, 1, 2, 1), ((0, 0), (1, 0), (0, 2), (0, 0)), None),
+    "wide": ((1, 7, 7, 1), (1, 2, 2, 1), "SAME", None),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_the_tangent_of_max_pooling_is_that_of_jax_ties_included(name, key):
+    window, strides, padding, dilation = POOLS[name]
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 9, 8, 3)), jnp.float32)  # many ties
+    w = jnp.asarray(array(2, 9, 8, 3), jnp.float32)
+    pool = lambda x: lax.reduce_window(x, -jnp.inf, lax.max, window, strides, padding, window_dilation=dilation)
+    weigh = jnp.asarray(array(*jax.eval_shape(pool, x).shape), jnp.float32)
+    through = lambda t: jnp.sum(weigh * jax.jvp(pool, (x,), (t,))[1])
+    shifted = lambda s: jnp.sum(weigh * pool(pg.inject(s, x, w)))  # x, with the tangent w
+    actual = pg.WeightPerturbation(pg.Basis()).estimate(shifted, key, None, jnp.zeros(())).directional[0]
+    np.testing.assert_allclose(abs(actual), abs(through(w)), rtol=1e-5)
+
+
+def test_chunks_do_not_form_structured_tangents(key):
+    """K tangents in chunks take the memory of their factors, and of one gradient."""
+    n, k = 512, 32
+    w, x = jnp.zeros((n, n)), jnp.ones((2, n))
+    estimator = pg.WeightPerturbation(pg.LowRank(1), num_tangents=k, chunk=4)
+    step = jax.jit(lambda w, key: estimator.estimate(lambda w: jnp.sum(jnp.tanh(x @ w)), key, None, w).grads)
+    assert step.lower(w, key).compile().memory_analysis().temp_size_in_bytes < 2 * w.nbytes
+
+
+def test_memory_of_a_step_is_flat_in_depth_and_has_no_array_of_the_size_of_the_weights(key):
+    width, batch = 256, 4
+    x = jnp.ones((batch, width))
+
+    def temporaries(depth, estimator):
+        def loss(ws):
+            return jnp.mean(lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, ws)[0] ** 2)
+
+        def step(ws, key):
+            _, grads = pg.value_and_grad(loss, estimator)(key, ws)
+            return ws - 1e-3 * grads
+
+        shape = jax.ShapeDtypeStruct((depth, width, width), jnp.float32)
+        compiled = jax.jit(step, donate_argnums=0).lower(shape, key).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one_layer = 4 * width**2
+    for estimator in (pg.WeightPerturbation(), pg.WeightPerturbation(pg.Separable())):
+        shallow, deep = temporaries(2, estimator), temporaries(40, estimator)
+        factors = 40 * 4 * (2 * width) * 4
+        assert deep < shallow + factors < 2 * one_layer + factors
+        assert deep < 40 * one_layer / 10
+
+
+def test_a_chunk_is_chosen_that_fits_into_memory(key):
+    def size(estimator, width):
+        x = jnp.ones((2048, width))
+        f = lambda w: (jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w)), None)
+        w = jnp.zeros((width, width))
+
+        def one_tangent(index):
+            tangents = estimator.tangents.sample(key, w, index)
+            from prograde._structured import directional_derivative
+
+            return directional_derivative(f, w, tangents)[:2]
+
+        return estimator._chunk_size(f, w, one_tangent)
+
+    many = pg.WeightPerturbation(num_tangents=1000)
+    wide, narrow = size(many, 256), size(many, 16)
+    assert 1 <= wide < narrow <= 1000
+    each = 2048 * 256 * 4
+    assert 2**28 / (8 * each) < wide <= 2**28 / each
+    assert size(pg.WeightPerturbation(num_tangents=3), 16) == 3
