@@ -15,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from prograde._structured import LowRankTangent, Tangent
 
-_SMALL = 2**16  # draws of fewer elements than this are batched by shape: one generator call instead of one per leaf
+_SMALL = 2**16  # draws of fewer elements than this are cut into blocks, and all blocks drawn by one loop
+_BLOCK = 256
 
 
 def _leaf_words(params: PyTree[Array]) -> list[int]:
@@ -40,22 +42,43 @@ def _leaf_words(params: PyTree[Array]) -> list[int]:
 def _draw(
     key: Key[Array, ""], words: list[int], shapes: list[tuple[tuple[int, ...], jnp.dtype]], entries: Callable
 ) -> list[Array]:
-    """`entries(fold_in(key, word), shape, dtype)` for each; small draws of one shape share a call, to compile faster."""
-    groups: dict[tuple, list[int]] = {}
-    for i, (shape, dtype) in enumerate(shapes):
-        groups.setdefault((shape, dtype) if math.prod(shape) < _SMALL else (i,), []).append(i)
+    """Arrays of random `entries`, each from the key folded with its word.
+
+    A small array is cut into blocks, each from a key of its own, and the blocks of all small arrays are drawn in one loop:
+    otherwise XLA compiles the generator into every use of every factor, for minutes where there are many leaves.
+    """
+    zero = (jax.random.key_data(key).reshape(-1)[0] >> 31) >> 1
     drawn: list[Array] = [jnp.zeros(())] * len(shapes)
-    for members in groups.values():
-        shape, dtype = shapes[members[0]]
-
-        def one(word: Array, shape: tuple[int, ...] = shape, dtype: jnp.dtype = dtype) -> Array:
-            return entries(jax.random.fold_in(key, word), shape, dtype)
-
-        group_words = jnp.asarray([words[i] for i in members], jnp.uint32)
-        arrays = jax.vmap(one)(group_words) if len(members) > 1 else [one(group_words[0])]
-        for i, array in zip(members, arrays, strict=True):
-            drawn[i] = array
+    small: dict[jnp.dtype, list[int]] = {}
+    for i, (shape, dtype) in enumerate(shapes):
+        if math.prod(shape) < _SMALL:
+            small.setdefault(jnp.dtype(dtype), []).append(i)
+        else:
+            drawn[i] = entries(jax.random.fold_in(key, words[i]), shape, dtype)
+    for dtype, members in small.items():
+        sizes = [math.prod(shapes[i][0]) for i in members]
+        counts = [-(-size // _BLOCK) for size in sizes]
+        which = [(words[i], block) for i, count in zip(members, counts, strict=True) for block in range(count)]
+        which += [(0, 0)] * (len(which) % 2)
+        blocks = _draw_blocks(key, jnp.asarray(which, jnp.uint32).reshape(-1, 2), entries, dtype)
+        start = 0
+        for i, size, count in zip(members, sizes, counts, strict=True):
+            # the start is data to XLA, which compiles one kernel for all uses of equal shape instead of one for each
+            at = (jnp.asarray([start, 1], jnp.uint32) + zero)[0]
+            drawn[i] = lax.dynamic_slice(blocks, (at,), (size,)).reshape(shapes[i][0])
+            start += count * _BLOCK
     return drawn
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _draw_blocks(key: Key[Array, ""], which: Array, entries: Callable, dtype: jnp.dtype) -> Array:
+    """A block for each (word, block number), in a loop of two iterations, whose result XLA keeps and does not recompute."""
+
+    def one(word_and_number: Array) -> Array:
+        word, number = word_and_number
+        return entries(jax.random.fold_in(jax.random.fold_in(key, word), number), (_BLOCK,), dtype)
+
+    return lax.map(jax.vmap(one), which.reshape(2, -1, 2)).reshape(-1)
 
 
 def _normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Array:

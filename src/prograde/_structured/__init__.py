@@ -9,7 +9,7 @@ A primitive without a rule materialises the weight, which injects the dense tang
 in every case, and only the cost differs.
 """
 
-from prograde._structured import contractions, control_flow, pooling, shapes  # noqa: F401  (they register rules)
+from prograde._structured import contractions, control_flow, shapes  # noqa: F401  (they register rules)
 from prograde._structured.derivative import Tangent, directional_derivative, is_structured, weighted_sum
 from prograde._structured.tangent import DenseFallback, LowRankTangent, PerturbedArray, Recorder
 

@@ -56,15 +56,53 @@ def _checkpoint(*operands: Any, jaxpr: Any, prevent_cse: Any, policy: Any, **_: 
     return jax.checkpoint(_flat_call(jaxpr, tree), prevent_cse=prevent_cse, policy=policy)(*leaves)
 
 
-_WITH_FACTORS: dict[Any, Callable[..., Any]] = {lax.cond_p: _cond, remat_p: _checkpoint}
-
-
-def _along_axis_0(p: PerturbedArray) -> PerturbedArray:
+def _along_axis_0(value: Any) -> Any:
     """Repeats factors that do not vary along axis 0, so that `scan` can slice them together with the weight."""
-    length = p.weight.shape[0]
-    factors = [jnp.broadcast_to(f, (length, *f.shape[1:])) for f in p.factors]
-    s = jnp.broadcast_to(p.scalar, (length,) + (1,) * (p.weight.ndim - 1))
-    return PerturbedArray(p.weight, tuple(factors), s, p.recorder)
+    if not isinstance(value, PerturbedArray):
+        return value
+    length = value.weight.shape[0]
+    factors = [jnp.broadcast_to(f, (length, *f.shape[1:])) for f in value.factors]
+    s = jnp.broadcast_to(value.scalar, (length,) + (1,) * (value.weight.ndim - 1))
+    return PerturbedArray(value.weight, tuple(factors), s, value.recorder)
+
+
+def _scan(*operands: Any, jaxpr: ClosedJaxpr, length: int, reverse: bool, unroll: int, **params: Any) -> list[Any]:
+    consts, carry, xs = unpack_scan_args(operands, params)
+    carry = [_dense(value) for value in carry]
+    leaves, tree = jax.tree.flatten([_along_axis_0(value) for value in xs])
+
+    def body(carry: list[Any], leaves: list[Any]) -> tuple[list[Any], list[Any]]:
+        values, tree_of_all = jax.tree.flatten([*consts, *carry, *jax.tree.unflatten(tree, leaves)])
+        out = _flat_call(jaxpr, tree_of_all)(*values)
+        return out[: len(carry)], out[len(carry) :]
+
+    carry, ys = lax.scan(body, carry, leaves, length=length, reverse=reverse, unroll=unroll)
+    return [*carry, *ys]
+
+
+def _while(
+    *operands: Any, cond_nconsts: int, cond_jaxpr: ClosedJaxpr, body_nconsts: int, body_jaxpr: ClosedJaxpr
+) -> list[Any]:
+    cond_consts, body_consts = operands[:cond_nconsts], operands[cond_nconsts : cond_nconsts + body_nconsts]
+    carry = [_dense(value) for value in operands[cond_nconsts + body_nconsts :]]
+
+    def call(jaxpr: ClosedJaxpr, consts: Sequence[Any], carry: list[Any]) -> list[Any]:
+        leaves, tree = jax.tree.flatten([*consts, *carry])
+        return _flat_call(jaxpr, tree)(*leaves)
+
+    return lax.while_loop(
+        lambda carry: call(cond_jaxpr, cond_consts, carry)[0],
+        lambda carry: call(body_jaxpr, body_consts, carry),
+        carry,
+    )
+
+
+_WITH_FACTORS: dict[Any, Callable[..., Any]] = {
+    lax.cond_p: _cond,
+    lax.scan_p: _scan,
+    lax.while_p: _while,
+    remat_p: _checkpoint,
+}
 
 
 def _specs(value: Any, spec: jax.P) -> list[jax.P]:
@@ -82,25 +120,18 @@ def _specs(value: Any, spec: jax.P) -> list[jax.P]:
 def _extend(trace: Any) -> None:
     custom_jvp, primitive_rule = trace.process_custom_jvp_call, trace.process_primitive
 
-    def map_tracers(self: Any, function: Callable[[PerturbedArray], Any], tracers: Sequence[Any]) -> list[Any]:
-        def one(tracer: Any) -> Any:
-            value = self.to_value(tracer)
-            if not isinstance(value, PerturbedArray):
-                return tracer
-            with set_current_trace(self.parent_trace):
-                out = function(value)
-            return _QuaxTracer(self, out) if isinstance(out, PerturbedArray) else out
-
-        return [one(tracer) for tracer in tracers]
+    def dense_tracers(self: Any, tracers: Sequence[Any]) -> list[Any]:
+        with set_current_trace(self.parent_trace):
+            values = [self.to_value(t) for t in tracers]
+            return [_dense(v) if isinstance(v, PerturbedArray) else t for v, t in zip(values, tracers, strict=True)]
 
     def process_custom_jvp_call(self: Any, primitive: Any, fun: Any, jvp: Any, tracers: Any, **kwargs: Any) -> Any:
-        tracers = map_tracers(self, PerturbedArray.materialise, tracers)
-        return custom_jvp(self, primitive, fun, jvp, tracers, **kwargs)
+        return custom_jvp(self, primitive, fun, jvp, dense_tracers(self, tracers), **kwargs)
 
     def process_custom_vjp_call(
         self: Any, primitive: Any, fun: Any, fwd: Any, bwd: Any, tracers: Any, **params: Any
     ) -> list[Any]:
-        dense = [_array(self.to_value(t)) for t in map_tracers(self, PerturbedArray.materialise, tracers)]
+        dense = [_array(self.to_value(t)) for t in dense_tracers(self, tracers)]
         with set_current_trace(self.parent_trace):
             out = call_without_reverse_rule(fun, dense)
         return [_QuaxTracer(self, self.to_value(x)) for x in out]
@@ -137,13 +168,6 @@ def _extend(trace: Any) -> None:
             with set_current_trace(self.parent_trace):
                 out = _WITH_FACTORS[primitive](*plain, **params)
             return [_QuaxTracer(self, self.to_value(x)) for x in out]
-        dense = PerturbedArray.materialise
-        if primitive is lax.while_p:
-            num_consts = params["cond_nconsts"] + params["body_nconsts"]
-            tracers = [*tracers[:num_consts], *map_tracers(self, dense, tracers[num_consts:])]
-        elif primitive is lax.scan_p:
-            consts, carry, xs = unpack_scan_args(tracers, params)
-            tracers = [*consts, *map_tracers(self, dense, carry), *map_tracers(self, _along_axis_0, xs)]
         return primitive_rule(self, primitive, tracers, params)
 
     trace.process_custom_jvp_call = process_custom_jvp_call

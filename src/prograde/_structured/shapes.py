@@ -176,24 +176,34 @@ def _(p: PerturbedArray, x: ArrayLike, **params):
     return _scaled(p, lax.div_p, x, params)
 
 
+def _shifted(primitive: Any, x: Any, y: Any, params: dict[str, Any]) -> Any:
+    """A sum or difference of a weight and a number. With an array it may be an activation: no weight any more."""
+    p, other = (x, y) if isinstance(x, PerturbedArray) else (y, x)
+    if jnp.ndim(other) > 0:
+        return primitive.bind(*(v.materialise() if v is p else v for v in (x, y)), **params)
+    weight = primitive.bind(*(v.weight if v is p else v for v in (x, y)), **params)
+    first, *others = p.factors
+    return p.replace(weight, [-first if primitive is lax.sub_p and p is y else first, *others])
+
+
 @quax.register(lax.add_p)
 def _(p: PerturbedArray, x: ArrayLike, **params):
-    return p.replace(lax.add_p.bind(p.weight, x, **params), p.factors)
+    return _shifted(lax.add_p, p, x, params)
 
 
 @quax.register(lax.add_p)
 def _(x: ArrayLike, p: PerturbedArray, **params):
-    return p.replace(lax.add_p.bind(x, p.weight, **params), p.factors)
+    return _shifted(lax.add_p, x, p, params)
 
 
 @quax.register(lax.sub_p)
 def _(p: PerturbedArray, x: ArrayLike, **params):
-    return p.replace(lax.sub_p.bind(p.weight, x, **params), p.factors)
+    return _shifted(lax.sub_p, p, x, params)
 
 
 @quax.register(lax.sub_p)
 def _(x: ArrayLike, p: PerturbedArray, **params):
-    return p.replace(lax.sub_p.bind(x, p.weight, **params), [-p.factors[0], *p.factors[1:]])
+    return _shifted(lax.sub_p, x, p, params)
 
 
 @quax.register(lax.gather_p)

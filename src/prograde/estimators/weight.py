@@ -125,9 +125,11 @@ class WeightPerturbation(Estimator):
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like[:2])
             (value, aux, sums), directional = lax.scan(add_chunk, (*zeros, sums), indices)
             directional = directional.reshape(num_chunks * size, *directional.shape[2:])[: self.num_tangents]
-            every = jnp.arange(self.num_tangents)
-            again = jax.vmap(lambda index: self.tangents.sample(key, at_the_end, index, self.num_tangents))(every)
-            grads = eqx.combine(sums, weighted_sum(again, coefficients(directional, every)))
+            grads = sums
+            if jax.tree.leaves(at_the_end):
+                every = jnp.arange(self.num_tangents)
+                again = jax.vmap(lambda index: self.tangents.sample(key, at_the_end, index, self.num_tangents))(every)
+                grads = eqx.combine(sums, weighted_sum(again, coefficients(directional, every)))
         grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, floats)
         return Estimate(value, unpack(aux), grads, directional, state)
 
