@@ -9,8 +9,8 @@ import jax
 from jax._src.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array, PyTree
 
-from prograde._custom_vjp import describe, inline_custom_vjp, is_custom_vjp, source
-from prograde._jaxprs import equations, multiply_adds
+from prograde._custom_vjp import describe, inline_custom_vjp, is_custom_vjp
+from prograde._jaxprs import equations, multiply_adds, source
 from prograde._structured import DenseFallback, Recorder, directional_derivative
 from prograde.estimators import Estimator, WeightPerturbation
 from prograde.estimators._estimator import split_params

@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src import source_info_util
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
-from prograde._jaxprs import equations
+from prograde._jaxprs import current_source, equations, source
 
 
 def is_custom_vjp(eqn: JaxprEqn) -> bool:
@@ -23,11 +22,6 @@ def describe(eqn: JaxprEqn) -> str:
     jaxpr = code.jaxpr if isinstance(code, ClosedJaxpr) else code
     name = jaxpr.debug_info.func_name if jaxpr.debug_info is not None else "a function"
     return f"{name} ({source(eqn)})"
-
-
-def source(eqn: JaxprEqn) -> str:
-    """Where in the user's code an equation comes from, `file:line:column (function)`."""
-    return source_info_util.summarize(eqn.source_info)
 
 
 def inline_custom_vjp(fun: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +81,7 @@ def _inlined_parameter(value: Any) -> Any:
 def call_without_reverse_rule(fun: Any, args: list[Any]) -> list[Any]:
     """Calls the code of a function with a custom reverse rule; refuses, by name, once a tangent arrives there."""
     code = jaxpr_as_fun(jax.make_jaxpr(fun.call_wrapped)(*args))
-    where = source_info_util.summarize(source_info_util.current())
+    where = current_source()
     name = fun.debug_info.func_name
 
     @jax.custom_jvp

@@ -1,11 +1,37 @@
-"""What a traced program needs: multiply-adds, memory that is live at once, and the programs inside its equations."""
+"""What a traced program needs: multiply-adds, memory that is live at once; and where in the user's code it comes from."""
 
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
+import equinox as eqx
 import numpy as np
+import quax
+from jax._src import source_info_util
+from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+
+# where a program does something is a line of its author, not of what stands between
+_HERE = os.path.dirname(__file__)
+for _prefix in (quax.__path__[0], eqx.__path__[0], f"{_HERE}/_", f"{_HERE}/estimators"):
+    source_info_util.register_exclusion(_prefix)
+
+
+def source(eqn: JaxprEqn) -> str:
+    """Where in the user's code an equation comes from, `file:line:column (function)`."""
+    return source_info_util.summarize(eqn.source_info) or "an unknown place"
+
+
+def current_source() -> str:
+    """Where in the user's code the operation comes from that is being traced."""
+    now = source_info_util.current()
+    # an operation inside one that JAX traced before has no frame of the user: then what is being run has
+    return (
+        source_info_util.summarize(now)
+        or source_info_util.summarize(now.replace(traceback=_jax.Traceback.get_traceback()))
+        or "an unknown place"
+    )
 
 
 def subprograms(eqn: JaxprEqn) -> list[Jaxpr]:

@@ -3,7 +3,6 @@
 import functools
 import math
 import operator
-import os
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,15 +11,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import quax
-from jax._src import source_info_util
 from jax.core import ShapedArray
 from jaxtyping import Array, Float
 
 from prograde._inject import inject
+from prograde._jaxprs import current_source
 
-# where a program does something is a line of its author, not of what stands between
-for _package in (quax.__path__[0], eqx.__path__[0], os.path.dirname(__file__)):
-    source_info_util.register_exclusion(_package)
+# A sum of so few products of factors is written out, and fused by XLA into whatever uses it: an update that adds it to the
+# weights takes no memory of their size. For more, a product of matrices is faster.
+_MOST_TERMS = 16
 
 
 class LowRankTangent(eqx.Module):
@@ -41,8 +40,9 @@ class LowRankTangent(eqx.Module):
         k, rank = self.factors[0].shape[0], self.factors[0].shape[-1]
         first, *others = (f.astype(coefficients.dtype) for f in self.factors)
         first = first * coefficients.reshape((k,) + (1,) * (first.ndim - 1))
-        if k * rank == 1:  # an outer product that XLA fuses into whatever uses it
-            return functools.reduce(operator.mul, (first, *others))[0, ..., 0]
+        if k * rank <= _MOST_TERMS:
+            product = lambda i, r: functools.reduce(operator.mul, (f[i, ..., r] for f in (first, *others)))  # noqa: E731
+            return functools.reduce(operator.add, (product(i, r) for i in range(k) for r in range(rank)))
         ndim = first.ndim - 2
         names = string.ascii_lowercase[:ndim]
         terms = []
@@ -98,8 +98,8 @@ class PerturbedArray(quax.ArrayValue):
         if self.weight.size == 0:
             return self.weight
         if self.recorder is not None and sum(math.prod(f.shape[:-1]) > 1 for f in self.factors) > 1:
-            source = source_info_util.summarize(source_info_util.current())
-            self.recorder.fallbacks.append(DenseFallback(self.recorder.primitive, self.weight.shape, source))
+            fallback = DenseFallback(self.recorder.primitive, self.weight.shape, current_source())
+            self.recorder.fallbacks.append(fallback)
         direction = jnp.broadcast_to(LowRankTangent(self.factors).dense(), self.weight.shape)
         return inject(self.scalar, self.weight, direction)
 

@@ -1,0 +1,185 @@
+"""What `check` reports, against programs of which the answer is known; and functions with a custom reverse rule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import prograde as pg
+from prograde._jaxprs import live_bytes, multiply_adds
+
+
+@jax.custom_vjp
+def doubled(x):
+    return 2 * x
+
+
+doubled.defvjp(lambda x: (doubled(x), None), lambda residual, cotangent: (cotangent,))  # not the derivative of its code
+
+
+def in_a_scan(params, x):
+    return jnp.mean(lax.scan(lambda h, w: (doubled(h @ w), None), x, params["w"])[0])
+
+
+def on_data_alone(params, x):
+    return jnp.mean(lax.scan(lambda h, w: (h @ w + doubled(x), None), doubled(x), params["w"])[0])
+
+
+PARAMS = {"w": jnp.ones((3, 4, 4)) / 4}
+X = jnp.ones((2, 4))
+
+
+def test_a_custom_vjp_in_the_way_is_named_with_its_place():
+    report = pg.check(in_a_scan, PARAMS, X)
+    assert not report.ok
+    assert report.cost_ratio is None
+    (name,) = report.blocking
+    line = in_a_scan.__code__.co_firstlineno + 1
+    assert name.startswith("doubled (")
+    assert f"test_check.py:{line}:" in name
+    assert "BLOCKED by doubled" in str(report)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_the_estimate_refuses_it_with_the_same_words(jit, key):
+    estimate = lambda key, params: pg.value_and_grad(in_a_scan, pg.WeightPerturbation())(key, params, X)
+    with pytest.raises(TypeError, match=r"doubled, called at .*test_check.py:\d+.*custom_vjp='inline'"):
+        (jax.jit(estimate) if jit else estimate)(key, PARAMS)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_inline_differentiates_the_code_of_the_function(jit, key):
+    estimator = pg.WeightPerturbation(pg.Basis(), num_tangents=48, custom_vjp="inline")
+    grad_fn = pg.value_and_grad(in_a_scan, estimator)
+    grads = (jax.jit(grad_fn) if jit else grad_fn)(key, PARAMS, X)[1]
+    plain = lambda params, x: jnp.mean(lax.scan(lambda h, w: (2 * (h @ w), None), x, params["w"])[0])
+    np.testing.assert_allclose(grads["w"], jax.grad(plain)(PARAMS, X)["w"], rtol=1e-5)
+    assert not np.allclose(grads["w"], jax.grad(in_a_scan)(PARAMS, X)["w"])  # the rule of the test is another
+    report = pg.check(in_a_scan, PARAMS, X, estimator=pg.WeightPerturbation(custom_vjp="inline"), memory=False)
+    assert report.ok
+    assert report.bypassed[0].startswith("doubled (")
+
+
+def test_a_custom_vjp_that_no_tangent_reaches_is_in_nobodys_way(key):
+    assert pg.check(on_data_alone, PARAMS, X, memory=False).ok
+    value, _ = jax.jit(pg.value_and_grad(on_data_alone, pg.WeightPerturbation()))(key, PARAMS, X)
+    np.testing.assert_allclose(value, on_data_alone(PARAMS, X), rtol=1e-6)
+
+
+def test_tangents_that_never_arrive_are_named():
+    def loss(params):
+        stopped = jnp.sum(lax.stop_gradient(params["stopped"]))
+        chosen = jnp.sum(params["table"]) * params["scores"].argmax()
+        rounded = jnp.sum(params["rounded"].astype(int))
+        last = lax.scan(lambda c, w: (c + jnp.sum(w), None), 0.0, params["scanned"])[0]
+        return stopped + chosen + rounded + last
+
+    names = ["rounded", "scanned", "scores", "stopped", "table", "unused"]
+    report = pg.check(loss, {name: jnp.ones((4, 5)) for name in names}, memory=False)
+    assert report.always_zero == tuple(f"params['{n}']" for n in ("rounded", "scores", "stopped", "unused"))
+
+
+def test_dense_fallbacks_are_named_with_primitive_shape_and_place():
+    def loss(params, x):
+        h = x @ params["plain"]
+        return jnp.mean(h @ jnp.exp(params["exponential"])) + jnp.sum(params["decayed"] ** 2)
+
+    params = {name: jnp.ones((6, 6)) for name in ("decayed", "exponential", "plain")}
+    report = pg.check(loss, params, jnp.ones((3, 6)), memory=False)
+    assert {path: f.shape for path, f in report.dense} == dict.fromkeys(
+        ("params['decayed']", "params['exponential']"), (6, 6)
+    )
+    assert dict(report.dense)["params['exponential']"].primitive == "exp"
+    line = loss.__code__.co_firstlineno + 2
+    assert all(f"test_check.py:{line}" in f.source for _, f in report.dense)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_fallback_inside_jit_is_found_again_on_the_second_look(jit):
+    function = lambda w, x: jnp.mean(x @ jnp.exp(w))
+    loss = jax.jit(function) if jit else function
+    for _ in range(2):
+        report = pg.check(loss, jnp.ones((6, 6)), jnp.ones((3, 6)), memory=False)
+        assert [f.primitive for _, f in report.dense] == ["exp"]
+
+
+def test_cost_ratio_is_that_of_the_products():
+    """Two square layers: the first has no tangent at its input. 2 of 2 products, 1 of 2 tangents, and the rest is small."""
+    n, batch = 256, 128
+    loss = lambda params, x: jnp.mean(jnp.tanh(x @ params[0]) @ params[1])
+    params, x = [jax.ShapeDtypeStruct((n, n), jnp.float32)] * 2, jax.ShapeDtypeStruct((batch, n), jnp.float32)
+    report = pg.check(loss, params, x, memory=False)
+    assert 1.5 < report.cost_ratio < 1.6
+    dense = pg.check(loss, params, x, estimator=pg.WeightPerturbation(pg.Rademacher()), memory=False)
+    assert 2.5 < dense.cost_ratio < 2.8  # the first layer has a product of its tangent now, the second two
+    many = pg.check(loss, params, x, estimator=pg.WeightPerturbation(num_tangents=4), memory=False)
+    assert 1 + 4 * 0.5 < many.cost_ratio < 1 + 4 * (report.cost_ratio - 1) + 0.05
+
+
+def test_multiply_adds_by_hand():
+    count = lambda f, *shapes: multiply_adds(jax.make_jaxpr(f)(*(jnp.zeros(s) for s in shapes)).jaxpr)
+    assert count(lambda x, w: x @ w, (3, 4), (4, 5)) == 3 * 4 * 5
+    assert count(lambda x, w: lax.scan(lambda h, w: (h @ w, None), x, w)[0], (3, 4), (7, 4, 4)) == 7 * 3 * 4 * 4
+    assert count(lambda x: lax.cond(True, lambda: x @ x, lambda: x), (4, 4)) == 4**3
+    kernel = dict(window_strides=(1,), padding="VALID", dimension_numbers=("NHC", "HIO", "NHC"))
+    conv = lambda x, w: lax.conv_general_dilated(x, w, **kernel)
+    assert count(conv, (2, 10, 3), (4, 3, 5)) == 2 * 7 * 5 * 4 * 3
+    assert count(jax.jit(lambda x: jnp.sum(x + 1)), (6,)) == 6 + 6
+
+
+def test_live_bytes_by_hand():
+    live = lambda f, *shapes: live_bytes(jax.make_jaxpr(f)(*(jnp.zeros(s) for s in shapes)).jaxpr)
+    assert live(lambda x: jnp.sin(jnp.sin(jnp.sin(x))), (100,)) == 2 * 400  # what is read and what is written
+    wide = lambda x: jnp.sum(jnp.broadcast_to(x, (50, 100)) * 2)
+    assert live(wide, (100,)) == 2 * 50 * 400
+
+
+def test_the_report_says_what_xla_says_of_memory(key):
+    loss = lambda w, x: jnp.mean(jnp.tanh(jnp.tanh(x @ w) @ w) @ w)
+    w, x = jnp.ones((64, 64)), jnp.ones((1024, 64))
+    estimator = pg.WeightPerturbation(num_tangents=8)
+    report = pg.check(loss, w, x, estimator=estimator)
+    temporaries = lambda f, *args: jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    assert abs(report.memory_alone - temporaries(loss, w, x)) < 2**14
+    assert abs(report.memory - temporaries(pg.value_and_grad(loss, estimator), key, w, x)) < 2**16
+    assert report.memory > report.memory_alone
+
+
+def test_backprop_is_checked_too():
+    report = pg.check(in_a_scan, PARAMS, X, estimator=pg.Backprop())
+    assert report.ok
+    assert report.blocking == report.dense == ()
+    assert 2 < report.cost_ratio < 5
+
+
+def test_shapes_are_enough_and_other_leaves_pass():
+    params = {"w": jax.ShapeDtypeStruct((4, 4), jnp.float32), "activation": jnp.tanh, "steps": 3}
+    loss = lambda p, x, flag: jnp.mean(p["activation"](x @ p["w"])) * (2 if flag else 1)
+    report = pg.check(loss, params, jax.ShapeDtypeStruct((2, 4), jnp.float32), True)
+    assert report.ok
+    assert report.num_parameters == 16
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: pg.check(jnp.sum, {}), ValueError, "no floating-point array"),
+        (lambda: pg.check(jnp.sum, jnp.ones(3, complex)), TypeError, "complex"),
+        (lambda: pg.check(lambda w: w, jnp.ones((3, 3))), ValueError, r"shape \(3, 3\)"),
+        (lambda: pg.check(jnp.sum, jnp.ones(3), estimator=pg.LowRank()), TypeError, "estimator=LowRank"),
+        (lambda: pg.WeightPerturbation(custom_vjp="ignore"), ValueError, "custom_vjp='ignore'.*'inline'"),
+        (lambda: pg.WeightPerturbation(num_tangents=True), ValueError, "num_tangents=True"),
+        (lambda: pg.WeightPerturbation(chunk=0), ValueError, "chunk=0"),
+        (lambda: pg.Separable(rank=0), ValueError, "rank=0"),
+        (lambda: pg.Separable(factors=pg.Basis()), ValueError, r"factors=Basis\(\)"),
+        (
+            lambda: pg.LowRank(rank=9).sample(jax.random.key(0), {"w": jnp.ones((8, 6)), "b": jnp.ones(6)}),
+            ValueError,
+            r"rank=9.*\(8, 6\).*rank <= 3",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
