@@ -1,8 +1,9 @@
 # Every target makes .venv itself when it is missing, from nothing but python3 and pip.
 PYTHON ?= python3
+PYTHON_NEWEST ?= python3.12
 BIN := .venv/bin
 
-.PHONY: setup reproduce test lint docs bench
+.PHONY: setup reproduce test test-newest lint docs bench bench-basics
 
 setup: .venv/.installed
 
@@ -17,6 +18,12 @@ reproduce: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# the rules of the core and what check says, on the newest versions of everything
+test-newest:
+	$(PYTHON_NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test]'
+	.venv-newest/bin/python -m pytest tests/test_structured.py tests/test_check.py
+
 lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -26,4 +33,7 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: setup
+	$(BIN)/prograde bench
+
+bench-basics: setup
 	$(BIN)/python benchmarks/basics.py

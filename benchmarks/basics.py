@@ -1,6 +1,6 @@
 """Costs that the project promises: imports, a training step, the training loop, memory against depth.
 
-Run on an otherwise idle machine: `make bench`, or `python benchmarks/basics.py --out FILE`. Writes a record, prints a table.
+Run on an otherwise idle machine: `make bench-basics`, or `python benchmarks/basics.py --out FILE`. Writes a record, prints a table.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The command line: `prograde reproduce`, `prograde report`, `prograde list`."""
+"""The command line: `prograde reproduce`, `prograde report`, `prograde bench`, `prograde list`."""
 
 import dataclasses
 import datetime
@@ -30,6 +30,7 @@ beside backprop, on this machine.
   prograde reproduce beale rosenbrock     only these
   prograde reproduce --data mnist --full  the real thing, on MNIST; hours
   prograde report runs/NAME               the report again, from the records alone
+  prograde bench mlp transformer          what a step costs, beside backprop in JAX and in PyTorch
   prograde list                           experiments, methods, and what the paper reports
 
 What is stopped, by Ctrl-C or otherwise, is continued by the same command with --out DIR --resume."""
@@ -77,6 +78,34 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Measure what a training step costs by each method, in time, memory and compilation.
+
+    Forward gradients with 1, 4 and 16 tangents, backprop (plain, checkpointed, unrolled), a dense tangent through jax.jvp
+    and MeZO, all as plain SGD steps in turns; where PyTorch is installed, its forward pass, backprop (eager and compiled)
+    and torch.func.jvp take turns with them.
+
+    - prograde bench: all models; the better part of an hour
+    - prograde bench mlp cnn --rounds 5 --no-memory: a first look
+    - prograde bench --from records/bench.json: the tables of a record
+    - prograde bench --from records/bench.json --markdown docs/benchmarks.md: and the page
+    """
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL ...]")] = ("all",)
+    """Names of models, or all: logreg, mlp, mlp-512, cnn, resnet, transformer, smollm2."""
+    rounds: Annotated[int, tyro.conf.arg(metavar="N")] = 20
+    """How often each method is timed."""
+    no_memory: bool = False
+    """Leave out the memory of processes, which takes a process for each method."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE|DIR")] = None
+    """Where the record goes; by default runs/bench/DATE-TIME.json. Other models may be added to a record."""
+    from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="FILE")] = None
+    """Measure nothing; show this record."""
+    markdown: Annotated[Path | None, tyro.conf.arg(metavar="PAGE")] = None
+    """Write figure and tables into this page of a documentation, between the marks it holds."""
+
+
+@dataclass(frozen=True)
 class List:
     """List the experiments, the methods, and what the paper reports for each."""
 
@@ -97,7 +126,7 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"prograde {metadata.version('prograde')}")
         return
-    commands = {"reproduce": Reproduce, "report": Report, "list": List}
+    commands = {"reproduce": Reproduce, "report": Report, "bench": Bench, "list": List}
     command = tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="prograde",
@@ -113,6 +142,8 @@ def main() -> None:
             _reproduce(command, console, errors)
         elif isinstance(command, Report):
             _report(command, console)
+        elif isinstance(command, Bench):
+            _bench(command, console, errors)
         else:
             _list(console)
     except (DataError, RecordError, UsageError) as error:
@@ -125,9 +156,14 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
-def _reproduce(command: Reproduce, console, errors) -> None:
+def _use_faster_convolutions() -> None:
+    """Before jax is imported."""
     if metadata.version("jaxlib").startswith("0.10."):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FASTER_CONVOLUTIONS}".strip()
+
+
+def _reproduce(command: Reproduce, console, errors) -> None:
+    _use_faster_convolutions()
     from prograde.lab import records, report, reproduce
     from prograde.lab.data import load
     from prograde.lab.display import Display
@@ -191,6 +227,55 @@ def _report(command: Report, console) -> None:
     path = report.build(list(command.directories), command.out or command.directories[0])
     report.print_tables(report.find(list(command.directories)), console)
     say(console, f"Report: {path}")
+
+
+def _bench(command: Bench, console, errors) -> None:
+    _use_faster_convolutions()
+    from prograde.lab import bench, bench_report, records
+    from prograde.lab.bench_methods import cores
+    from prograde.lab.display import Display
+    from prograde.lab.workloads import WORKLOADS
+
+    names = list(dict.fromkeys(command.models)) or ["all"]
+    if "all" in names:
+        names = [name for name in names if name not in WORKLOADS and name != "all"] + list(WORKLOADS)
+    if unknown := [name for name in names if name not in WORKLOADS]:
+        raise UsageError(f"unknown model {', '.join(unknown)}. Valid names: all, {', '.join(WORKLOADS)}.")
+    if command.rounds < 1:
+        raise UsageError(f"--rounds {command.rounds}: at least 1 is needed.")
+    if command.from_ is not None:
+        if command.models != ("all",) or command.out is not None:
+            raise UsageError("--from FILE shows a record and measures nothing; it takes neither models nor --out.")
+        record = bench.read(command.from_)
+        bench_report.print_tables(record, list(record["models"]), console)
+    else:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        out = command.out or Path("runs") / "bench" / f"{stamp}.json"
+        path = out if out.suffix == ".json" else out / "bench.json"
+        say(console, f"The record goes to {path}.")
+        if (load := bench.load_average() or 0) > 0.3 * cores():
+            say(
+                errors,
+                f"The machine is busy (load average {load:.1f}, {cores()} cores): figures will not be those of an idle one.",
+            )
+        record, finished = {}, []
+        try:
+            for name, record in zip(
+                names, bench.run(names, command.rounds, not command.no_memory, path, Display(console)), strict=False
+            ):
+                finished.append(name)
+                bench_report.print_tables(record, finished[-1:], console)
+        except (KeyboardInterrupt, OSError, RuntimeError) as error:
+            if isinstance(error, records.RecordError):
+                raise
+            kept = f"{path} holds {', '.join(finished)}." if finished else "Nothing was recorded."
+            stopped = isinstance(error, KeyboardInterrupt)
+            say(errors, f"\nStopped. {kept}" if stopped else f"prograde: {error}\n{kept}")
+            raise SystemExit(130 if stopped else 1) from None
+    bench_report.print_overview(record, console)
+    if command.markdown is not None:
+        bench_report.write_markdown(record, command.markdown)
+        say(console, f"Figure and tables are in {command.markdown}")
 
 
 def _list(console) -> None:

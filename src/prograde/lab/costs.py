@@ -1,6 +1,7 @@
 """What a training step costs: time by interleaved measurement, memory by XLA's own figure and by processes of their own."""
 
 import contextlib
+import ctypes
 import json
 import shlex
 import subprocess
@@ -64,18 +65,21 @@ def step_seconds(trainers: dict[str, Trainer], rounds: int, on_round: Callable[[
                 seconds[name].append((time.perf_counter() - begin) / len(rows))
             runs[name] = (carry, rows)
         on_round(i)
-
-    def summary(values: list[float]) -> dict[str, float]:
-        low, middle, high = np.percentile(values, [25, 50, 75]).tolist()
-        return {"median": middle, "low": low, "high": high, "n": len(values)}
-
     return {
-        name: {
-            "seconds": summary(values),
-            "ratio": summary([v / b for v, b in zip(values, seconds["bare"], strict=True)]),
-        }
+        name: {"seconds": quartiles(values), "ratio": ratio_quartiles(values, seconds["bare"])}
         for name, values in seconds.items()
     }
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Median and quartiles over the rounds of a measurement."""
+    low, middle, high = np.percentile(values, [25, 50, 75]).tolist()
+    return {"median": middle, "low": low, "high": high, "n": len(values)}
+
+
+def ratio_quartiles(values: list[float], base: list[float]) -> dict[str, float]:
+    """Median and quartiles of the rounds' own ratios."""
+    return quartiles([v / b for v, b in zip(values, base, strict=True)])
 
 
 def experiment_costs(
@@ -142,18 +146,24 @@ def memory(experiment: experiments.Experiment, depth: int, on_method: Callable[[
     """
 
     def measure(method: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "prograde.lab.costs", experiment.name, method, str(depth)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        figures = in_a_process("prograde.lab.costs", experiment.name, method, str(depth))
         on_method(method)
-        if done.returncode != 0:  # out of memory, say: the figure is missing, and the record says why
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            missing = dict.fromkeys(("temp_bytes", "argument_bytes", "rss_before", "peak_rss"))
-            return {**missing, "error": f"{shlex.join(command[1:])} ended with {done.returncode}: {reason}"}
-        return json.loads(done.stdout.splitlines()[-1])
+        return figures
 
     methods = list(variants(experiment))
     with ThreadPoolExecutor(max_workers=2) as pool:
         return dict(zip(methods, pool.map(measure, methods), strict=True))
+
+
+def in_a_process(module: str, *arguments: str) -> dict[str, Any]:
+    """The figures of memory that a module, run with these arguments, prints as JSON on its last line."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:  # out of memory, say: the figure is missing, and the record says why
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        missing = dict.fromkeys(("temp_bytes", "argument_bytes", "rss_before", "peak_rss"))
+        return {**missing, "error": f"{shlex.join(command[1:])} ended with {done.returncode}: {reason}"}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _resident(field: str) -> int | None:
@@ -164,31 +174,45 @@ def _resident(field: str) -> int | None:
     return int(lines[field].split()[0]) * 1024
 
 
+def resident_memory(steps: Callable[[], Any]) -> dict[str, int | None]:
+    """Resident memory of this process just before `steps` and at its peak while they run, in bytes."""
+    peak_is_of_steps = False
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what compilation freed and the C library kept would hide what steps need
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the compilation
+        peak_is_of_steps = True
+    before = _resident("VmRSS")
+    steps()
+    return {"rss_before": before, "peak_rss": _resident("VmHWM") if peak_is_of_steps else None}
+
+
+def step_memory(compiled: Any, carry: Any, *arguments: Any) -> dict[str, int | None]:
+    """Memory of a compiled step `carry, _ = compiled(carry, *arguments)`, in this process: three steps after a first one."""
+
+    def steps(count: int) -> None:
+        nonlocal carry
+        for _ in range(count):
+            carry, _ = compiled(carry, *arguments)
+        jax.block_until_ready(carry)
+
+    analysis = compiled.memory_analysis()
+    steps(1)
+    return {
+        "temp_bytes": analysis.temp_size_in_bytes,
+        "argument_bytes": analysis.argument_size_in_bytes,
+        **resident_memory(lambda: steps(3)),
+    }
+
+
 def _measure_memory(name: str, method: str, depth: int) -> dict[str, Any]:
     experiment = depth_experiment(depth) if depth else experiments.EXPERIMENTS[name]
     estimator, checkpointed = variants(experiment)[method]
     trainer = Trainer(experiment, estimator, synthetic_data(1), checkpointed)
     carry, rows = trainer.start(0), jnp.asarray(trainer.rows(0, 0, 1)[0])
-    step = jax.jit(trainer._step, donate_argnums=0)
     arguments = (jnp.float32(0.0), jax.random.key(0), trainer.train_data, rows)
-    compiled = step.lower(carry, *arguments).compile()
-    analysis: Any = compiled.memory_analysis()
-    carry, _ = compiled(carry, *arguments)
-    jax.block_until_ready(carry)
-    peak_is_of_steps = False
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the compilation
-        peak_is_of_steps = True
-    before = _resident("VmRSS")
-    for _ in range(3):
-        carry, _ = compiled(carry, *arguments)
-    jax.block_until_ready(carry)
-    return {
-        "temp_bytes": analysis.temp_size_in_bytes,
-        "argument_bytes": analysis.argument_size_in_bytes,
-        "rss_before": before,
-        "peak_rss": _resident("VmHWM") if peak_is_of_steps else None,
-    }
+    compiled = jax.jit(trainer._step, donate_argnums=0).lower(carry, *arguments).compile()
+    return step_memory(compiled, carry, *arguments)
 
 
 if __name__ == "__main__":

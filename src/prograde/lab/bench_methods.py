@@ -1,0 +1,212 @@
+"""The methods that `prograde bench` compares, each as one plain SGD step of the same loss, and JAX's side of the comparison."""
+
+import ctypes
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import PyTree
+
+import prograde as pg
+from prograde.lab.workloads import Loss, Workload
+
+METHODS = {
+    "bare": "forward pass alone",
+    "prograde-1": "forward gradient, one rank-one tangent",
+    "prograde-4": "forward gradient, 4 rank-one tangents",
+    "prograde-16": "forward gradient, 16 rank-one tangents",
+    "backprop": "backprop",
+    "backprop-unrolled": "backprop, the scan over layers unrolled",
+    "checkpointed": "backprop, checkpointed",
+    "dense-jvp": "forward gradient, one normal tangent through jax.jvp",
+    "mezo": "central difference, signs (MeZO, arXiv 2305.17333)",
+    "mezo-low-rank": "central difference, rank one (LOZO, arXiv 2410.07698)",
+    "torch-bare": "PyTorch, forward pass alone",
+    "torch-backprop": "PyTorch, backprop",
+    "torch-backprop-compiled": "PyTorch, backprop through torch.compile",
+    "torch-jvp": "PyTorch, forward gradient, one normal tangent through torch.func.jvp",
+}
+LEARNING_RATE = 1e-6  # small, so that no method diverges while it is timed
+NUM_BATCHES = 4  # they take turns, so that no step sees the data of the one before
+_PERTURBATION = 1e-3  # of a central difference, MeZO's
+
+Step = Callable[..., tuple[PyTree, PyTree, jax.Array]]  # (params, state, key, *batch) -> (params, state, loss)
+
+
+def _moved(params: PyTree, gradient: PyTree) -> PyTree:
+    return jax.tree.map(lambda w, g: w - LEARNING_RATE * g, params, gradient)
+
+
+def _by_backprop(loss: Loss) -> Step:
+    def step(params, state, key, *batch):
+        (value, state), gradient = jax.value_and_grad(loss, has_aux=True)(params, state, *batch)
+        return _moved(params, gradient), state, value
+
+    return step
+
+
+NUM_TANGENTS = (1, 4, 16)
+
+
+def _estimator(num_tangents: int) -> pg.WeightPerturbation:
+    return pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=num_tangents)
+
+
+def _by_prograde(loss: Loss, num_tangents: int) -> Step:
+    estimator = _estimator(num_tangents)
+
+    def step(params, state, key, *batch):
+        (value, state), gradient = pg.value_and_grad(loss, estimator, has_aux=True)(key, params, state, *batch)
+        return _moved(params, gradient), state, value
+
+    return step
+
+
+def _by_dense_jvp(loss: Loss) -> Step:
+    """The forward gradient as one writes it without a library."""
+
+    def step(params, state, key, *batch):
+        leaves, treedef = jax.tree.flatten(params)
+        keys = jax.random.split(key, len(leaves))
+        tangent = treedef.unflatten([jax.random.normal(k, w.shape) for k, w in zip(keys, leaves, strict=True)])
+        value, slope, state = jax.jvp(lambda p: loss(p, state, *batch), (params,), (tangent,), has_aux=True)
+        return jax.tree.map(lambda w, v: w - LEARNING_RATE * slope * v, params, tangent), state, value
+
+    return step
+
+
+def _by_central_difference(loss: Loss, distribution: pg.TangentDistribution) -> Step:
+    """MeZO's step: the weights move up, down and to their new place, along a direction that is drawn again each time.
+
+    The moves are a loop, for what a loop carries stays in one buffer: written one after the other, XLA keeps a second
+    copy of scanned weights. And each draw depends on what the loop carries, if only on whether it is a number, or XLA
+    would draw once, before the loop, and store the direction.
+    """
+
+    def step(params, state, key, *batch):
+        def move(carry, i):
+            params, state, values = carry
+            slope = (values[0] - values[1]) / (2 * _PERTURBATION)
+            amount = jnp.stack([_PERTURBATION, -2 * _PERTURBATION, _PERTURBATION - LEARNING_RATE * slope])[i]
+            direction = distribution.sample(jax.random.fold_in(key, jnp.isnan(slope)), params)
+            params = jax.tree.map(
+                lambda w, v: w + amount * (v.dense() if hasattr(v, "dense") else v), params, direction
+            )
+            value, state = lax.cond(i < 2, lambda: loss(params, state, *batch), lambda: (jnp.float32(0), state))
+            return (params, state, values.at[i].set(value)), None
+
+        (params, state, values), _ = lax.scan(move, (params, state, jnp.zeros(3)), jnp.arange(3))
+        return params, state, (values[0] + values[1]) / 2
+
+    return step
+
+
+def steps(workload: Workload) -> dict[str, Step]:
+    """The methods of JAX, each as one step of this workload."""
+
+    def bare(params, state, key, *batch):
+        value, state = workload.loss(params, state, *batch)
+        return params, state, value
+
+    found = {
+        "bare": bare,
+        **{f"prograde-{k}": _by_prograde(workload.loss, k) for k in NUM_TANGENTS},
+        "backprop": _by_backprop(workload.loss),
+        "checkpointed": _by_backprop(workload.checkpointed_loss),
+        "dense-jvp": _by_dense_jvp(workload.loss),
+        "mezo": _by_central_difference(workload.loss, pg.Rademacher()),
+        "mezo-low-rank": _by_central_difference(workload.loss, pg.LowRank(rank=1)),
+    }
+    if workload.unrolled_loss is not None:
+        found["backprop-unrolled"] = _by_backprop(workload.unrolled_loss)
+    return {name: found[name] for name in METHODS if name in found}
+
+
+def counted_ratios(workload: Workload) -> dict[str, float | None]:
+    """By a count of multiply-adds, what an estimate costs over the loss alone."""
+    shapes = [jax.eval_shape(make, jax.random.key(0)) for make in (workload.init, workload.batch)]
+    (params, state), batch = shapes
+
+    def ratio(num_tangents: int) -> float | None:
+        estimator = _estimator(num_tangents)
+        report = pg.check(workload.loss, params, state, *batch, estimator=estimator, has_aux=True, memory=False)
+        return report.cost_ratio
+
+    return {f"prograde-{k}": ratio(k) for k in NUM_TANGENTS}
+
+
+class JaxSide:
+    """One set of parameters, passed from method to method: each step is given them and gives them back."""
+
+    def __init__(self, workload: Workload):
+        self.methods = steps(workload)
+        key_init, key_batches, self._key = jax.random.split(jax.random.key(0), 3)
+        self.batches = [jax.jit(workload.batch)(key) for key in jax.random.split(key_batches, NUM_BATCHES)]
+        params, state = jax.jit(workload.init)(key_init)
+        self.carry = (params, state, jnp.zeros((), jnp.int32))
+        self.compiled: dict[str, Any] = {}
+
+    def compile(self, method: str) -> dict[str, Any]:
+        """Traces, lowers and compiles a step, nothing of which is kept from other methods."""
+        step = self.methods[method]
+
+        def counted(carry, key, batch):
+            params, state, count = carry
+            params, state, value = step(params, state, jax.random.fold_in(key, count), *batch)
+            return (params, state, count + 1), value
+
+        jax.clear_caches()
+        begin = time.perf_counter()
+        jitted = jax.jit(counted, donate_argnums=0)
+        self.compiled[method] = compiled = jitted.lower(self.carry, self._key, self.batches[0]).compile()
+        seconds = time.perf_counter() - begin
+        analysis: Any = compiled.memory_analysis()
+        return {"compile_seconds": seconds, "temp_bytes": analysis.temp_size_in_bytes}
+
+    def visit(self, method: str, count: int) -> tuple[float, float]:
+        """Takes `count` steps; returns the seconds and the last loss. Nothing waits for the result of a step but the end."""
+        step, carry, key, batches, value = self.compiled[method], self.carry, self._key, self.batches, None
+        begin = time.perf_counter()
+        for i in range(count):
+            carry, value = step(carry, key, batches[i % NUM_BATCHES])
+        jax.block_until_ready((carry, value))
+        seconds = time.perf_counter() - begin
+        self.carry = carry
+        return seconds, float(jnp.asarray(value))
+
+    def save(self, path: Path) -> None:
+        """Parameters, state and batches, for another implementation."""
+        save_arrays(path, self.carry[0], self.carry[1], self.batches)
+
+
+def save_arrays(path: Path, params: PyTree, state: PyTree, batches: list[tuple[jax.Array, ...]]) -> None:
+    """Writes them under their names: `params/...`, `state/...`, `batch/NUMBER/...`."""
+    tree = {"params": params, "state": state, "batch": [list(batch) for batch in batches]}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    arrays: Any = {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
+    np.savez(path, **arrays)
+
+
+def keep_freed_memory() -> bool:
+    """Has the C library keep what is freed, rather than return it to the system and fetch it again page by page.
+
+    A backprop step allocates its temporary memory anew each time: up to a fifth of its time goes there otherwise.
+    Returns whether the C library knows how.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    arenas, mmaps, trim, pad = -8, -4, -1, -2
+    return all(mallopt(*option) for option in ((arenas, 1), (mmaps, 0), (trim, -1), (pad, 2**26)))
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
