@@ -95,6 +95,18 @@ def test_dense_fallbacks_are_named_with_primitive_shape_and_place():
     assert all(f"test_check.py:{line}" in f.source for _, f in report.dense)
 
 
+def test_only_what_is_formed_is_listed():
+    def loss(w, x):
+        return jnp.mean(x @ lax.stop_gradient(w) @ w.T), w  # and w as auxiliary output
+
+    assert pg.check(loss, jnp.ones((6, 6)), jnp.ones((3, 6)), has_aux=True, memory=False).dense == ()
+    for function, name in (
+        (lambda w: jnp.sum(jax.nn.relu(w.T)), "relu"),
+        (lambda w: w.ravel() @ jnp.ones(36), "reshape"),
+    ):
+        assert [f.primitive for _, f in pg.check(function, jnp.ones((6, 6)), memory=False).dense] == [name]
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_fallback_inside_jit_is_found_again_on_the_second_look(jit):
     function = lambda w, x: jnp.mean(x @ jnp.exp(w))

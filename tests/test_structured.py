@@ -112,6 +112,12 @@ PRODUCTS_AND_SHAPES = {
     "rows and columns": use((8, 9), lambda w, x: w[jnp.array([0, 3]), jnp.array([1, 2])]),
     "an expert for each token": use((3, 6, 9), lambda w, x: jnp.einsum("tm,tmn->tn", x, w[jnp.array([0, 2, 1, 1])])),
     "tied embedding": use((9, 6), lambda w, x: w[jnp.array([1, 2])] @ w.T),
+    "a row": use((6, 8), lambda w, x: w[0] @ jnp.arange(8.0, dtype=w.dtype)),
+    "flattened": use((6, 8), lambda w, x: w.ravel() @ jnp.arange(48.0, dtype=w.dtype)),
+    "repeated": use((6, 5), lambda w, x: x @ jnp.repeat(w, 2, axis=0)[:6]),
+    "broadcast and reshaped": use(
+        (6, 8), lambda w, x: jnp.broadcast_to(w[:, None], (6, 4, 8)).reshape(24, 8) @ x.T[:8], (4, 8)
+    ),
     "scaled": use((6, 9), lambda w, x: x @ (w * 2 / 3)),
     "scaled by what depends on it": use((6, 9), lambda w, x: x @ (w * jnp.sum(w**2))),
     "numbers added": use((6, 9), lambda w, x: x @ (1 - w + 2) - 3 * x @ (-w - 1)),
@@ -121,7 +127,7 @@ PRODUCTS_AND_SHAPES = {
     "vmap over a last axis": use((6, 7, 3), lambda w, x: jax.vmap(lambda w: x @ w, in_axes=2)(w)),
     "vmap over the batch": use((6, 5), lambda w, x: jax.vmap(lambda row: row @ w)(x)),
 }
-FORMED = {"w @ w.T", "arrays added", "scaled by what depends on it"}
+FORMED = {"flattened", "w @ w.T", "arrays added", "scaled by what depends on it"}
 
 
 @pytest.fixture
@@ -173,6 +179,9 @@ CONTROL_FLOW = {
     "while_loop, weight in its condition": lambda w, x: lax.while_loop(
         lambda h: jnp.sum(h @ w[1]) < 1e3, lambda h: h * 1.5 + 0.1 * jnp.abs(h @ w[0]), x
     ),
+    "vmapped while_loop": lambda w, x: jax.vmap(
+        lambda x: lax.while_loop(lambda h: jnp.sum(h**2) < 99, lambda h: 1.3 * h + 0.1 * h @ w[0], x)
+    )(x),
     "cond": lambda w, x: lax.cond(x[0, 0] > 0, lambda w: jnp.sin(x @ w[0]), lambda w: x @ w[1], w),
     "switch": lambda w, x: lax.switch(1, [lambda w: x @ w[0], lambda w: jnp.cos(x @ w[1]), lambda w: x], w),
     "checkpoint": lambda w, x: jax.checkpoint(lambda w: jnp.tanh(x @ w[0]) @ w[1])(w),
@@ -265,22 +274,97 @@ def test_memory_of_a_step_is_flat_in_depth_and_has_no_array_of_the_size_of_the_w
 
 
 def test_a_chunk_is_chosen_that_fits_into_memory(key):
-    def size(estimator, width):
+    def size(num_tangents, width, prepare=lambda x: x):
         x = jnp.ones((2048, width))
-        f = lambda w: (jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w)), None)
-        w = jnp.zeros((width, width))
+        loss = lambda w: jnp.sum(jnp.tanh(jnp.tanh(prepare(x) @ w) @ w))
+        estimate = pg.WeightPerturbation(num_tangents=num_tangents).estimate
+        program = jax.make_jaxpr(lambda w: estimate(loss, key, None, w).directional)(jnp.zeros((width, width)))
+        loops = [e for e in program.jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] > 2]
+        return -(-num_tangents // (1 + loops[0].params["length"])) if loops else num_tangents
 
-        def one_tangent(index):
-            tangents = estimator.tangents.sample(key, w, index)
-            from prograde._structured import directional_derivative
-
-            return directional_derivative(f, w, tangents)[:2]
-
-        return estimator._chunk_size(f, w, one_tangent)
-
-    many = pg.WeightPerturbation(num_tangents=1000)
-    wide, narrow = size(many, 256), size(many, 16)
+    wide, narrow = size(1000, 256), size(1000, 16)
     assert 1 <= wide < narrow <= 1000
     each = 2048 * 256 * 4
     assert 2**28 / (8 * each) < wide <= 2**28 / each
-    assert size(pg.WeightPerturbation(num_tangents=3), 16) == 3
+    assert size(3, 16) == 3
+    # what has no tangent does not hide what has one
+    large = lambda x: x + jnp.sum(jnp.sin(jnp.ones((16, *x.shape)) * x), 0)
+    assert size(1000, 256, large) <= 1.2 * wide
+
+
+def test_complex_and_wider_activations_keep_what_they_have(key, x64):
+    w, x = jnp.asarray(array(6, 8)), jnp.asarray(array(4, 6))
+    distributions = [pg.LowRank(1), pg.LowRank(2)]
+    losses = {
+        "complex": lambda w: jnp.sum(jnp.abs((x + 1j * x**2) @ w)),
+        "Fourier": lambda w: jnp.sum(jnp.fft.irfft(jnp.fft.rfft(x, axis=0) @ w, axis=0) ** 3),
+    }
+    for loss in losses.values():
+        actual, expected = directional_and_twin(loss, w, distributions, key)
+        np.testing.assert_allclose(actual, expected, rtol=1e-9)
+    narrow = w.astype(jnp.float32)
+    actual, expected = directional_and_twin(lambda w: jnp.sum(jnp.sin(x @ w)), narrow, distributions, key)
+    np.testing.assert_allclose(actual, expected, rtol=1e-9)
+
+
+def test_a_wide_sum_of_narrow_products_stays_wide(key):
+    w, x = jnp.asarray(array(4096, 64), jnp.bfloat16), jnp.asarray(array(8, 4096), jnp.bfloat16)
+    loss = lambda w: jnp.sum(jnp.dot(x, w, preferred_element_type=jnp.float32))
+    actual = directional(loss, w, pg.LowRank(1), key)
+    tangent = np.asarray(pg.LowRank(1).sample(key, w).dense(), np.float64)
+    np.testing.assert_allclose(actual, np.sum(np.asarray(x, np.float64) @ tangent), rtol=1e-5)
+
+
+def test_keys_of_another_kind_give_tangents_that_do_not_depend_on_chunks(seed):
+    key = jax.random.key(seed, impl="rbg")
+    w, x = jnp.asarray(array(6, 8), jnp.float32), jnp.asarray(array(4, 6), jnp.float32)
+    loss = lambda w: jnp.sum(jnp.sin(x @ w))
+    for distribution in (pg.LowRank(1), pg.Normal()):
+        estimates = [
+            pg.WeightPerturbation(distribution, 4, chunk=chunk).estimate(loss, key, None, w) for chunk in (1, 2, 4)
+        ]
+        for other in estimates[1:]:
+            np.testing.assert_allclose(other.directional, estimates[0].directional, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(other.grads, estimates[0].grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_normal_numbers_have_no_mean(dtype, key):
+    drawn = np.asarray(pg.Normal().sample(key, jnp.zeros(2_000_000, dtype)), np.float64)
+    assert abs(drawn.mean()) < 4.9 / np.sqrt(drawn.size)  # one in a million
+    assert abs(drawn.var() - 1) < 4.9 * np.sqrt(2 / drawn.size) + 2**-9  # and the rounding
+
+
+def test_chunks_inside_shard_map(key):
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices: XLA_FLAGS was set without them")
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    w, x = jnp.asarray(array(6, 8), jnp.float32), jnp.asarray(array(4, 6), jnp.float32)
+
+    def estimate(chunk):
+        estimator = pg.WeightPerturbation(pg.LowRank(1), 4, chunk=chunk)
+        inside = lambda w, x: estimator.estimate(lambda w: jnp.sum(jnp.sin(x @ w)), key, None, w).directional[None]
+        return jax.shard_map(inside, mesh=mesh, in_specs=(P(), P("i")), out_specs=P("i"))(w, x)
+
+    np.testing.assert_allclose(estimate(2), estimate(4), rtol=1e-4, atol=1e-4)
+
+
+def test_a_strided_kernel_takes_no_more_memory_than_its_dense_tangent(key):
+    w, x = jax.ShapeDtypeStruct((16, 16, 3, 96), jnp.float32), jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+
+    def temporaries(distribution):
+        loss = lambda w, x: jnp.mean(
+            lax.conv_general_dilated(x, w, (16, 16), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")) ** 2
+        )
+        estimate = lambda w, x: pg.WeightPerturbation(distribution).estimate(loss, key, None, w, x).directional
+        return jax.jit(estimate).lower(w, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(pg.LowRank(1)) < 2 * temporaries(pg.Rademacher()) + 2**20
+
+
+def test_weights_of_numpy_are_parameters(key):
+    w = array(6, 8).astype(np.float32)
+    grads = (
+        pg.WeightPerturbation().estimate(lambda w: jnp.sum(w**2), key, None, {"w": w, "rate": 0.1, "n": 3}["w"]).grads
+    )
+    assert grads.shape == (6, 8)

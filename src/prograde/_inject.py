@@ -19,11 +19,19 @@ def _inject_jvp(direction, primals, tangents):
     sdot, zdot, _ = tangents
     if isinstance(sdot, SymbolicZero):
         return z, zdot
-    along = (sdot * direction(*operands).astype(sdot.dtype)).astype(z.dtype)
+    along = direction(*operands)
+    dtype = wider(sdot.dtype, along.dtype)
+    along = (sdot.astype(dtype) * along.astype(dtype)).astype(z.dtype)
     return z, along if isinstance(zdot, SymbolicZero) else zdot + along
 
 
 _inject.defjvp(_inject_jvp, symbolic_zeros=True)
+
+
+def wider(*dtypes: jnp.dtype) -> jnp.dtype:
+    """The dtype that loses nothing of the others, whatever promotion the caller allows."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
 
 
 def inject_product(s: Array, z: Array, direction: Callable[..., Array], *operands: Array) -> Array:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 
+from prograde._inject import wider
 from prograde._structured import LowRankTangent, Tangent
 
 _SMALL = 2**16  # draws of fewer elements than this are cut into blocks, and all blocks drawn by one loop
@@ -40,14 +41,22 @@ def _leaf_words(params: PyTree[Array]) -> list[int]:
 
 
 def _draw(
-    key: Key[Array, ""], words: list[int], shapes: list[tuple[tuple[int, ...], jnp.dtype]], entries: Callable
+    key: Key[Array, ""],
+    index: int | Array,
+    words: list[int],
+    shapes: list[tuple[tuple[int, ...], jnp.dtype]],
+    entries: Callable,
 ) -> list[Array]:
-    """Arrays of random `entries`, each from the key folded with its word.
+    """Arrays of random `entries`, each from the key folded with the tangent's index and a word of its own.
 
     A small array is cut into blocks, each from a key of its own, and the blocks of all small arrays are drawn in one loop:
     otherwise XLA compiles the generator into every use of every factor, for minutes where there are many leaves.
     """
-    zero = (jax.random.key_data(key).reshape(-1)[0] >> 31) >> 1
+    key = _threefry(key)
+    zero = (
+        jax.random.key_data(key)[0] >> 31
+    ) >> 1  # of the key that all tangents share, so that `vmap` slices and not gathers
+    key = jax.random.fold_in(key, index)
     drawn: list[Array] = [jnp.zeros(())] * len(shapes)
     small: dict[jnp.dtype, list[int]] = {}
     for i, (shape, dtype) in enumerate(shapes):
@@ -82,7 +91,19 @@ def _draw_blocks(key: Key[Array, ""], which: Array, entries: Callable, dtype: jn
 
 
 def _normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    return jax.random.normal(key, shape, dtype)
+    # in fewer bits than float32 JAX's normal numbers have a mean that is not zero
+    return jax.random.normal(key, shape, wider(dtype, jnp.float32)).astype(dtype)
+
+
+def _threefry(key: Key[Array, ""]) -> Key[Array, ""]:
+    """A threefry key in place of any other, whose draws under `vmap` would depend on the size of the batch."""
+    if jax.random.key_impl(key) == "threefry2x32":
+        return key
+    data = jax.random.key_data(key)
+    key = jax.random.wrap_key_data(data[:2], impl="threefry2x32")
+    for i in range(2, len(data)):
+        key = jax.random.fold_in(key, data[i])
+    return key
 
 
 def _signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
@@ -138,7 +159,7 @@ class _IndependentEntries(TangentDistribution):
     def sample(self, key, params, index=0, num_tangents=1):
         leaves, treedef = jax.tree.flatten(params)
         shapes = [(w.shape, w.dtype) for w in leaves]
-        drawn = _draw(jax.random.fold_in(key, index), _leaf_words(params), shapes, self._entries)
+        drawn = _draw(key, index, _leaf_words(params), shapes, self._entries)
         return treedef.unflatten(drawn)
 
     @staticmethod
@@ -257,7 +278,7 @@ class Basis(TangentDistribution):
                 f"num_tangents={num_tangents}, but Basis has one tangent per parameter and the parameters hold {n}. "
                 f"Use num_tangents <= {n}."
             )
-        chosen = jax.random.permutation(jax.random.fold_in(key, 0), n)[index]
+        chosen = jax.random.permutation(jax.random.fold_in(_threefry(key), 0), n)[index]
         tangents, start = [], 0
         for w in leaves:
             position = jnp.arange(start, start + w.size).reshape(w.shape)
@@ -312,7 +333,7 @@ class _Factored(TangentDistribution):
             self._check_rank([w.shape for w in leaves])
         # all factors of a leaf in one draw
         shapes = [(w.shape if n is None else (sum(n), self.rank), w.dtype) for w, n in zip(leaves, sizes, strict=True)]
-        drawn = _draw(jax.random.fold_in(key, index), _leaf_words(params), shapes, self.factors._entries)
+        drawn = _draw(key, index, _leaf_words(params), shapes, self.factors._entries)
         tangents = []
         for w, group_sizes, entries in zip(leaves, sizes, drawn, strict=True):
             if group_sizes is None:

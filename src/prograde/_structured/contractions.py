@@ -17,17 +17,23 @@ import quax
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from prograde._inject import inject_product
+from prograde._inject import inject_product, wider
 from prograde._structured.tangent import PerturbedArray
 
 
 def _product(
-    dimension_numbers: Any, weight_shape: tuple[int, ...], weight_first: bool, x: Array, *factors: Array
+    dimension_numbers: Any,
+    weight_shape: tuple[int, ...],
+    weight_first: bool,
+    dtype: jnp.dtype,
+    precision: Any,
+    x: Array,
+    *factors: Array,
 ) -> Array:
     """`dot_general` of x and a product of factors, factor by factor, the contracted axes first."""
     (contract_x, contract_p), (batch_x, batch_p) = dimension_numbers
     ndim = len(weight_shape)
-    x = x.astype(factors[0].dtype)
+    x, factors = x.astype(dtype), tuple(f.astype(dtype) for f in factors)
     letters = iter(string.ascii_letters)
     x_names: list[str] = [next(letters) for _ in range(x.ndim)]
     p_names: list[str] = [next(letters) for _ in range(ndim)]
@@ -51,7 +57,7 @@ def _product(
     names, value = x_names, x
     for i, (factor_names, factor) in enumerate(terms):
         later = set(out_names).union(*(n for n, _ in terms[i + 1 :]))
-        names, value = _pair(names, value, factor_names, factor, later)
+        names, value = _pair(names, value, factor_names, factor, later, precision)
     if left_over := [n for n in names if n not in out_names]:  # axes that no factor varies along
         value = jnp.sum(value, axis=tuple(names.index(n) for n in left_over))
         names = [n for n in names if n in out_names]
@@ -61,17 +67,19 @@ def _product(
     return jnp.broadcast_to(value, [sizes[n] for n in out_names])
 
 
-def _pair(x_names: list[str], x: Array, y_names: list[str], y: Array, later: set[str]) -> tuple[list[str], Array]:
+def _pair(
+    x_names: list[str], x: Array, y_names: list[str], y: Array, later: set[str], precision: Any
+) -> tuple[list[str], Array]:
     """The product of two arrays with named axes, summed over the shared names that are not needed later."""
     shared = [n for n in x_names if n in y_names]
     contract, batch = [n for n in shared if n not in later], [n for n in shared if n in later]
     free_x, free_y = ([n for n in names if n not in shared] for names in (x_names, y_names))
-    if y_names == contract == x_names[-1:] and x.size <= _FEW:
+    if contract and y_names == contract == x_names[-1:] and x.size <= _FEW:
         return x_names[:-1], _times_vector(x, y)
     if contract:
         of = lambda names, some: tuple(names.index(n) for n in some)  # noqa: E731
         numbers = ((of(x_names, contract), of(y_names, contract)), (of(x_names, batch), of(y_names, batch)))
-        return batch + free_x + free_y, lax.dot_general(x, y, numbers)
+        return batch + free_x + free_y, lax.dot_general(x, y, numbers, precision=precision)
     names = x_names + free_y
     y = lax.transpose(y, [y_names.index(n) for n in names if n in y_names])
     y = y.reshape([y.shape[[m for m in names if m in y_names].index(n)] if n in y_names else 1 for n in names])
@@ -117,8 +125,10 @@ def _dot(x: Any, p: PerturbedArray, weight_first: bool, dimension_numbers: Any, 
         z = lax.dot_general(x, p.weight, dimension_numbers, **kwargs)
     if z.size == 0 or p.weight.size == 0:
         return z
-    direction = partial(_product, dimension_numbers, p.weight.shape, weight_first)
-    return inject_product(p.scalar, z, direction, jnp.asarray(x), *p.factors)
+    x = jnp.asarray(x)
+    dtype = wider(x.dtype, p.weight.dtype, z.dtype)
+    direction = partial(_product, dimension_numbers, p.weight.shape, weight_first, dtype, kwargs.get("precision"))
+    return inject_product(p.scalar, z, direction, x, *p.factors)
 
 
 @quax.register(lax.dot_general_p)
@@ -144,10 +154,10 @@ def _(p: PerturbedArray, q: PerturbedArray, *, dimension_numbers, **kwargs):
 @quax.register(lax.conv_general_dilated_p)
 def _(x: ArrayLike, p: PerturbedArray, *, dimension_numbers, batch_group_count, **kwargs):
     numbers, params = dimension_numbers, kwargs | {"batch_group_count": batch_group_count}
-    out_axis = numbers.rhs_spec[0]
+    out_axis, _, *spatial = numbers.rhs_spec
     varying = [{i for i in range(p.weight.ndim) if f.shape[i] > 1} for f in p.factors]
     one_output_factor = sum(out_axis in axes for axes in varying) <= 1
-    if batch_group_count > 1 or not one_output_factor or 0 in (jnp.size(x), p.weight.size):
+    if batch_group_count > 1 or not spatial or not one_output_factor or 0 in (jnp.size(x), p.weight.size):
         return lax.conv_general_dilated_p.bind(x, p.materialise(), dimension_numbers=numbers, **params)
     z = lax.conv_general_dilated_p.bind(x, p.weight, dimension_numbers=numbers, **params)
     if z.size == 0:
@@ -176,6 +186,70 @@ def _convolution(
     return lax.transpose(direction, order)
 
 
+def _strided(
+    x: Array, inner: Array, shift: Array, offsets: list[int], groups: int, precision: Any, **window: Any
+) -> Array:
+    """The convolution with what the factors make of one output channel: cheaper than all offsets at every place of x."""
+    ndim = len(offsets)
+    kernel = inner * shift[(slice(None),) * ndim + (None,)]
+    num_in, per_group = x.shape[-1] // groups, kernel.shape[-1]
+    kernel = jnp.broadcast_to(kernel, (*offsets, num_in, groups, per_group))
+    space = tuple(range(1, ndim + 1))
+    numbers = lax.ConvDimensionNumbers(
+        lhs_spec=(0, ndim + 1, *space),
+        rhs_spec=(ndim + 1, ndim, *range(ndim)),
+        out_spec=(0, ndim + 1, *space),
+    )
+    y = lax.conv_general_dilated(
+        x,
+        kernel.reshape(*offsets, num_in, groups * per_group),
+        dimension_numbers=numbers,
+        feature_group_count=groups,
+        precision=precision,
+        **window,
+    )
+    return y.reshape(*y.shape[:-1], groups, per_group)
+
+
+def _shifted(
+    x: Array, inner: Array, shift: Array, offsets: list[int], groups: int, precision: Any, **window: Any
+) -> Array:
+    """The same at stride 1: channels are contracted for all offsets at once, and each offset adds a shifted slice."""
+    ndim, num_in = len(offsets), x.shape[-1] // groups
+    # y: [batch, *space, group, offset, out]; offset and out have size 1 unless the inner factors vary along them
+    *inner_offsets, _size_in, inner_groups, inner_out = inner.shape
+    num_offsets = math.prod(inner_offsets)
+    matrix = inner.reshape(num_offsets, -1, inner_groups, inner_out).transpose(1, 2, 0, 3)
+    matrix = jnp.broadcast_to(matrix, (num_in, *matrix.shape[1:])).reshape(num_in, inner_groups, -1)
+    x = x.reshape(*x.shape[:-1], groups, num_in)
+    if inner_groups == 1:
+        y = lax.dot_general(x, matrix[:, 0], (((ndim + 2,), (0,)), ((), ())), precision=precision)
+    else:
+        y = lax.dot_general(x, matrix, (((ndim + 2,), (0,)), ((ndim + 1,), (1,))), precision=precision)
+        y = jnp.moveaxis(y, 0, ndim + 1)
+    y = y.reshape(*x.shape[:-1], num_offsets, inner_out)
+
+    edges = [(low, high, d - 1) for (low, high), d in zip(window["padding"], window["lhs_dilation"], strict=True)]
+    y = lax.pad(y, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, *[(0, 0, 0)] * 3])
+    reach = [(k - 1) * d for k, d in zip(offsets, window["rhs_dilation"], strict=True)]
+    total = jnp.zeros((), x.dtype)
+    for offset in itertools.product(*(range(k) for k in offsets)):
+        start = [o * d for o, d in zip(offset, window["rhs_dilation"], strict=True)]
+        limit = [n - r + a for n, r, a in zip(y.shape[1:], reach, start, strict=False)]
+        at = int(np.ravel_multi_index(offset, inner_offsets, mode="clip"))
+        piece = lax.slice(
+            y,
+            (0, *start, 0, at, 0),
+            (y.shape[0], *limit, groups, at + 1, inner_out),
+            None,
+        ).squeeze(ndim + 2)
+        if max(shift.shape[:ndim]) > 1:
+            weight = shift[tuple(min(o, n - 1) for o, n in zip(offset, shift.shape, strict=False))]
+            piece = piece * weight.reshape((1,) * (ndim + 1) + weight.shape)
+        total = piece if total.ndim == 0 else total + piece
+    return total if max(shift.shape[:ndim]) > 1 else total * shift.reshape((1,) * (ndim + 1) + shift.shape[-2:])
+
+
 def _rank_one_convolution(
     x: Array,
     factors: list[Array],
@@ -186,6 +260,7 @@ def _rank_one_convolution(
     lhs_dilation: Sequence[int],
     rhs_dilation: Sequence[int],
     feature_group_count: int,
+    precision: Any = None,
     **_: Any,
 ) -> Array:
     """The convolution of x [batch, *space, channel] with a product of factors [*offset, in, out], channels last.
@@ -193,7 +268,7 @@ def _rank_one_convolution(
     The factors that vary along the input channel contract it, at once for all offsets of the kernel they distinguish; each
     offset then adds a shifted slice; what varies along the output channel alone multiplies the sum.
     """
-    *offsets, num_in, num_out = sizes
+    offsets, num_out = sizes[:-2], sizes[-1]
     groups, ndim = feature_group_count, len(offsets)
     lead = (1,) * (ndim + 1)
     dtype = x.dtype
@@ -209,38 +284,8 @@ def _rank_one_convolution(
         else:
             outer = outer * factor.reshape(factor.shape[-2:])
 
-    # y: [batch, *space, group, offset, out]; offset and out have size 1 unless the inner factors vary along them
-    *inner_offsets, _size_in, inner_groups, inner_out = inner.shape
-    num_offsets = math.prod(inner_offsets)
-    matrix = inner.reshape(num_offsets, -1, inner_groups, inner_out).transpose(1, 2, 0, 3)
-    matrix = jnp.broadcast_to(matrix, (num_in, *matrix.shape[1:])).reshape(num_in, inner_groups, -1)
-    x = x.reshape(*x.shape[:-1], groups, num_in)
-    if inner_groups == 1:
-        y = lax.dot_general(x, matrix[:, 0], (((ndim + 2,), (0,)), ((), ())))
-    else:
-        y = lax.dot_general(x, matrix, (((ndim + 2,), (0,)), ((ndim + 1,), (1,))))
-        y = jnp.moveaxis(y, 0, ndim + 1)
-    y = y.reshape(*x.shape[:-1], num_offsets, inner_out)
-
-    edges = [(low, high, d - 1) for (low, high), d in zip(padding, lhs_dilation, strict=True)]
-    y = lax.pad(y, jnp.zeros((), dtype), [(0, 0, 0), *edges, *[(0, 0, 0)] * 3])
-    reach = [(k - 1) * d for k, d in zip(offsets, rhs_dilation, strict=True)]
-    total = jnp.zeros((), dtype)
-    for offset in itertools.product(*(range(k) for k in offsets)):
-        start = [o * d for o, d in zip(offset, rhs_dilation, strict=True)]
-        limit = [n - r + a for n, r, a in zip(y.shape[1:], reach, start, strict=False)]
-        at = int(np.ravel_multi_index(offset, inner_offsets, mode="clip"))
-        piece = lax.slice(
-            y,
-            (0, *start, 0, at, 0),
-            (y.shape[0], *limit, groups, at + 1, inner_out),
-            (1, *window_strides, 1, 1, 1),
-        ).squeeze(ndim + 2)
-        if max(shift.shape[:ndim]) > 1:
-            weight = shift[tuple(min(o, n - 1) for o, n in zip(offset, shift.shape, strict=False))]
-            piece = piece * weight.reshape(lead + weight.shape)
-        total = piece if total.ndim == 0 else total + piece
-    if max(shift.shape[:ndim]) == 1:
-        outer = outer * shift.reshape(shift.shape[-2:])
+    window = dict(window_strides=window_strides, padding=padding, lhs_dilation=lhs_dilation, rhs_dilation=rhs_dilation)
+    along_offsets = _shifted if max(window_strides) == 1 else _strided
+    total = along_offsets(x, inner, shift, offsets, groups, precision, **window)
     total = total * outer.reshape(lead + outer.shape)
     return jnp.broadcast_to(total, (*total.shape[:-2], groups, num_out // groups)).reshape(*total.shape[:-2], num_out)

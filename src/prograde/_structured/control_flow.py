@@ -86,14 +86,21 @@ def _while(
     cond_consts, body_consts = operands[:cond_nconsts], operands[cond_nconsts : cond_nconsts + body_nconsts]
     carry = [_dense(value) for value in operands[cond_nconsts + body_nconsts :]]
 
-    def call(jaxpr: ClosedJaxpr, consts: Sequence[Any], carry: list[Any]) -> list[Any]:
+    def of_arrays(jaxpr: ClosedJaxpr, consts: Sequence[Any]) -> tuple[list[Any], ClosedJaxpr]:
         leaves, tree = jax.tree.flatten([*consts, *carry])
-        return _flat_call(jaxpr, tree)(*leaves)
+        return leaves[: len(leaves) - len(carry)], jax.make_jaxpr(_flat_call(jaxpr, tree))(*leaves)
 
-    return lax.while_loop(
-        lambda carry: call(cond_jaxpr, cond_consts, carry)[0],
-        lambda carry: call(body_jaxpr, body_consts, carry),
-        carry,
+    # bound as it was, and not built anew by `while_loop`: under `vmap` its condition may be a vector
+    cond_leaves, new_cond = of_arrays(cond_jaxpr, cond_consts)
+    body_leaves, new_body = of_arrays(body_jaxpr, body_consts)
+    return lax.while_p.bind(
+        *cond_leaves,
+        *body_leaves,
+        *carry,
+        cond_nconsts=len(cond_leaves),
+        cond_jaxpr=new_cond,
+        body_nconsts=len(body_leaves),
+        body_jaxpr=new_body,
     )
 
 
@@ -117,21 +124,30 @@ def _specs(value: Any, spec: jax.P) -> list[jax.P]:
     return [spec, *factors, jax.P()]
 
 
+def _name(values: Sequence[Any], operation: str) -> None:
+    """Tells the recorders of these values what is being done."""
+    for value in values:
+        if isinstance(value, PerturbedArray) and value.recorder is not None:
+            value.recorder.primitive = operation
+
+
 def _extend(trace: Any) -> None:
     custom_jvp, primitive_rule = trace.process_custom_jvp_call, trace.process_primitive
 
-    def dense_tracers(self: Any, tracers: Sequence[Any]) -> list[Any]:
+    def dense_tracers(self: Any, tracers: Sequence[Any], name: str) -> list[Any]:
         with set_current_trace(self.parent_trace):
             values = [self.to_value(t) for t in tracers]
+            _name(values, name)
             return [_dense(v) if isinstance(v, PerturbedArray) else t for v, t in zip(values, tracers, strict=True)]
 
     def process_custom_jvp_call(self: Any, primitive: Any, fun: Any, jvp: Any, tracers: Any, **kwargs: Any) -> Any:
-        return custom_jvp(self, primitive, fun, jvp, dense_tracers(self, tracers), **kwargs)
+        dense = dense_tracers(self, tracers, fun.debug_info.func_name)
+        return custom_jvp(self, primitive, fun, jvp, dense, **kwargs)
 
     def process_custom_vjp_call(
         self: Any, primitive: Any, fun: Any, fwd: Any, bwd: Any, tracers: Any, **params: Any
     ) -> list[Any]:
-        dense = [_array(self.to_value(t)) for t in dense_tracers(self, tracers)]
+        dense = [_array(self.to_value(t)) for t in dense_tracers(self, tracers, fun.debug_info.func_name)]
         with set_current_trace(self.parent_trace):
             out = call_without_reverse_rule(fun, dense)
         return [_QuaxTracer(self, self.to_value(x)) for x in out]
@@ -157,12 +173,9 @@ def _extend(trace: Any) -> None:
 
     def process_primitive(self: Any, primitive: Any, tracers: Any, params: dict[str, Any]) -> Any:
         values = [self.to_value(t) for t in tracers]
-        perturbed = [v for v in values if isinstance(v, PerturbedArray)]
-        if not perturbed:
+        if not any(isinstance(v, PerturbedArray) for v in values):
             return primitive_rule(self, primitive, tracers, params)
-        for value in perturbed:
-            if value.recorder is not None:
-                value.recorder.primitive = primitive.name
+        _name(values, primitive.name)
         if primitive in _WITH_FACTORS:
             plain = [_array(v) for v in values]
             with set_current_trace(self.parent_trace):

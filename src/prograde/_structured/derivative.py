@@ -37,10 +37,12 @@ def directional_derivative(
             recorders,
             is_leaf=is_structured,
         )
-        out = quax.quaxify(fun)(perturbed)
+        out: Any = quax.quaxify(fun)(perturbed)
+        value, aux = out
         # a parameter that is returned as it came in, as auxiliary output, comes out as a Quax value
         is_value = lambda x: isinstance(x, PerturbedArray)  # noqa: E731
-        return jax.tree.map(lambda x: x.materialise() if is_value(x) else x, out, is_leaf=is_value)
+        aux = jax.tree.map(lambda x: x.weight if is_value(x) else x, aux, is_leaf=is_value)
+        return value.materialise() if is_value(value) else value, aux
 
     return jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),), has_aux=True)
 

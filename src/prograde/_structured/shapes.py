@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import quax
 from jax import lax
+from jax._src.ad_util import stop_gradient_p
 from jax._src.core import pvary_p
 from jaxtyping import Array, ArrayLike
 
@@ -82,13 +83,16 @@ def _(p: PerturbedArray, *dynamic: ArrayLike, new_sizes, dimensions, **kwargs):
         return lax.reshape_p.bind(p.materialise(), *dynamic, new_sizes=new_sizes, dimensions=dimensions, **kwargs)
     blocks = _matching_blocks(p.weight.shape, new_sizes)
     factors = _merged_within_blocks(p.factors, [old for old, _ in blocks])
+    if len(factors) == 1 < len(p.factors):  # the whole tangent: then it is better formed without an axis for the rank
+        return lax.reshape_p.bind(p.materialise(), *dynamic, new_sizes=new_sizes, dimensions=dimensions, **kwargs)
 
     def reshaped(f: Array) -> Array:
-        sizes = []
+        whole, sizes = [], []
         for old, new in blocks:
             varies = any(f.shape[i] > 1 for i in old)
+            whole += [p.weight.shape[i] if varies else 1 for i in old]
             sizes += [new_sizes[i] if varies else 1 for i in new]
-        return f.reshape(*sizes, f.shape[-1])
+        return jnp.broadcast_to(f, (*whole, f.shape[-1])).reshape(*sizes, f.shape[-1])
 
     return p.replace(weight, [reshaped(f) for f in factors])
 
@@ -144,6 +148,11 @@ def _(p: PerturbedArray):
 @quax.register(pvary_p)
 def _(p: PerturbedArray, **params):
     return p.replace(pvary_p.bind(p.weight, **params), p.factors)
+
+
+@quax.register(stop_gradient_p)
+def _(p: PerturbedArray):
+    return stop_gradient_p.bind(p.weight)
 
 
 @quax.register(lax.neg_p)
@@ -227,7 +236,7 @@ def _(p: PerturbedArray, indices: Array, *, dimension_numbers, slice_sizes, fill
             at = at[(slice(0, 1),) * (at.ndim - 1)]
         sizes = [n if v else 1 for n, v in zip(slice_sizes, varies, strict=True)]
         # where an index is out of bounds, what is gathered is a constant, so its tangent is 0
-        return lax.gather(f, at, extended, (*sizes, f.shape[-1]), fill_value=0, **params)
+        return lax.gather(f, at, extended, (*sizes, f.shape[-1]), fill_value=0, mode=params["mode"])
 
     gathered_p = p.replace(weight, [gathered(f, v) for f, v in zip(p.factors, varying, strict=True)])
     window = [axis for axis in range(p.weight.ndim) if axis not in numbers.collapsed_slice_dims]

@@ -123,6 +123,7 @@ def split_params(
     fun: Callable[..., Any], params: PyTree, args: tuple[Any, ...], has_aux: bool
 ) -> tuple[Callable[[PyTree], tuple[Array, PyTree]], PyTree[Array]]:
     """(f, floats): the float arrays of `params`, and fun as a function of these that returns (checked loss, packed aux)."""
+    params = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, params)
     floats, rest = eqx.partition(params, eqx.is_inexact_array)
     leaves = jax.tree_util.tree_leaves_with_path(floats)
     if not leaves:

@@ -103,7 +103,7 @@ class WeightPerturbation(Estimator):
             # the last chunk may run over the number of tangents: what is over counts nothing
             return jnp.where(indices < self.num_tangents, mean / self.num_tangents, 0)
 
-        num_chunks = -(-self.num_tangents // self._chunk_size(f, floats, one_tangent))
+        num_chunks = -(-self.num_tangents // self._chunk_size(f, floats, one_chunk))
         size = -(-self.num_tangents // num_chunks)
         indices = jnp.arange(num_chunks * size).reshape(num_chunks, size)
         if num_chunks == 1:
@@ -120,10 +120,11 @@ class WeightPerturbation(Estimator):
                 total = weighted_sum(tangents, coefficients(directional, indices))
                 return (value, aux, jax.tree.map(jnp.add, carry[2], total)), directional
 
-            like = jax.eval_shape(one_chunk, indices[0])
-            sums = jax.tree.map(lambda w: jnp.zeros(w.shape, _wide_dtype(w.dtype)), in_chunks)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like[:2])
-            (value, aux, sums), directional = lax.scan(add_chunk, (*zeros, sums), indices)
+            # the first chunk starts the sums: inside `shard_map` zeros would vary along other axes than what is added
+            start = jax.tree.map(lambda w: jnp.zeros(w.shape, _wide_dtype(w.dtype)), in_chunks)
+            start, first = add_chunk((None, None, start), indices[0])
+            (value, aux, sums), rest = lax.scan(add_chunk, start, indices[1:])
+            directional = jnp.concatenate([first[None], rest])
             directional = directional.reshape(num_chunks * size, *directional.shape[2:])[: self.num_tangents]
             grads = sums
             if jax.tree.leaves(at_the_end):
@@ -138,13 +139,13 @@ class WeightPerturbation(Estimator):
         tangents = jax.eval_shape(lambda: self.tangents.sample(key, floats, 0, self.num_tangents))
         return jax.tree.map(is_structured, tangents, is_leaf=is_structured)
 
-    def _chunk_size(self, f: Any, floats: PyTree[Array], one_tangent: Any) -> int:
+    def _chunk_size(self, f: Any, floats: PyTree[Array], one_chunk: Any) -> int:
         if self.chunk is not None or self.num_tangents == 1:
             return min(self.chunk or 1, self.num_tangents)
         bare = live_bytes(jax.make_jaxpr(f)(floats).jaxpr)
-        each = live_bytes(jax.make_jaxpr(one_tangent)(0).jaxpr) - bare
+        together = live_bytes(jax.make_jaxpr(one_chunk)(jnp.arange(self.num_tangents)).jaxpr) - bare
         budget = max(_CHUNK_BYTES, sum(w.nbytes for w in jax.tree.leaves(floats)))
-        return min(self.num_tangents, max(1, budget // max(1, each)))
+        return min(self.num_tangents, max(1, budget * self.num_tangents // max(1, together)))
 
 
 def _wide_dtype(dtype: Any) -> Any:
