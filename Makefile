@@ -37,3 +37,4 @@ bench: setup
 
 bench-basics: setup
 	$(BIN)/python benchmarks/basics.py
+	$(BIN)/python benchmarks/bounds.py

@@ -3,8 +3,7 @@
 import os
 import random
 
-# programs of tests run for microseconds and compile for seconds
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 import jax
 import pytest

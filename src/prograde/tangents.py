@@ -26,7 +26,7 @@ from prograde._inject import wider
 from prograde._structured import LowRankTangent, Tangent
 
 _SMALL = 2**16  # draws of fewer elements than this are cut into blocks, and all blocks drawn by one loop
-_BLOCK = 256
+_BLOCK = 64
 
 
 def _leaf_words(params: PyTree[Array]) -> list[int]:
