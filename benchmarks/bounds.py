@@ -72,10 +72,6 @@ def convolutional_network(rounds: int) -> dict:
         {
             "loss": (loss, (params, x)),
             "jax.jvp by the input": (lambda p, x, v: jax.jvp(lambda x: loss(p, x), (x,), (v,)), (params, x, 0.3 * x)),
-            "directional derivative by the weights": (
-                lambda k, p, x: grad_fn(k, p, x)[0],
-                (jax.random.key(2), params, x),
-            ),
             "forward gradient": (grad_fn, (jax.random.key(2), params, x)),
             "backprop": (jax.value_and_grad(loss), (params, x)),
         },
