@@ -7,21 +7,48 @@ loss, grads = grad_fn(key, params, batch)
 from prograde._check import CheckReport, check
 from prograde._inject import inject
 from prograde._value_and_grad import value_and_grad
-from prograde.estimators import Backprop, Estimate, Estimator, WeightPerturbation
-from prograde.tangents import Basis, LowRank, Normal, Rademacher, Separable, Sphere, TangentDistribution
+from prograde.estimators import (
+    ActivityPerturbation,
+    Backprop,
+    CentralDifference,
+    CheckpointedBackprop,
+    Estimate,
+    Estimator,
+    ForwardJacobian,
+    LearnedFeedback,
+    WeightPerturbation,
+)
+from prograde.tangents import (
+    Basis,
+    LowRank,
+    Normal,
+    Orthogonal,
+    Rademacher,
+    Separable,
+    Sparse,
+    Sphere,
+    TangentDistribution,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivityPerturbation",
     "Backprop",
     "Basis",
+    "CentralDifference",
     "CheckReport",
+    "CheckpointedBackprop",
     "Estimate",
     "Estimator",
+    "ForwardJacobian",
+    "LearnedFeedback",
     "LowRank",
     "Normal",
+    "Orthogonal",
     "Rademacher",
     "Separable",
+    "Sparse",
     "Sphere",
     "TangentDistribution",
     "WeightPerturbation",

@@ -144,7 +144,9 @@ def check(
     def estimate(dynamic: PyTree) -> Any:
         params, args = eqx.combine(dynamic, static)
         key = jax.random.key(0)
-        result = estimator.estimate(fun, key, estimator.init(params), params, *args, has_aux=has_aux)
+        result = estimator.estimate(
+            fun, key, estimator.init(fun, params, *args, has_aux=has_aux), params, *args, has_aux=has_aux
+        )
         return result.value, result.grads
 
     program = jax.make_jaxpr(alone)(dynamic).jaxpr

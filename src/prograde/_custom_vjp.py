@@ -81,9 +81,18 @@ def _inlined_parameter(value: Any) -> Any:
 def call_without_reverse_rule(fun: Any, args: list[Any]) -> list[Any]:
     """Calls the code of a function with a custom reverse rule; refuses, by name, once a tangent arrives there."""
     code = jaxpr_as_fun(jax.make_jaxpr(fun.call_wrapped)(*args))
-    where = current_source()
-    name = fun.debug_info.func_name
+    return _guarded(code, f"{fun.debug_info.func_name}, called at {current_source()},", args)
 
+
+def refuse_tangents(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+    """As `call_without_reverse_rule`, for a call in a traced program."""
+    code = eqn.params["call_jaxpr"]
+    closed = code if isinstance(code, ClosedJaxpr) else ClosedJaxpr(code, ())
+    name = closed.jaxpr.debug_info.func_name if closed.jaxpr.debug_info is not None else "a function"
+    return _guarded(jaxpr_as_fun(closed), f"{name}, called at {source(eqn)},", args)
+
+
+def _guarded(code: Callable[..., list[Any]], what: str, args: list[Any]) -> list[Any]:
     @jax.custom_jvp
     def call(*args: Any) -> list[Any]:
         return code(*args)
@@ -91,7 +100,7 @@ def call_without_reverse_rule(fun: Any, args: list[Any]) -> list[Any]:
     def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
         if not all(isinstance(t, SymbolicZero) for t in tangents):
             raise TypeError(
-                f"{name}, called at {where}, has a jax.custom_vjp: a rule for reverse mode only, which forward mode cannot "
+                f"{what} has a jax.custom_vjp: a rule for reverse mode only, which forward mode cannot "
                 "pass. Give it a jax.custom_jvp instead, or pass custom_vjp='inline' to the estimator to differentiate its "
                 "code and leave the rule aside."
             )

@@ -5,6 +5,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.core import ShapedArray
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
@@ -21,7 +23,7 @@ def _inject_jvp(direction, primals, tangents):
         return z, zdot
     along = direction(*operands)
     dtype = wider(sdot.dtype, along.dtype)
-    along = (sdot.astype(dtype) * along.astype(dtype)).astype(z.dtype)
+    along = varying_like((sdot.astype(dtype) * along.astype(dtype)).astype(z.dtype), z)
     return z, along if isinstance(zdot, SymbolicZero) else zdot + along
 
 
@@ -32,6 +34,17 @@ def wider(*dtypes: jnp.dtype) -> jnp.dtype:
     """The dtype that loses nothing of the others, whatever promotion the caller allows."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
+
+
+def varying_like(x: Array, *others: Array | ShapedArray) -> Array:
+    """`x`, said to vary along the axes of a `shard_map` that the others vary along: outside one, `x` itself."""
+
+    def axes(value: Array | ShapedArray) -> frozenset[str]:
+        aval = value if isinstance(value, ShapedArray) else jax.typeof(value)
+        return aval.manual_axis_type.varying if isinstance(aval, ShapedArray) else frozenset()
+
+    wanted = frozenset().union(*map(axes, others)) - axes(x)
+    return lax.pcast(x, tuple(wanted), to="varying") if wanted else x
 
 
 def inject_product(s: Array, z: Array, direction: Callable[..., Array], *operands: Array) -> Array:

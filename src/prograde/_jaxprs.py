@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
 # where a program does something is a line of its author, not of what stands between
 _HERE = os.path.dirname(__file__)
-for _prefix in (quax.__path__[0], eqx.__path__[0], f"{_HERE}/_", f"{_HERE}/estimators"):
+for _prefix in (quax.__path__[0], eqx.__path__[0], f"{_HERE}/_", f"{_HERE}/estimators", f"{_HERE}/tangents"):
     source_info_util.register_exclusion(_prefix)
 
 
@@ -32,6 +32,14 @@ def current_source() -> str:
         or source_info_util.summarize(now.replace(traceback=_jax.Traceback.get_traceback()))
         or "an unknown place"
     )
+
+
+def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Runs one equation on these values."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+        out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def subprograms(eqn: JaxprEqn) -> list[Jaxpr]:
@@ -60,7 +68,7 @@ def multiply_adds(jaxpr: Jaxpr) -> int:
     A loop of unknown length counts as one iteration, a branch as its dearest. Moving data (reshape, transpose, slices) counts
     nothing.
     """
-    return sum(_multiply_adds_of(eqn) for eqn in jaxpr.eqns)
+    return sum(multiply_adds_of(eqn) for eqn in jaxpr.eqns)
 
 
 _MOVES = {
@@ -72,7 +80,8 @@ _MOVES = {
 _PER_RANDOM_WORD = 40  # operations of threefry
 
 
-def _multiply_adds_of(eqn: JaxprEqn) -> int:
+def multiply_adds_of(eqn: JaxprEqn) -> int:
+    """`multiply_adds` of one equation."""
     name, inner = eqn.primitive.name, [multiply_adds(program) for program in subprograms(eqn)]
     out = sum(math.prod(v.aval.shape) for v in eqn.outvars)  # pyright: ignore[reportAttributeAccessIssue]
     if name == "scan":

@@ -33,7 +33,7 @@ def value_and_grad(
 
     **Bias, variance and cost:** those of the estimator.
 
-    **Errors:** `TypeError` for something else than an estimator; `ValueError` for `argnums` that the call has no argument for.
+    **Errors:** `TypeError` for something else than an estimator, or for one that learns from step to step; `ValueError` for `argnums` that the call has no argument for.
 
     **Source:** arXiv 2202.08587.
 
@@ -82,7 +82,13 @@ def value_and_grad(
                 complete[position] = arg
             return fun(*complete, **kwargs)
 
-        result = estimator.estimate(of_params, key, estimator.init(params), params, *others, has_aux=has_aux)
+        state = estimator.init(of_params, params, *others, has_aux=has_aux)
+        if state is not None:
+            raise TypeError(
+                f"estimator={estimator!r} learns from step to step, and a function without state would forget what it "
+                "learned. Use estimator.init and estimator.estimate, and keep the state of each Estimate for the next."
+            )
+        result = estimator.estimate(of_params, key, state, params, *others, has_aux=has_aux)
         return ((result.value, result.aux) if has_aux else result.value), result.grads
 
     return value_and_grad_fun

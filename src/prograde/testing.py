@@ -6,11 +6,17 @@ number of samples follows from them.
 """
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Key, PyTree
 from numpy.typing import ArrayLike
+
+from prograde.estimators import Backprop, Estimator
 
 
 def required_samples(deviation: float, effect: float, false_fail: float = 1e-6, false_pass: float = 1e-6) -> int:
@@ -100,3 +106,70 @@ def assert_mean(
             f"mean {means[i]:.4g} +- {errors[i]:.3g} is {distances[i]:.1f} standard errors from the expected "
             f"{targets[i]:g} (limit {limit:.1f})."
         )
+
+
+_PILOT = 2000  # estimates from which the spread is taken
+_BATCH = 10_000
+
+
+def assert_unbiased(
+    estimator: Estimator,
+    fun: Callable[..., Any],
+    key: Key[Array, ""],
+    params: PyTree,
+    *args: Any,
+    state: PyTree = None,
+    effect: float = 0.05,
+    false_fail: float = 1e-6,
+    false_pass: float = 1e-6,
+) -> None:
+    """Asserts that the mean of an estimator's estimates is the gradient of reverse mode.
+
+    Two things are tested: the projection g . grad / |grad|^2, whose mean is 1, to `effect`; and each coordinate of g / |grad|,
+    to what the same number of samples can notice. The number of samples follows from the spread of a first 2000.
+
+    **Arguments:**
+
+    - `estimator`, `fun`, `params`, `args`: as in `Estimator.estimate`. `fun` must be one that reverse mode can differentiate.
+    - `key`: a typed key.
+    - `state`: for estimators that learn, the state at which they are tested; `estimator.init` when `None`.
+    - `effect`: the least error of the projection that must be noticed.
+    - `false_fail`, `false_pass`: as in `required_samples`, for each of the two tests.
+
+    **Errors:** `AssertionError` when the mean is off.
+
+    **Cost:** 2000 estimates, and (9.6 deviation / effect)^2 more, of 10 000 at a time.
+
+    **Source:** as `required_samples`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, prograde as pg
+        >>> from prograde.testing import assert_unbiased
+        >>> fun, params = lambda w: jnp.sum(jnp.sin(w)), jnp.arange(5.0)
+        >>> assert_unbiased(pg.WeightPerturbation(pg.Rademacher()), fun, jax.random.key(0), params)
+        >>> assert_unbiased(pg.WeightPerturbation(combine="shrunk"), fun, jax.random.key(0), params)
+        Traceback (most recent call last):
+        ...
+        AssertionError: mean 0.2024 +- 0.00241 is 330.3 standard errors from the expected 1 (limit 4.9).
+    """
+    if state is None:
+        state = estimator.init(fun, params, *args)
+    gradient = np.asarray(_flat(Backprop().estimate(fun, None, None, params, *args).grads), np.float64)
+    draw = jax.jit(jax.vmap(lambda key: _flat(estimator.estimate(fun, key, state, params, *args).grads)))
+    pilot_key, key = jax.random.split(key)
+    size = float(gradient @ gradient)
+    pilot = np.asarray(draw(jax.random.split(pilot_key, _PILOT)), np.float64)
+    # the spread of a pilot is itself uncertain, so a little more than it is taken
+    deviation = 1.2 * float((pilot @ gradient / size).std())
+    batches = -(-required_samples(deviation, effect, false_fail, false_pass) // _BATCH)
+    keys = jax.random.split(key, batches)
+    samples = np.concatenate([np.asarray(draw(jax.random.split(k, _BATCH)), np.float64) for k in keys])
+    assert_mean(samples @ gradient / size, 1.0, effect, false_fail, false_pass)
+    largest = 1.2 * float(samples.std(axis=0).max()) / size**0.5
+    rate = false_fail / gradient.size  # all coordinates together
+    noticed = largest * math.sqrt(required_samples(1.0, 1.0, rate, false_pass) / len(samples))
+    assert_mean(samples / size**0.5, gradient / size**0.5, max(noticed, 1e-6), false_fail, false_pass)
+
+
+def _flat(tree: PyTree[Array]) -> Array:
+    return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)])

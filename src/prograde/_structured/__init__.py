@@ -10,7 +10,13 @@ in every case, and only the cost differs.
 """
 
 from prograde._structured import contractions, control_flow, shapes  # noqa: F401  (they register rules)
-from prograde._structured.derivative import Tangent, directional_derivative, is_structured, weighted_sum
+from prograde._structured.derivative import (
+    Tangent,
+    directional_derivative,
+    inner_products,
+    is_structured,
+    weighted_sum,
+)
 from prograde._structured.tangent import DenseFallback, LowRankTangent, PerturbedArray, Recorder
 
 __all__ = [
@@ -20,6 +26,7 @@ __all__ = [
     "Recorder",
     "Tangent",
     "directional_derivative",
+    "inner_products",
     "is_structured",
     "weighted_sum",
 ]

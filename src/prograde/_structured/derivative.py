@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import quax
 from jaxtyping import Array, Float, PyTree
 
-from prograde._inject import inject
+from prograde._inject import inject, wider
 from prograde._structured.tangent import LowRankTangent, PerturbedArray, Recorder, perturb
 
 Tangent = Array | LowRankTangent
@@ -58,3 +58,17 @@ def weighted_sum(tangents: PyTree[Tangent], coefficients: Float[Array, " k"]) ->
         return jnp.sum(c.reshape((-1,) + (1,) * (v.ndim - 1)) * v.astype(c.dtype), axis=0)
 
     return jax.tree.map(leaf, tangents, is_leaf=is_structured)
+
+
+def inner_products(tangents: PyTree[Tangent]) -> Float[Array, "k k"]:
+    """<v_j, v_k> for tangents with a leading axis k, in float32, or float64 where one of them is."""
+
+    def leaf(v: Tangent) -> Array:
+        if isinstance(v, LowRankTangent):
+            return v.inner_products()
+        v = v.reshape(len(v), -1)
+        return jnp.matmul(v, v.T, preferred_element_type=wider(v.dtype, jnp.float32))
+
+    parts = jax.tree.leaves(jax.tree.map(leaf, tangents, is_leaf=is_structured))
+    dtype = jnp.float64 if any(part.dtype == jnp.float64 for part in parts) else jnp.float32
+    return sum((part.astype(dtype) for part in parts[1:]), parts[0].astype(dtype))

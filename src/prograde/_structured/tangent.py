@@ -14,7 +14,7 @@ import quax
 from jax.core import ShapedArray
 from jaxtyping import Array, Float
 
-from prograde._inject import inject
+from prograde._inject import inject, wider
 from prograde._jaxprs import current_source
 
 # A sum of so few products of factors is written out, and fused by XLA into whatever uses it: an update that adds it to the
@@ -55,6 +55,18 @@ class LowRankTangent(eqx.Module):
         out = "".join(name for name, size in zip(names, shape, strict=True) if size > 1)
         total = jnp.einsum(",".join(t for t, _ in terms) + "->" + out, *(f for _, f in terms), optimize="optimal")
         return total.reshape(shape)
+
+    def inner_products(self) -> Float[Array, "k k"]:
+        """<v_j, v_k>, for a tangent whose factors have a leading axis k, each of which varies along axes of its own.
+
+        <a b^T, c d^T> = <a, c> <b, d>, for every pair of terms of the two sums over the rank.
+        """
+        pairs = []
+        for factor in self.factors:
+            flat = jnp.moveaxis(factor.reshape(factor.shape[0], -1, factor.shape[-1]), 1, -1)  # [k, rank, entries]
+            dtype = wider(flat.dtype, jnp.float32)
+            pairs.append(jnp.einsum("jrn,ksn->jrks", flat, flat, preferred_element_type=dtype))
+        return jnp.sum(functools.reduce(operator.mul, pairs), axis=(1, 3))
 
 
 def _sizes(factor: Array, covered: Sequence[int]) -> list[int]:

@@ -1,7 +1,21 @@
 """Gradient estimators, one a file."""
 
 from prograde.estimators._estimator import Estimate, Estimator
-from prograde.estimators.backprop import Backprop
+from prograde.estimators.activity import ActivityPerturbation
+from prograde.estimators.backprop import Backprop, CheckpointedBackprop
+from prograde.estimators.exact import ForwardJacobian
+from prograde.estimators.feedback import LearnedFeedback
+from prograde.estimators.spsa import CentralDifference
 from prograde.estimators.weight import WeightPerturbation
 
-__all__ = ["Backprop", "Estimate", "Estimator", "WeightPerturbation"]
+__all__ = [
+    "ActivityPerturbation",
+    "Backprop",
+    "CentralDifference",
+    "CheckpointedBackprop",
+    "Estimate",
+    "Estimator",
+    "ForwardJacobian",
+    "LearnedFeedback",
+    "WeightPerturbation",
+]

@@ -1,6 +1,7 @@
 """What every estimator is, and the checks that all of them make."""
 
 import abc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
+
+from prograde.tangents import TangentDistribution
 
 
 class Estimate(eqx.Module):
@@ -54,9 +57,9 @@ class Estimator(abc.ABC):
         True
     """
 
-    def init(self, params: PyTree) -> PyTree:
-        """The state before the first estimate; `None` for estimators without state."""
-        del params
+    def init(self, fun: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool = False) -> PyTree:
+        """The state before the first estimate, `None` for estimators without one. `fun` is traced, not run."""
+        del fun, params, args, has_aux
         return None
 
     @abc.abstractmethod
@@ -117,6 +120,37 @@ def check_whole(name: str, value: Any) -> None:
     """Raises unless `value` is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r}, but a whole number of at least 1 is needed.")
+
+
+def check_positive(name: str, value: Any, at_most: float = math.inf) -> None:
+    """Raises unless `value` is a positive finite number, and no more than `at_most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= at_most or math.isinf(value):
+        allowed = "a positive finite number" if math.isinf(at_most) else f"a number above 0 and at most {at_most:g}"
+        raise ValueError(f"{name}={value!r}, but {allowed} is needed.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}, but it is one of {', '.join(map(repr, choices))}.")
+
+
+def check_tangents(tangents: Any) -> None:
+    """Raises unless `tangents` is a distribution of tangents."""
+    if not isinstance(tangents, TangentDistribution):
+        raise TypeError(
+            f"tangents={tangents!r}, but a tangent distribution is needed, such as Normal() or LowRank(rank=1)."
+        )
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype that directional derivatives and sums of tangents are kept in."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def wide(x: Array) -> Array:
+    """In the dtype of directional derivatives."""
+    return x.astype(wide_dtype(x.dtype))
 
 
 def split_params(

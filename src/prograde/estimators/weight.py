@@ -10,12 +10,21 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from prograde._custom_vjp import inline_custom_vjp
-from prograde._jaxprs import live_bytes
-from prograde._structured import directional_derivative, is_structured, weighted_sum
-from prograde.estimators._estimator import Estimate, Estimator, check_key, check_whole, split_params, unpack
+from prograde._structured import directional_derivative, inner_products, is_structured, weighted_sum
+from prograde.estimators._chunks import tangents_at_once
+from prograde.estimators._estimator import (
+    Estimate,
+    Estimator,
+    check_choice,
+    check_key,
+    check_tangents,
+    check_whole,
+    split_params,
+    unpack,
+    wide,
+    wide_dtype,
+)
 from prograde.tangents import LowRank, TangentDistribution
-
-_CHUNK_BYTES = 2**28  # what the tangents of a chunk may take when `chunk` is not given; more for larger models
 
 
 @dataclass(frozen=True)
@@ -33,24 +42,35 @@ class WeightPerturbation(Estimator):
     - `chunk`: how many tangents are carried through the function together. When `None`, as many as fit into the memory of
       the parameters, or into 256 MiB where that is more, by a count of what is live at once. The result does not
       depend on it (up to rounding), the memory does: it holds the activations of one layer for `chunk` tangents.
+    - `combine`: what to make of the K tangents, the columns of V, and their directional derivatives d = V^T grad f:
+        - `"mean"`: g = V d / K, the unbiased estimate;
+        - `"shrunk"`: a g with a = 1/c, c = E |g|^2 / |grad f|^2 of the mean. Of all multiples of the mean it has the least mean
+          squared error (exactly so where c is the same for all leaves; the mean over parameters is taken where it is not);
+        - `"projection"`: V (V^T V)^-1 d, the orthogonal projection of the gradient onto the span of the tangents. Where they
+          are dependent, the pseudo-inverse takes the place of the inverse, and the result is still the projection.
     - `custom_vjp`: what to do with a function that has a `jax.custom_vjp`, a hand-made rule for reverse mode, which JAX refuses
       to differentiate forward: `"error"`, or `"inline"` to differentiate the code of the function itself instead. The
       hand-made rule then has no say; where it does not equal the derivative of the code, neither does the result.
 
-    **Bias:** none, for any function and any K.
+    **Bias:** none with `"mean"`, for any function and any K. `"shrunk"` has E[g] = a grad f, with a = 1/(n + kappa_4 - 1) for one
+    tangent of n independent entries of fourth moment kappa_4. `"projection"` has E[g] = (K/n) grad f where the span is
+    uniformly distributed (`Normal`, `Sphere`, `Orthogonal`; K <= n), and grad f / n for one tangent of fixed length.
 
     **Variance:** one tangent gives E |g|^2 = sum_l c_l |grad_l f|^2 with c_l from `tangents.second_moment`, close to the
-    number of parameters n. The mean of K independent tangents has 1/K of the variance.
+    number of parameters n. The mean of K independent tangents has 1/K of the variance. A projection never makes an error
+    larger than the gradient: |g - grad f|^2 = (1 - cos^2) |grad f|^2, (1 - K/n) |grad f|^2 in the mean for uniform spans.
 
     **Cost:** one forward run gives the loss and a directional derivative. A dense tangent doubles the multiply-adds and
     draws n random numbers; a low-rank one adds little to each. K tangents share one evaluation of the function (one per
     chunk), one dropout mask and one update of batch statistics. No activation is stored, and structured tangents are not formed
-    before their weighted sum is.
+    before their weighted sum is. `"projection"` needs all tangents at once: K times the parameters for dense ones, little for
+    structured ones, whose inner products are products of those of their factors.
 
-    **Errors:** `ValueError` for `num_tangents` or `chunk` below 1 or another `custom_vjp`; `TypeError` for complex parameters, an
+    **Errors:** `ValueError` for `num_tangents` or `chunk` below 1, another `combine` or `custom_vjp`; `TypeError` for complex parameters, an
     old-style key, a loss that is not real, or a function that forward mode cannot pass; all at trace time.
 
-    **Source:** arXiv 2202.08587; several tangents: arXiv 2310.14168.
+    **Source:** arXiv 2202.08587; several tangents and the least mean squared error: arXiv 2310.14168; projection: FROG, as in
+    "How to guess a gradient" (arXiv 2312.04709) for the orthogonal projection onto a guessed subspace.
 
     Examples:
         >>> import jax, jax.numpy as jnp, prograde as pg
@@ -66,18 +86,16 @@ class WeightPerturbation(Estimator):
     tangents: TangentDistribution = field(default_factory=LowRank)
     num_tangents: int = 1
     chunk: int | None = None
+    combine: Literal["mean", "shrunk", "projection"] = "mean"
     custom_vjp: Literal["error", "inline"] = "error"
 
     def __post_init__(self):
-        if not isinstance(self.tangents, TangentDistribution):
-            raise TypeError(
-                f"tangents={self.tangents!r}, but a tangent distribution is needed, such as Normal() or LowRank(rank=1)."
-            )
+        check_tangents(self.tangents)
         check_whole("num_tangents", self.num_tangents)
         if self.chunk is not None:
             check_whole("chunk", self.chunk)
-        if self.custom_vjp not in ("error", "inline"):
-            raise ValueError(f"custom_vjp={self.custom_vjp!r}, but it is 'error' or 'inline'.")
+        check_choice("combine", self.combine, ("mean", "shrunk", "projection"))
+        check_choice("custom_vjp", self.custom_vjp, ("error", "inline"))
 
     def estimate(self, fun, key, state, params, *args, has_aux=False):
         check_key(key)
@@ -87,7 +105,7 @@ class WeightPerturbation(Estimator):
         def one_tangent(index):
             tangents = self.tangents.sample(key, floats, index, self.num_tangents)
             value, directional, aux = directional_derivative(f, floats, tangents)
-            return value, aux, _wide(directional), tangents
+            return value, aux, wide(directional), tangents
 
         def one_chunk(indices):
             if len(indices) == 1:
@@ -98,30 +116,37 @@ class WeightPerturbation(Estimator):
                 value, aux = jax.tree.map(lambda x: x[0], (value, aux))  # the primal is the same for all of them
             return jnp.mean(value), aux, directional, tangents
 
+        scale = self._scale(floats)
+
         def coefficients(directional, indices):
             mean = directional.reshape(len(indices), -1).mean(axis=1)
             # the last chunk may run over the number of tangents: what is over counts nothing
-            return jnp.where(indices < self.num_tangents, mean / self.num_tangents, 0)
+            return jnp.where(indices < self.num_tangents, scale * mean, 0)
 
-        num_chunks = -(-self.num_tangents // self._chunk_size(f, floats, one_chunk))
+        def combined(tangents, directional, indices):
+            along = coefficients(directional, indices)
+            return weighted_sum(tangents, _projected(tangents, along) if self.combine == "projection" else along)
+
+        num_chunks = -(-self.num_tangents // tangents_at_once(self.chunk, self.num_tangents, f, floats, one_chunk))
         size = -(-self.num_tangents // num_chunks)
         indices = jnp.arange(num_chunks * size).reshape(num_chunks, size)
         if num_chunks == 1:
             value, aux, directional, tangents = one_chunk(indices[0])
-            grads = weighted_sum(tangents, coefficients(directional, indices[0]))
+            grads = combined(tangents, directional, indices[0])
         else:
-            # dense tangents are summed chunk by chunk; structured ones are drawn again, from the same key, and summed at once
-            structured = self._structured(key, floats)
-            at_the_end, in_chunks = eqx.partition(floats, structured)
+            # dense tangents are summed chunk by chunk; structured ones are drawn again, from the same key, and summed at once,
+            # and so are all where the weight of one depends on the others
+            last = self._combined_last(key, floats)
+            at_the_end, in_chunks = eqx.partition(floats, last)
 
             def add_chunk(carry, indices):
                 value, aux, directional, tangents = one_chunk(indices)
-                tangents = jax.tree.map(lambda s, v: None if s else v, structured, tangents, is_leaf=is_structured)
+                tangents = jax.tree.map(lambda late, v: None if late else v, last, tangents, is_leaf=is_structured)
                 total = weighted_sum(tangents, coefficients(directional, indices))
                 return (value, aux, jax.tree.map(jnp.add, carry[2], total)), directional
 
             # the first chunk starts the sums: inside `shard_map` zeros would vary along other axes than what is added
-            start = jax.tree.map(lambda w: jnp.zeros(w.shape, _wide_dtype(w.dtype)), in_chunks)
+            start = jax.tree.map(lambda w: jnp.zeros(w.shape, wide_dtype(w.dtype)), in_chunks)
             start, first = add_chunk((None, None, start), indices[0])
             (value, aux, sums), rest = lax.scan(add_chunk, start, indices[1:])
             directional = jnp.concatenate([first[None], rest])
@@ -130,28 +155,33 @@ class WeightPerturbation(Estimator):
             if jax.tree.leaves(at_the_end):
                 every = jnp.arange(self.num_tangents)
                 again = jax.vmap(lambda index: self.tangents.sample(key, at_the_end, index, self.num_tangents))(every)
-                grads = eqx.combine(sums, weighted_sum(again, coefficients(directional, every)))
+                grads = eqx.combine(sums, combined(again, directional, every))
         grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, floats)
         return Estimate(value, unpack(aux), grads, directional, state)
 
-    def _structured(self, key: Any, floats: PyTree[Array]) -> PyTree[bool]:
-        """Which leaves have structured tangents."""
+    def _scale(self, floats: PyTree[Array]) -> float:
+        """What a directional derivative is multiplied by to weigh its tangent."""
+        if self.combine == "projection":
+            return 1.0
+        if self.combine == "mean":
+            return 1 / self.num_tangents
+        sizes = [w.size for w in jax.tree.leaves(floats)]
+        moments = jax.tree.leaves(self.tangents.second_moment_of_mean(floats, self.num_tangents))
+        return sum(sizes) / sum(c * n for c, n in zip(moments, sizes, strict=True)) / self.num_tangents
+
+    def _combined_last(self, key: Any, floats: PyTree[Array]) -> PyTree[bool]:
+        """Which leaves' tangents are combined when all directional derivatives are known."""
+        if self.combine == "projection":
+            return jax.tree.map(lambda _: True, floats)
         tangents = jax.eval_shape(lambda: self.tangents.sample(key, floats, 0, self.num_tangents))
         return jax.tree.map(is_structured, tangents, is_leaf=is_structured)
 
-    def _chunk_size(self, f: Any, floats: PyTree[Array], one_chunk: Any) -> int:
-        if self.chunk is not None or self.num_tangents == 1:
-            return min(self.chunk or 1, self.num_tangents)
-        bare = live_bytes(jax.make_jaxpr(f)(floats).jaxpr)
-        together = live_bytes(jax.make_jaxpr(one_chunk)(jnp.arange(self.num_tangents)).jaxpr) - bare
-        budget = max(_CHUNK_BYTES, sum(w.nbytes for w in jax.tree.leaves(floats)))
-        return min(self.num_tangents, max(1, budget * self.num_tangents // max(1, together)))
 
-
-def _wide_dtype(dtype: Any) -> Any:
-    """The dtype that directional derivatives and sums of tangents are kept in."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(_wide_dtype(x.dtype))
+def _projected(tangents: PyTree, directional: Array) -> Array:
+    """(V^T V)^+ d: the weights of the tangents in the projection of the gradient onto their span."""
+    gram = inner_products(tangents).astype(directional.dtype)
+    values, vectors = jnp.linalg.eigh(gram)
+    # an eigenvalue at the rounding of the largest is that of a dependent tangent
+    kept = values > values[-1] * len(gram) * 8 * jnp.finfo(gram.dtype).eps
+    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+    return vectors @ (inverse * (vectors.T @ directional))

@@ -1,0 +1,289 @@
+"""Runs a program with a perturbation injected at every site.
+
+A weight is followed through what is done to it as long as that is affine: transposed, sliced, multiplied with an activation,
+added to. Where something else is done to the result, it is perturbed. So x @ W + b is one site with two weights, and so is
+x @ W + h @ U.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.interpreters.partial_eval import dce_jaxpr
+from jaxtyping import Array, Key, PyTree
+from quax._compat import unpack_scan_args
+
+from prograde._custom_vjp import is_custom_vjp, refuse_tangents
+from prograde._inject import inject
+from prograde._jaxprs import bind, subprograms
+from prograde._sites.examples import MIXED, axis_of, check_independent, doubled, paired
+from prograde._sites.records import Loop, Record, Site, Step, Use
+
+Entries = Callable[[Key[Array, ""], tuple[int, ...], Any], Array]
+
+
+class Linear:
+    """A value that is affine in leaves: a weight, or (`active`) a pre-activation that has not been perturbed yet."""
+
+    def __init__(self, value: Array, uses: tuple[Use, ...], axis: int | None = None, active: bool = False) -> None:
+        self.value, self.uses, self.axis, self.active = value, uses, axis, active
+
+
+class Frame:
+    """The sites of one body: of the program, or of a loop in it."""
+
+    def __init__(self, key: Key[Array, ""], s: Array, entries: Entries, depth: int = 0) -> None:
+        self.key, self.s, self.entries, self.depth = key, s, entries, depth
+        self.records: list[Record] = []
+        self.drawn = 0
+        self.head: tuple[int, Array] | None = None  # which record is the head's, and what is added to its value
+        self.at_head: Array | None = None
+
+    def next_key(self) -> Key[Array, ""]:
+        self.drawn += 1
+        return jax.random.fold_in(self.key, self.drawn)
+
+
+class Run(eqx.Module):
+    """What one run gives: the outputs of the program, the records of its sites, and the value at the head."""
+
+    outputs: list[Array]
+    records: tuple[Record, ...]
+    at_head: Array | None
+
+
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
+# what keeps a weight affine: for each operation the operands that may be one
+_AFFINE = {
+    **{name: (0,) for name in (
+        "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "neg",
+        "rev", "slice", "split", "pvary", "pcast", "dynamic_slice", "gather", "reduce_sum", "pad", "div",
+    )},
+    **{name: (0, 1) for name in ("dot_general", "conv_general_dilated", "mul", "add", "sub")},
+}  # fmt: skip
+_SUMS = {"add", "sub"}
+_KEEPS_ELEMENTS = {
+    "transpose", "reshape", "squeeze", "expand_dims", "convert_element_type", "copy", "copy_p", "neg", "pvary", "pcast",
+}  # fmt: skip
+_MEETS_ACTIVATION = {"dot_general", "conv_general_dilated", "mul", "add", "sub", "gather", "div"}
+_ELEMENTWISE = {
+    "max", "min", "add", "sub", "mul", "div", "neg", "exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "erf", "erfc",
+    "sin", "cos", "tan", "atan", "asin", "acos", "sinh", "cosh", "abs", "sign", "sqrt", "rsqrt", "cbrt", "square", "integer_pow",
+    "pow", "select_n", "gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not", "clamp", "convert_element_type", "copy",
+    "broadcast_in_dim", "stop_gradient", "is_finite", "nextafter", "jit", "pjit", "custom_jvp_call", "closed_call", "pvary",
+    "pcast",
+}  # fmt: skip
+
+
+class Program:
+    """`of_args(params, *args) -> (loss, aux)` as a program whose sites can be perturbed.
+
+    With `batch` the loss is given per example, `[batch]`, the examples are found in every value, and must be independent.
+    """
+
+    def __init__(
+        self, of_args: Callable[..., Any], params: PyTree[Array], args: tuple[Any, ...], batch: int | None
+    ) -> None:
+        arrays, rest = eqx.partition(args, eqx.is_array_like)
+        self.closed, shape = jax.make_jaxpr(
+            lambda params, arrays: of_args(params, *eqx.combine(arrays, rest)), return_shape=True
+        )(params, arrays)
+        self.out_tree = jax.tree.structure(shape)
+        self.arrays = jax.tree.leaves(arrays)
+        self.num_leaves = len(jax.tree.leaves(params))
+        self.batch = batch
+        self.twin: ClosedJaxpr | None = None
+        if batch is not None:
+            self.twin = doubled(of_args, params, args, batch)
+            wanted = [i == 0 for i in range(len(self.closed.jaxpr.outvars))]
+            loss, twin = (dce_jaxpr(c.jaxpr, wanted, instantiate=True)[0] for c in (self.closed, self.twin))
+            perturbed = [i < self.num_leaves for i in range(len(loss.invars))]
+            check_independent(loss, twin, perturbed, batch)
+
+    def run(
+        self,
+        leaves: Sequence[Array],
+        s: Array,
+        key: Key[Array, ""],
+        entries: Entries,
+        head: tuple[int, Array] | None = None,
+    ) -> Run:
+        """One run, every site perturbed by `s` times the `entries` drawn for it.
+
+        `head = (i, shift)` names the record of a site that is not perturbed: `shift` is added to its value instead.
+        """
+        frame = Frame(key, s, entries)
+        frame.head = head
+        inputs = [*(Linear(w, (Use(i, (), ()),)) for i, w in enumerate(leaves)), *self.arrays]
+        twin = None if self.twin is None else self.twin.jaxpr
+        loss, *aux = self._evaluate(self.closed.jaxpr, twin, self.closed.consts, inputs, frame)
+        # auxiliary output is not perturbed
+        outputs = [self._perturbed(loss, frame), *(x.value if isinstance(x, Linear) else x for x in aux)]
+        return Run(outputs, tuple(frame.records), frame.at_head)
+
+    def _evaluate(
+        self, jaxpr: Jaxpr, twin: Jaxpr | None, consts: Sequence[Any], inputs: Sequence[Any], frame: Frame
+    ) -> list[Any]:
+        times_used = Counter(
+            v for v in [*(v for e in jaxpr.eqns for v in e.invars), *jaxpr.outvars] if not isinstance(v, Literal)
+        )
+        env: dict[Any, Any] = {}
+
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, Literal) else env[v]
+
+        def write(v: Any, value: Any) -> None:
+            # what is used in two ways gets one perturbation for both
+            several = isinstance(value, Linear) and value.active and times_used[v] > 1
+            env[v] = self._perturbed(value, frame) if several else value
+
+        for v, value in zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True):
+            write(v, value)
+        pairs = paired(jaxpr, twin) if twin is not None else [(eqn, None) for eqn in jaxpr.eqns]
+        for eqn, other in pairs:
+            values = [read(v) for v in eqn.invars]
+            if any(isinstance(v, Linear) for v in values):
+                outputs = self._equation(eqn, other, values, frame)
+            else:
+                outputs = bind(eqn, values)
+            for var, out in zip(eqn.outvars, outputs, strict=True):
+                write(var, out)
+        return [read(v) for v in jaxpr.outvars]
+
+    def _equation(self, eqn: JaxprEqn, twin: JaxprEqn | None, values: list[Any], frame: Frame) -> list[Any]:
+        name = eqn.primitive.name
+        if name in _CALLS:
+            inner = next(v for v in eqn.params.values() if isinstance(v, Jaxpr | ClosedJaxpr))
+            closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+            double = None if twin is None else subprograms(twin)[0]
+            return self._evaluate(closed.jaxpr, double, closed.consts, values, frame)
+        if name == "scan":
+            return self._scan(eqn, twin, values, frame)
+        affine = self._affine(eqn, twin, values)
+        if affine is None and any(isinstance(v, Linear) and not v.active for v in values):
+            # a pre-activation that meets the next weight is an activation
+            values = [self._perturbed(v, frame) if isinstance(v, Linear) and v.active else v for v in values]
+            affine = self._affine(eqn, twin, values)
+        if affine is not None:
+            return affine
+        gain = None
+        positions = [i for i, v in enumerate(values) if isinstance(v, Linear)]
+        if (
+            len(positions) == 1
+            and values[positions[0]].active
+            and _is_elementwise(eqn, values[positions[0]].value.shape)
+        ):
+            z = lax.stop_gradient(values[positions[0]].value)
+            of_z = lambda z: bind(eqn, [z if i == positions[0] else v for i, v in enumerate(values)])[0]  # noqa: E731
+            _, gain = jax.jvp(of_z, (z,), (jnp.ones_like(z),))
+        values = [self._perturbed(v, frame, gain) for v in values]
+        if is_custom_vjp(eqn):
+            return refuse_tangents(eqn, values)
+        return bind(eqn, values)
+
+    def _affine(self, eqn: JaxprEqn, twin: JaxprEqn | None, values: list[Any]) -> list[Linear] | None:
+        """The outputs as affine functions of leaves, or `None` where they are not."""
+        name = eqn.primitive.name
+        positions = [i for i, v in enumerate(values) if isinstance(v, Linear)]
+        if not set(positions) <= set(_AFFINE.get(name, ())) or (len(positions) > 1 and name not in _SUMS):
+            return None
+        if not all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.outvars):  # pyright: ignore
+            return None
+        given = [i for i in range(len(values)) if i not in positions]
+        active = any(values[i].active for i in positions)
+        if active and name not in _SUMS | _KEEPS_ELEMENTS:
+            scales = name in ("mul", "div") and all(jnp.ndim(values[i]) == 0 for i in given)
+            if not scales:
+                return None
+        axis = None
+        if twin is not None:
+            assert self.batch is not None
+            axes = [axis_of(v, w, self.batch) for v, w in zip(eqn.outvars, twin.outvars, strict=True)]
+            of_given = [axis_of(eqn.invars[i], twin.invars[i], self.batch) for i in given]
+            if MIXED in axes or len(set(axes)) > 1 or (axes[0] is None and any(a is not None for a in of_given)):
+                return None
+            axis = axes[0]
+            active = axis is not None
+        elif name in _MEETS_ACTIVATION:
+            active = active or any(jnp.ndim(values[i]) > 0 and not isinstance(eqn.invars[i], Literal) for i in given)
+        plain = [v.value if isinstance(v, Linear) else v for v in values]
+        outputs = []
+        for k, value in enumerate(bind(eqn, plain)):
+            uses = tuple(
+                use.then(Step(eqn, i, k), [v for j, v in enumerate(plain) if j != i])
+                for i in positions
+                for use in values[i].uses
+            )
+            outputs.append(Linear(value, uses, axis, active))
+        return outputs
+
+    def _perturbed(self, value: Any, frame: Frame, gain: Array | None = None) -> Any:
+        if not isinstance(value, Linear):
+            return value
+        z = value.value
+        if frame.head is not None and frame.head[0] == len(frame.records):
+            frame.at_head = z + frame.head[1].astype(z.dtype)
+            frame.records.append(Site(value.uses, jnp.zeros_like(z), None, value.axis, frame.depth, z.ndim))
+            return frame.at_head
+        noise = frame.entries(frame.next_key(), z.shape, z.dtype)
+        if gain is not None:  # a unit that is not active has no part in the loss
+            noise = jnp.where(gain != 0, noise, jnp.zeros_like(noise))
+        frame.records.append(Site(value.uses, noise, gain, value.axis, frame.depth, z.ndim))
+        return inject(frame.s, z, noise)
+
+    def _scan(self, eqn: JaxprEqn, twin: JaxprEqn | None, values: list[Any], frame: Frame) -> list[Any]:
+        params = dict(eqn.params)
+        is_weight = lambda v: isinstance(v, Linear) and not v.active  # noqa: E731
+        num_consts, num_carry = (len(part) for part in unpack_scan_args(values, dict(params))[:2])
+        first_slice = num_consts + num_carry
+        values = [
+            v if is_weight(v) and not num_consts <= i < first_slice else self._perturbed(v, frame)
+            for i, v in enumerate(values)
+        ]
+        weights = [i for i, v in enumerate(values) if isinstance(v, Linear)]
+        if not weights:
+            return bind(eqn, values)
+        body, double = params["jaxpr"], None if twin is None else twin.params["jaxpr"].jaxpr
+        key = frame.next_key()
+        consts, carry, xs = values[:num_consts], values[num_consts:first_slice], values[first_slice:]
+        plain_xs = [v.value if isinstance(v, Linear) else v for v in xs]
+
+        def iteration(carry: list[Array], sliced: tuple[Array, list[Array]]) -> tuple[list[Array], Any]:
+            index, slices = sliced
+            inner = Frame(jax.random.fold_in(key, index), frame.s, frame.entries, frame.depth + 1)
+            arrays = [*(v.value if isinstance(v, Linear) else v for v in consts), *carry, *slices]
+            inputs = [Linear(x, (Use(weights.index(i), (), ()),)) if i in weights else x for i, x in enumerate(arrays)]
+            out = self._evaluate(body.jaxpr, double, body.consts, inputs, inner)
+            out = [self._perturbed(v, inner) for v in out]
+            return out[: len(carry)], (out[len(carry) :], tuple(inner.records))
+
+        length = params["length"]
+        carry, (ys, inside) = lax.scan(
+            iteration, carry, (jnp.arange(length), plain_xs), length, params["reverse"], params["unroll"]
+        )
+        if inside:
+            avals = {i: jax.typeof(values[i].value) for i in weights}
+            shapes = [avals[i].update(shape=avals[i].shape[i >= first_slice :]) for i in weights]
+            entered = tuple(values[i].uses for i in weights)
+            frame.records.append(Loop(inside, entered, tuple(i >= first_slice for i in weights), tuple(shapes)))
+        return [*carry, *ys]
+
+
+def _is_elementwise(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
+    """Whether an operation is a function of one number, applied to every element of its only array."""
+    arrays = [v for v in eqn.invars if v.aval.shape != ()]  # pyright: ignore[reportAttributeAccessIssue]
+    return len(arrays) == 1 and len(eqn.outvars) == 1 and _works_on_elements(eqn, shape)
+
+
+def _works_on_elements(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
+    if eqn.primitive.name not in _ELEMENTWISE:
+        return False
+    if any(v.aval.shape not in (shape, ()) for v in (*eqn.invars, *eqn.outvars)):  # pyright: ignore
+        return False
+    programs = subprograms(eqn)[:1]
+    return all(not p.constvars and all(_works_on_elements(e, shape) for e in p.eqns) for p in programs)

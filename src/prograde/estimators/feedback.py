@@ -1,0 +1,146 @@
+"""Learned feedback: matrices that carry the error at the output straight to every hidden unit."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from prograde._sites import Site, sites
+from prograde.estimators._estimator import check_choice, check_key, check_positive
+from prograde.estimators._on_sites import SiteEstimator, as_value, by_example
+
+
+@dataclass(frozen=True)
+class LearnedFeedback(SiteEstimator):
+    """Feedback alignment whose feedback matrices learn the Jacobian of the output, by forward gradients.
+
+        delta_i = phi'(z_i) * (F e_i)             e_i: exact derivative of loss_i by the output of the last site
+        F <- F + rate mean_i (dy_i - sum over sites F^T (phi'(z_i) u_i)) (phi'(z_i) u_i)^T
+
+    with dy_i the derivative of the output along the noise u, which the forward run gives. F is the least-squares estimate of
+    the output's Jacobian by the hidden activations, averaged over examples and over the recent past; phi is the
+    nonlinearity that follows the site (phi' = 1 where none does). Weight gradients follow from delta as in
+    `ActivityPerturbation`.
+
+    **Arguments:** those of `ActivityPerturbation`, of which `head` is always `"exact"`, and
+
+    - `rate`: how fast F follows, in (0, 1]. Noise in F shrinks with it, and the lag behind a changing network grows.
+    - `use`: `"feedback"` takes F e as the cotangent; `"control_variate"` adds the forward gradient of what it leaves over,
+
+            delta_i = guess_i + 1/K sum_k (d_ik - sum over sites guess_i . u_ik) u_ik,
+
+      which is unbiased for any F, since F does not depend on the noise of the step.
+
+    **State:** F for every site, [units, outputs] in float32 (one for each iteration of an enclosing loop), zero at first.
+
+    **Bias:** `"feedback"`: E[delta_i] - delta_i = phi' * (E F - J_i) e_i: the Jacobian of the average example stands for each one's
+    own. `"control_variate"`: none.
+
+    **Variance:** `"feedback"`: that of F, which falls with `rate` and the batch; `"control_variate"`: that of
+    `ActivityPerturbation` for the gradient that the guess leaves over, |delta - guess|^2 instead of |delta|^2.
+
+    **Cost:** that of `ActivityPerturbation`, and units x outputs multiply-adds per example and site, three times.
+
+    **Errors:** as `ActivityPerturbation`; `ValueError` for a rate outside (0, 1] or a state from another model.
+
+    **Source:** Bacho and Chu, arXiv 2212.07282 (FDFA), who average dy u^T; here the residual of the regression is averaged, which
+    leaves out the noise that the other units make.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, prograde as pg
+        >>> def losses(params, x, y):
+        ...     return jnp.sum((jnp.tanh(x @ params["in"]) @ params["out"] - y) ** 2, axis=-1)
+        >>> params = {"in": jnp.ones((8, 16)) / 8, "out": jnp.ones((16, 4)) / 16}
+        >>> batch = jnp.ones((32, 8)), jnp.zeros((32, 4))
+        >>> estimator = pg.LearnedFeedback(rate=0.01)
+        >>> state = estimator.init(losses, params, *batch)
+        >>> result = estimator.estimate(losses, jax.random.key(0), state, params, *batch)
+        >>> result.grads["in"].shape, result.state[0].shape
+        ((8, 16), (16, 4))
+    """
+
+    head: Literal["exact"] = "exact"
+    rate: float = 0.02
+    use: Literal["feedback", "control_variate"] = "feedback"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("head", self.head, ("exact",))
+        check_positive("rate", self.rate, at_most=1)
+        check_choice("use", self.use, ("feedback", "control_variate"))
+
+    def init(self, fun, params, *args, has_aux=False):
+        program, floats = self.program(fun, params, args, has_aux)
+        return [None if shape is None else jnp.zeros(shape) for shape in self._feedback_shapes(program, floats)]
+
+    def estimate(self, fun, key, state, params, *args, has_aux=False):
+        check_key(key)
+        program, floats = self.program(fun, params, args, has_aux)
+        self._check_state(state, self._feedback_shapes(program, floats))
+        run = self.perturbed_run(program, floats, key)
+        assert run.error is not None  # the head is exact
+        assert run.at_head is not None
+        *hidden, head = sites(run.records)
+        error = by_example(run.error, head, 0)
+        residual = by_example(run.at_head, head, 1)  # [num_tangents, batch, outputs]
+
+        guesses, predicted = [], jnp.zeros(run.directional.shape)
+        for site, feedback in zip(hidden, state, strict=True):
+            guess = None
+            if feedback is not None:
+                guess = jnp.einsum("...uo,bo->...bu", feedback, error) * _gain(site)
+                noise = by_example(site.noise, site, site.depth + 1)
+                felt = noise * _gain(site)[..., None, :, :]
+                residual = residual - jnp.einsum("luo,lkbu->kbo", _flat_loops(feedback, 2), _flat_loops(felt, 3))
+                predicted = predicted + jnp.einsum("lbu,lkbu->kb", _flat_loops(guess, 2), _flat_loops(noise, 3))
+            guesses.append(guess)
+
+        new_state, cotangents = [], []
+        for site, feedback, guess in zip(hidden, state, guesses, strict=True):
+            cotangent = None
+            if feedback is not None:
+                felt = by_example(site.noise, site, site.depth + 1) * _gain(site)[..., None, :, :]
+                correlation = jnp.einsum("kbo,...kbu->...uo", residual, felt) / residual[..., 0].size
+                feedback = feedback + self.rate * correlation
+                cotangent = as_value(guess, site) / len(error)
+            if feedback is None or self.use == "control_variate":
+                left = run.directional if feedback is None else run.directional - predicted
+                from_noise = self.from_noise(site, left)
+                cotangent = from_noise if cotangent is None else cotangent + from_noise
+            new_state.append(feedback)
+            cotangents.append(cotangent)
+        return self.from_cotangents(program, run, floats, cotangents, new_state)
+
+    def _feedback_shapes(self, program, floats):
+        """The shape of each hidden site's feedback, `None` for sites that have no examples of their own."""
+        self._head(program, floats)  # refuses a program without one
+        *hidden, head = sites(self.shapes(program, floats))
+        batch = program.batch or 1
+        whole = lambda site: program.batch is not None and site.axis is None  # noqa: E731
+        units = lambda site: math.prod(site.noise.shape[site.depth :]) // batch  # noqa: E731
+        return [
+            None if whole(site) else (*site.noise.shape[: site.depth], units(site), head.noise.size // batch)
+            for site in hidden
+        ]
+
+    def _check_state(self, state, wanted):
+        given = [getattr(x, "shape", None) for x in state] if isinstance(state, list | tuple) else type(state).__name__
+        if given != wanted:
+            raise ValueError(
+                f"state holds feedback of shapes {given}, but the sites of this function need {wanted}. Make the state by "
+                "estimator.init with this function and parameters, and a batch like this one."
+            )
+
+
+def _gain(site: Site) -> Array:
+    """phi'(z) as [*loops, batch, units], or one that broadcasts."""
+    if site.gain is None:
+        return jnp.ones((1,) * (site.depth + 2))
+    return by_example(site.gain, site, site.depth)
+
+
+def _flat_loops(x: Array, last: int) -> Array:
+    """The axes of loops, before the `last` ones, as one."""
+    return x.reshape(-1, *x.shape[x.ndim - last :])

@@ -1,0 +1,43 @@
+"""What every distribution of tangents is."""
+
+import abc
+from dataclasses import dataclass
+
+import jax
+from jaxtyping import Array, Key, PyTree
+
+from prograde._structured import Tangent
+
+
+@dataclass(frozen=True)
+class TangentDistribution(abc.ABC):
+    """A distribution of tangents with zero mean and unit covariance. Subclass it to add one.
+
+    **Source:** the condition E[v v^T] = I is that of arXiv 2202.08587, section 3.
+    """
+
+    @abc.abstractmethod
+    def sample(
+        self, key: Key[Array, ""], params: PyTree[Array], index: int | Array = 0, num_tangents: int = 1
+    ) -> PyTree[Tangent]:
+        """The tangent number `index` of `num_tangents`, a tree like `params` of arrays or structured tangents.
+
+        **Arguments:**
+
+        - `key`: a typed key. The same key, index and parameter paths give the same tangent.
+        - `params`: floating-point arrays (or their shapes and dtypes).
+        - `index`: which of the tangents; may be traced, so that tangents can be drawn inside `vmap` and `scan`.
+        - `num_tangents`: how many are drawn together; only distributions whose tangents depend on each other look at it.
+        """
+
+    @abc.abstractmethod
+    def second_moment(self, params: PyTree[Array]) -> PyTree[float]:
+        """The c_l of E |g|^2 = sum_l c_l |grad_l f|^2, for one tangent; a tree like `params` of numbers."""
+
+    def second_moment_of_mean(self, params: PyTree[Array], num_tangents: int) -> PyTree[float]:
+        """The c_l for the mean over `num_tangents` tangents: 1 + (c_l - 1) / K where they are independent."""
+        return jax.tree.map(lambda c: 1 + (c - 1) / num_tangents, self.second_moment(params))
+
+
+def count(params: PyTree[Array]) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

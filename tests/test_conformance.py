@@ -1,0 +1,158 @@
+"""What holds for every estimator, on every kind of parameters, under every transformation. A new estimator is one line here."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import site_models
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import prograde as pg
+
+ESTIMATORS = [
+    pg.WeightPerturbation(pg.Normal()),
+    pg.WeightPerturbation(pg.Rademacher(), 3, chunk=2),
+    pg.WeightPerturbation(pg.Sphere(), 2),
+    pg.WeightPerturbation(pg.Basis(), 2),
+    pg.WeightPerturbation(pg.Sparse(0.3), 2),
+    pg.WeightPerturbation(pg.Orthogonal(), 4, combine="projection"),
+    pg.WeightPerturbation(pg.LowRank(1), 3, combine="projection"),
+    pg.WeightPerturbation(pg.LowRank(1), 4, chunk=2, combine="shrunk"),
+    pg.WeightPerturbation(pg.Separable(1), 2),
+    pg.CentralDifference(),
+    pg.CentralDifference(pg.LowRank(1), 2, step=0.1, curvature_power=0.5),
+    pg.ActivityPerturbation(),
+    pg.ActivityPerturbation(pg.Normal(), 2, head="exact"),
+    pg.ActivityPerturbation(per_example=False),
+    pg.LearnedFeedback(),
+    pg.LearnedFeedback(num_tangents=2, use="control_variate"),
+    pg.ForwardJacobian(),
+    pg.ForwardJacobian(chunk=5),
+    pg.Backprop(),
+    pg.CheckpointedBackprop(),
+]
+EXACT = (pg.ForwardJacobian, pg.Backprop, pg.CheckpointedBackprop)
+CONTAINERS = [site_models.relu_mlp, site_models.scanned_layers, site_models.equinox_mlp, site_models.nnx_model]
+
+every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+every_container = pytest.mark.parametrize("model", CONTAINERS, ids=lambda m: m.__name__)
+
+
+def estimate(estimator, losses, key, params, *args, has_aux=False):
+    state = estimator.init(losses, params, *args, has_aux=has_aux)
+    return estimator.estimate(losses, key, state, params, *args, has_aux=has_aux)
+
+
+def equal(a, b, rtol=1e-4, atol=1e-5):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+
+@every_estimator
+@every_container
+def test_value_structure_shapes_and_dtypes(model, estimator, key):
+    params, losses, args = model(key)
+    result = eqx.filter_jit(estimate)(estimator, losses, key, params, *args)
+    expected, grads = eqx.filter_value_and_grad(lambda p: losses(p, *args).mean())(params)
+    np.testing.assert_allclose(
+        result.value, expected, rtol=1e-3 if isinstance(estimator, pg.CentralDifference) else 1e-5
+    )
+    assert jax.tree.structure(result.grads) == jax.tree.structure(grads)
+    for g, e in zip(jax.tree.leaves(result.grads), jax.tree.leaves(grads), strict=True):
+        assert (g.shape, g.dtype) == (e.shape, e.dtype)
+        assert bool(jnp.isfinite(g).all())
+    if isinstance(estimator, EXACT):
+        equal(result.grads, grads)
+    state = estimator.init(losses, params, *args)
+    assert jax.tree.structure(result.state) == jax.tree.structure(state)
+    assert [x.shape for x in jax.tree.leaves(result.state)] == [x.shape for x in jax.tree.leaves(state)]
+
+
+@every_estimator
+def test_transformations_agree(estimator, key):
+    """The same key gives the same estimate; `jit`, `vmap` over keys and `scan` over them give it as well."""
+    params, losses, args = site_models.relu_mlp(key)
+    keys = jax.random.split(key, 3)
+    of = lambda k: estimate(estimator, losses, k, params, *args)
+    one_by_one = [of(k) for k in keys]
+    equal(of(keys[0]), one_by_one[0])
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *one_by_one)
+    equal(jax.jit(jax.vmap(of))(keys), stacked)
+    equal(lax.scan(lambda c, k: (c, of(k)), 0, keys)[1], stacked)
+    if not isinstance(estimator, EXACT):
+        pairs = zip(*(jax.tree.leaves((r.grads, r.state)) for r in one_by_one[:2]), strict=True)
+        assert not all(np.allclose(a, b) for a, b in pairs)
+
+
+@every_estimator
+def test_compiled_once(estimator, key):
+    params, losses, args = site_models.relu_mlp(key)
+    traced = 0
+
+    def counted(params, x, y):
+        nonlocal traced
+        traced += 1
+        return losses(params, x, y)
+
+    step = jax.jit(lambda k, p: estimate(estimator, counted, k, p, *args))
+    step(key, params)
+    before = traced
+    step(jax.random.fold_in(key, 1), jax.tree.map(lambda x: x + 1, params))
+    assert traced == before
+    assert step._cache_size() == 1
+
+
+@every_estimator
+def test_auxiliary_output(estimator, key):
+    params, losses, (x, y) = site_models.relu_mlp(key)
+
+    def with_aux(params, x, y):
+        return losses(params, x, y), {"logits": x @ params["w"], "count": jnp.asarray(3), "name": "mlp"}
+
+    result = estimate(estimator, with_aux, key, params, x, y, has_aux=True)
+    equal(result.aux["logits"], x @ params["w"], rtol=1e-2, atol=1e-2)  # a difference evaluates beside the parameters
+    assert int(result.aux["count"]) == 3
+    assert result.aux["name"] == "mlp"
+
+
+@every_estimator
+def test_half_precision(estimator, key):
+    params, losses, args = site_models.relu_mlp(key)
+    params, args = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, args))
+    result = estimate(estimator, losses, key, params, *args)
+    assert {g.dtype for g in jax.tree.leaves(result.grads)} == {jnp.dtype(jnp.bfloat16)}
+    if result.directional is not None:
+        assert result.directional.dtype == jnp.float32
+    if isinstance(estimator, EXACT):
+        equal(result.grads, jax.grad(lambda p: losses(p, *args).mean())(params), rtol=0.1, atol=0.05)
+
+
+@every_estimator
+def test_shard_map_over_four_devices(estimator, key):
+    """Each device estimates on its part of the batch: the same as one device after the other."""
+    params, losses, _ = site_models.relu_mlp(key)
+    x, y = jax.random.normal(jax.random.fold_in(key, 100), (8, 3)), jnp.zeros((8, 2))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(params, x, y):
+        k = jax.random.fold_in(key, lax.axis_index("data"))
+        params = jax.tree.map(lambda w: lax.pcast(w, "data", to="varying"), params)
+        grads = estimate(estimator, losses, k, params, x, y).grads
+        return jax.tree.map(lambda g: g[None], grads)
+
+    sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data")))
+    grads = sharded(params, x, y)
+    for i in range(4):
+        part = slice(2 * i, 2 * i + 2)
+        expected = estimate(estimator, losses, jax.random.fold_in(key, i), params, x[part], y[part]).grads
+        equal(jax.tree.map(lambda g, i=i: g[i], grads), expected)
+
+
+@every_estimator
+def test_printed_compared_and_hashed(estimator):
+    rebuilt = eval(repr(estimator), {name: getattr(pg, name) for name in pg.__all__})
+    assert rebuilt == estimator
+    assert hash(rebuilt) == hash(estimator)

@@ -1,0 +1,326 @@
+"""Estimators that perturb pre-activations: first exactly, then in the mean."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import site_models
+from jax import lax
+
+import prograde as pg
+from prograde._sites import collect, sites, with_cotangents
+from prograde.testing import assert_mean, assert_unbiased
+
+
+def flat(tree):
+    return jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(tree)])
+
+
+def true_gradient(losses, params, args):
+    return eqx.filter_grad(lambda p: jnp.mean(losses(p, *args)))(params)
+
+
+def exact_cotangents(estimator, program, floats, key, batch):
+    """Every site's exact cotangent. Directional derivatives are linear in the noise, so that enough of them determine it."""
+
+    def sample(key):
+        run = estimator.perturbed_run(program, floats, key)
+        parts = []
+        for site in sites(run.records):
+            noise = jnp.moveaxis(site.noise, site.depth, 0)[0]
+            if site.axis is None:
+                noise = jnp.broadcast_to(noise, (batch, *noise.shape))
+            else:
+                noise = jnp.moveaxis(noise, site.depth + site.axis, 0)
+            parts.append(noise.reshape(batch, -1))
+        return jnp.concatenate(parts, axis=1), run.directional[0]
+
+    run = estimator.perturbed_run(program, floats, key)
+    units = jax.eval_shape(sample, key)[0].shape[1]
+    noise, directional = jax.jit(jax.vmap(sample))(jax.random.split(key, 2 * units + 20))
+    noise, directional = np.asarray(noise, np.float64), np.asarray(directional, np.float64)
+    solved = np.stack([np.linalg.lstsq(noise[:, i], directional[:, i], rcond=1e-9)[0] for i in range(batch)])
+    cotangents, start = [], 0
+    for site in sites(run.records):
+        shape = site.noise.shape[: site.depth] + site.noise.shape[site.depth + 1 :]
+        whole = site.axis is None
+        size = int(np.prod(shape)) // (1 if whole else batch)
+        part = solved[:, start : start + size] / batch
+        start += size
+        if whole:
+            cotangents.append(part.sum(0).reshape(shape))
+            continue
+        at = site.depth + site.axis
+        rest = shape[:at] + shape[at + 1 :]
+        cotangents.append(np.moveaxis(part.reshape(batch, *rest), 0, at))
+    return run.records, [jnp.asarray(c, jnp.float32) for c in cotangents]
+
+
+@pytest.mark.parametrize("model", site_models.ALL, ids=lambda m: m.__name__)
+def test_exact_cotangents_at_the_sites_give_the_gradient_of_reverse_mode(model, key):
+    params, losses, args = model(key)
+    estimator = pg.ActivityPerturbation()
+    program, floats = estimator.program(losses, params, args, False)
+    records, cotangents = exact_cotangents(estimator, program, floats, key, program.batch)
+    grads = collect(with_cotangents(records, cotangents), jax.tree.leaves(floats))
+    for got, want in zip(grads, jax.tree.leaves(true_gradient(losses, params, args)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (site_models.relu_mlp, [(4, 8), (4, 2)]),
+        (site_models.jitted_softmax, [(3, 6), (6, 5)]),
+        (site_models.scanned_layers, [(4, 4), (3, 4, 4), (4, 2)]),
+        (site_models.recurrent, [(3, 4, 6), (4, 1)]),
+        (site_models.convolution, [(5, 3, 3, 3), (5, 2)]),
+        (site_models.equinox_mlp, [(4, 4), (4, 4), (4, 2)]),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_product_and_its_bias_are_one_site(model, expected, key):
+    params, losses, args = model(key)
+    estimator = pg.ActivityPerturbation()
+    program, floats = estimator.program(losses, params, args, False)
+    shapes = [site.noise.shape for site in sites(estimator.shapes(program, floats))]
+    assert [sorted(shape) for shape in shapes] == [sorted(shape) for shape in expected]
+
+
+@pytest.mark.parametrize("head", ["perturbed", "exact"])
+@pytest.mark.parametrize(
+    "model", [site_models.relu_mlp, site_models.recurrent, site_models.used_otherwise], ids=lambda m: m.__name__
+)
+def test_activity_perturbation_is_unbiased(model, head, key):
+    """Notices 5 % in the projection on the gradient."""
+    if head == "exact" and model is site_models.used_otherwise:
+        pytest.skip("its last site is a weight")
+    params, losses, args = model(key)
+    assert_unbiased(pg.ActivityPerturbation(head=head), losses, key, params, *args, effect=0.05)
+
+
+def test_the_exact_head_has_the_gradient_of_reverse_mode_and_lowers_the_variance(key):
+    params, losses, args = site_models.relu_mlp(key)
+    gradient = true_gradient(losses, params, args)
+    keys = jax.random.split(key, 4000)
+    second = {}
+    for head in ("perturbed", "exact"):
+        estimator = pg.ActivityPerturbation(head=head)
+        grads = jax.jit(jax.vmap(lambda k, e=estimator: e.estimate(losses, k, None, params, *args).grads))(keys)
+        second[head] = float(jnp.mean(sum(jnp.sum(g**2, axis=range(1, g.ndim)) for g in (grads["w"], grads["b"]))))
+        if head == "exact":
+            np.testing.assert_allclose(grads["out"][0], gradient["out"], rtol=1e-5)
+    assert second["exact"] < 0.9 * second["perturbed"]
+
+
+def test_units_that_are_not_active_are_not_perturbed(key):
+    params, losses, args = site_models.relu_mlp(key)
+    estimator = pg.ActivityPerturbation()
+    program, floats = estimator.program(losses, params, args, False)
+    hidden = sites(estimator.perturbed_run(program, floats, key).records)[0]
+    active = args[0] @ params["w"] + params["b"] > 0
+    assert bool(jnp.array_equal(hidden.noise[0] != 0, active))
+    assert 0 < active.sum() < active.size
+
+
+def test_second_moment_is_the_number_of_perturbed_units(key):
+    """E |delta_i|^2 = U |grad_z loss_i|^2 for signs, for a single layer without a nonlinearity. Notices 5 %."""
+    w, x = jax.random.normal(jax.random.fold_in(key, 1), (3, 7)), jnp.eye(3)
+
+    def losses(w, x):
+        return jnp.sum(jnp.sin(x @ w), axis=-1)
+
+    estimator = pg.ActivityPerturbation()
+    grads = jax.jit(jax.vmap(lambda k: estimator.estimate(losses, k, None, w, x).grads))(jax.random.split(key, 20_000))
+    exact = jax.grad(lambda w: losses(w, x).mean())(w)
+    moments = jnp.sum(grads**2, axis=-1) / (
+        7 * jnp.sum(exact**2, axis=-1)
+    )  # the rows of w are those of one example each
+    assert_mean(moments, 1.0, effect=0.1)
+
+
+def test_several_tangents_are_averaged(key):
+    """K tangents: the mean of what each says, with the noise and derivatives that the estimate itself reports."""
+    params, losses, args = site_models.scanned_layers(key)
+    estimator = pg.ActivityPerturbation(num_tangents=5)
+    program, floats = estimator.program(losses, params, args, False)
+    run = estimator.perturbed_run(program, floats, key)
+    assert run.directional.shape == (5, 4)
+    for k in range(5):  # each tangent is what a single run along its noise gives: the derivative is linear in it
+        site = sites(run.records)[1]
+        assert site.noise.shape == (3, 5, 4, 4)
+        assert not bool(jnp.array_equal(site.noise[:, k], site.noise[:, (k + 1) % 5]))
+    gradient = np.asarray(flat(true_gradient(losses, params, args)))
+    samples = jax.jit(jax.vmap(lambda k: flat(estimator.estimate(losses, k, None, params, *args).grads)))
+    keys = jax.random.split(jax.random.fold_in(key, 1), 4000)
+    samples = np.asarray(samples(keys))
+    single = jax.jit(jax.vmap(lambda k: flat(pg.ActivityPerturbation().estimate(losses, k, None, params, *args).grads)))
+    variance = np.asarray(single(jnp.copy(keys))).var(axis=0).sum()
+    np.testing.assert_allclose(samples.var(axis=0).sum() * 5 / variance, 1, atol=0.15)
+    assert_mean(samples @ gradient / (gradient @ gradient), 1.0, effect=0.15)
+
+
+def test_the_whole_batch_as_one_example_is_unbiased_too(key):
+    params, losses, args = site_models.relu_mlp(key)
+    mean_loss = lambda *a: jnp.mean(losses(*a))
+    assert_unbiased(pg.ActivityPerturbation(per_example=False), mean_loss, key, params, *args, effect=0.1)
+
+
+def batch_normalised(params, x):
+    h = x @ params["w"]
+    h = (h - h.mean(axis=0)) / jnp.sqrt(h.var(axis=0) + 1e-3)
+    return jnp.sum(jnp.square(jnp.tanh(h) @ params["out"]), axis=-1)
+
+
+def test_examples_that_depend_on_each_other_are_refused_and_weighed_together_unbiased(key):
+    params, _, (x, _) = site_models.relu_mlp(key)
+    with pytest.raises(ValueError, match=r"examples depend on each other.*test_sites.py.*per_example=False"):
+        pg.value_and_grad(batch_normalised, pg.ActivityPerturbation())(key, params, x)
+    assert_unbiased(
+        pg.ActivityPerturbation(per_example=False), batch_normalised, jax.random.fold_in(key, 1), params, x, effect=0.1
+    )
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: h[::-1],
+        lambda h: jnp.cumsum(h, axis=0),
+        lambda h: jnp.roll(h, 1, axis=0),
+        lambda h: h[(jnp.arange(len(h)) + 1) % len(h)],
+        lambda h: jnp.take(h, jnp.argsort(h[:, 0]), axis=0),
+        lambda h: h @ (h.T @ h),
+        lambda h: jax.nn.softmax(h @ h.T) @ h,
+        lambda h: jnp.sort(h, axis=0),
+        lambda h: h - h.reshape(-1).mean(),
+        lambda h: lax.scan(lambda c, row: (c + row, c), jnp.zeros(8), h)[1],
+    ],
+)
+def test_operations_that_join_examples_are_refused(mix, key):
+    params, _, (x, _) = site_models.relu_mlp(key)
+    with pytest.raises(ValueError, match=r"examples depend on each other|a second time with 8 examples"):
+        pg.value_and_grad(lambda p, x: jnp.sum(mix(x @ p["w"]), axis=-1), pg.ActivityPerturbation())(key, params, x)
+
+
+def test_statistics_of_the_batch_in_auxiliary_output_join_nothing(key):
+    params, losses, (x, y) = site_models.relu_mlp(key)
+
+    def with_aux(params, x, y):
+        return losses(params, x, y), {"mean": jnp.mean(x @ params["w"]), "name": "relu"}
+
+    (value, aux), grads = pg.value_and_grad(with_aux, pg.ActivityPerturbation(), has_aux=True)(key, params, x, y)
+    np.testing.assert_allclose(value, losses(params, x, y).mean(), rtol=1e-6)
+    np.testing.assert_allclose(aux["mean"], jnp.mean(x @ params["w"]), rtol=1e-6)
+    assert aux["name"] == "relu"
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+
+
+def test_a_scalar_loss_is_refused(key):
+    params, losses, args = site_models.relu_mlp(key)
+    with pytest.raises(ValueError, match=r"scalar loss, but ActivityPerturbation.*per_example=False"):
+        pg.value_and_grad(lambda *a: losses(*a).mean(), pg.ActivityPerturbation())(key, params, *args)
+
+
+def test_a_batch_that_is_closed_over_is_refused(key):
+    params, losses, args = site_models.relu_mlp(key)
+    with pytest.raises(ValueError, match=r"instead of closing over it"):
+        pg.value_and_grad(lambda p: losses(p, *args), pg.ActivityPerturbation())(key, params)
+
+
+def test_an_exact_head_inside_a_loop_is_refused(key):
+    def losses(params, x):
+        return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params)[0].sum(-1)
+
+    with pytest.raises(ValueError, match=r"head='exact'.*inside a loop.*head='perturbed'"):
+        pg.value_and_grad(losses, pg.ActivityPerturbation(head="exact"))(key, jnp.ones((2, 3, 3)), jnp.ones((5, 3)))
+
+
+def test_learned_feedback_learns_the_jacobian_of_a_linear_network(key):
+    """There the Jacobian is the same for all examples, so that the biased estimate goes to the gradient."""
+    k = jax.random.split(jax.random.fold_in(key, 1), 4)
+    params = {
+        "a": site_models.normal(k[0], 3, 6),
+        "b": site_models.normal(k[1], 6, 6),
+        "c": site_models.normal(k[2], 6, 2),
+    }
+    x = jax.random.normal(k[3], (16, 3))
+
+    def losses(params, x):
+        return jnp.sum(jnp.square(x @ params["a"] @ params["b"] @ params["c"] - 1), axis=-1)
+
+    estimator = pg.LearnedFeedback(rate=0.1)
+    state = estimator.init(losses, params, x)
+
+    @jax.jit
+    def many(state, key):
+        step = lambda s, k: (estimator.estimate(losses, k, s, params, x).state, None)
+        return lax.scan(step, state, jax.random.split(key, 800))[0]
+
+    state = many(state, key)
+    np.testing.assert_allclose(state[1], params["c"], atol=1e-4)
+    np.testing.assert_allclose(state[0], params["b"] @ params["c"], atol=1e-4)
+    grads = estimator.estimate(losses, jax.random.fold_in(key, 2), state, params, x).grads
+    np.testing.assert_allclose(flat(grads), flat(true_gradient(losses, params, (x,))), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model", [site_models.relu_mlp, site_models.scanned_layers, site_models.convolution], ids=lambda m: m.__name__
+)
+def test_feedback_as_a_control_variate_is_unbiased_whatever_it_holds(model, key):
+    params, losses, args = model(key)
+    estimator = pg.LearnedFeedback(use="control_variate")
+    state = estimator.init(losses, params, *args)
+    leaves, treedef = jax.tree.flatten(state)
+    state = treedef.unflatten([jax.random.normal(jax.random.fold_in(key, i), s.shape) for i, s in enumerate(leaves)])
+    assert_unbiased(estimator, losses, jax.random.fold_in(key, 99), params, *args, state=state, effect=0.1)
+
+
+def test_feedback_that_has_learned_lowers_the_variance_of_the_unbiased_estimate(key):
+    params, losses, args = site_models.relu_mlp(key)
+    args = tuple(jnp.tile(a, (16, 1)) for a in args)
+    estimator = pg.LearnedFeedback(use="control_variate", rate=0.05)
+    state = start = estimator.init(losses, params, *args)
+    step = jax.jit(lambda s, k: estimator.estimate(losses, k, s, params, *args).state)
+    for k in jax.random.split(key, 300):
+        state = step(state, k)
+    variance = []
+    for s in (start, state):
+        draw = jax.vmap(lambda k, s=s: flat(estimator.estimate(losses, k, s, params, *args).grads))
+        variance.append(float(draw(jax.random.split(jax.random.fold_in(key, 1), 1000)).var(axis=0).sum()))
+    assert variance[1] < 0.7 * variance[0]
+
+
+def test_a_state_of_another_model_is_refused(key):
+    params, losses, args = site_models.relu_mlp(key)
+    other, other_losses, other_args = site_models.convolution(key)
+    estimator = pg.LearnedFeedback()
+    state = estimator.init(other_losses, other, *other_args)
+    with pytest.raises(ValueError, match=r"state holds feedback of shapes .* need \[\(8, 2\)\]"):
+        estimator.estimate(losses, key, state, params, *args)
+    with pytest.raises(ValueError, match=r"state holds feedback of shapes NoneType"):
+        estimator.estimate(losses, key, None, params, *args)
+
+
+def test_an_estimator_that_learns_is_refused_by_the_function_without_state(key):
+    params, losses, args = site_models.relu_mlp(key)
+    with pytest.raises(TypeError, match=r"learns from step to step.*estimator.init"):
+        pg.value_and_grad(losses, pg.LearnedFeedback())(key, params, *args)
+
+
+def test_a_hand_made_reverse_rule_is_named_and_can_be_inlined(key):
+    @jax.custom_vjp
+    def doubled(x):
+        return 2 * x
+
+    doubled.defvjp(lambda x: (2 * x, None), lambda _, ct: (2 * ct,))
+
+    def losses(w, x):
+        return jnp.sum(doubled(x @ w), axis=-1)
+
+    w, x = jnp.ones((3, 2)), jnp.ones((4, 3))
+    with pytest.raises(TypeError, match=r"doubled, called at .*test_sites.py.*custom_vjp='inline'"):
+        pg.value_and_grad(losses, pg.ActivityPerturbation())(key, w, x)
+    value, grads = pg.value_and_grad(losses, pg.ActivityPerturbation(head="exact", custom_vjp="inline"))(key, w, x)
+    np.testing.assert_allclose(value, 12.0)
+    np.testing.assert_allclose(grads, jnp.full((3, 2), 2.0))
