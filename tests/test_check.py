@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import site_models
 from jax import lax
 
 import prograde as pg
@@ -195,3 +196,36 @@ def test_shapes_are_enough_and_other_leaves_pass():
 def test_bad_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_sites_are_listed_and_weights_that_are_used_otherwise_are_named(key):
+    params, losses, args = site_models.used_otherwise(key)
+    report = pg.check(losses, params, *args, estimator=pg.ActivityPerturbation(), memory=False)
+    by_weight = {paths: (shape, has_examples) for paths, shape, has_examples in report.sites}
+    assert by_weight[("params['c']",)] is not None
+    assert by_weight[("params['flat']",)] == ((3, 3), False)
+    assert "perturbed itself: params['flat'], as [3, 3]" in str(report)
+    params, losses, args = site_models.scanned_layers(key)
+    report = pg.check(losses, params, *args, estimator=pg.LearnedFeedback(), memory=False)
+    assert report.sites == (
+        (("params['in']",), (4, 4), True),
+        (("params['hidden']['b']", "params['hidden']['w']"), (3, 4, 4), True),
+        (("params['out']",), (4, 2), True),
+    )
+    assert "sites: 3, with 72 numbers to perturb" in str(report)
+    assert 2.5 < report.cost_ratio < 20  # drawing signs weighs much in so small a network
+
+
+def test_a_hand_made_reverse_rule_blocks_every_forward_estimator(key):
+    @jax.custom_vjp
+    def doubled(x):
+        return 2 * x
+
+    doubled.defvjp(lambda x: (2 * x, None), lambda _, ct: (2 * ct,))
+    fun = lambda w, x: jnp.sum(doubled(x @ w), axis=-1)
+    for estimator in (pg.ActivityPerturbation(), pg.Guided(), pg.ForwardJacobian(), pg.LearnedFeedback()):
+        report = pg.check(fun, jnp.ones((3, 2)), jnp.ones((4, 3)), estimator=estimator, memory=False)
+        assert len(report.blocking) == 1
+        assert "doubled" in report.blocking[0]
+    for estimator in (pg.Backprop(), pg.CentralDifference()):
+        assert pg.check(fun, jnp.ones((3, 2)), jnp.ones((4, 3)), estimator=estimator, memory=False).ok

@@ -15,6 +15,7 @@ from prograde.estimators import (
     Estimate,
     Estimator,
     ForwardJacobian,
+    Guided,
     LearnedFeedback,
     WeightPerturbation,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "ForwardJacobian",
+    "Guided",
     "LearnedFeedback",
     "LowRank",
     "Normal",

@@ -1,5 +1,6 @@
 """What stands in the way of a forward run, and what it will cost, before a long one is begun."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ from jaxtyping import Array, PyTree
 
 from prograde._custom_vjp import describe, inline_custom_vjp, is_custom_vjp
 from prograde._jaxprs import equations, multiply_adds, source
+from prograde._sites import leaves_of
 from prograde._structured import DenseFallback, Recorder, directional_derivative
-from prograde.estimators import Estimator, WeightPerturbation
+from prograde.estimators import Estimator, Guided, WeightPerturbation
 from prograde.estimators._estimator import split_params
+from prograde.estimators._on_sites import SiteEstimator
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class CheckReport:
     - `always_zero`: paths of parameters whose tangent never reaches the loss, whatever their value: unused, or behind argmax,
       `stop_gradient`, a conversion to integers. Their gradient is 0, and the estimate only gets noise from them.
     - `dense`: (path, `DenseFallback`) for each place where a structured tangent had to be formed.
+    - `sites`: (paths, shape, whether it has examples) for each site of an estimator that perturbs pre-activations: the weights behind
+      it, and the shape of what is perturbed, once for each iteration of an enclosing loop. One without examples is a weight
+      that is used in another way and perturbed itself.
     - `cost_ratio`: multiply-adds of the estimate over those of the function, by a count; `None` where forward mode is blocked.
       A loop of unknown length counts as one iteration on both sides.
     - `memory`, `memory_alone`: bytes of temporaries that XLA plans for the estimate and for the function alone; `None`
@@ -49,6 +55,7 @@ class CheckReport:
     bypassed: tuple[str, ...]
     always_zero: tuple[str, ...]
     dense: tuple[tuple[str, DenseFallback], ...]
+    sites: tuple[tuple[tuple[str, ...], tuple[int, ...], bool], ...]
     cost_ratio: float | None
     memory: int | None
     memory_alone: int | None
@@ -76,7 +83,14 @@ class CheckReport:
                 f"  dense: the tangent of {path} is formed, {list(fallback.shape)}, for {fallback.primitive} at "
                 f"{fallback.source}."
             )
-        if self.ok and not self.dense:
+        if activations := [shape for _, shape, has_examples in self.sites if has_examples]:
+            lines.append(f"  sites: {len(activations)}, with {sum(map(math.prod, activations)):,} numbers to perturb")
+        for paths, shape, has_examples in self.sites:
+            if not has_examples:
+                lines.append(
+                    f"  perturbed itself: {' and '.join(paths)}, as {list(shape)}, where no pre-activation of single examples follows."
+                )
+        if self.ok and not self.dense and not self.sites:
             lines.append("  nothing is blocked, and no structured tangent is formed")
         if self.cost_ratio is not None:
             lines.append(f"  cost: {self.cost_ratio:.2f} x the function alone, by a count of multiply-adds")
@@ -151,10 +165,10 @@ def check(
 
     program = jax.make_jaxpr(alone)(dynamic).jaxpr
     by_hand = {describe(eqn): source(eqn) for eqn in equations(program) if is_custom_vjp(eqn)}
-    forward = isinstance(estimator, WeightPerturbation)
+    forward = hasattr(estimator, "custom_vjp")
     reached = _reached_by_tangents(pieces, dynamic) if forward and by_hand else set()
     differentiated = tuple(name for name, place in by_hand.items() if place in reached)
-    inline = forward and estimator.custom_vjp == "inline"
+    inline = getattr(estimator, "custom_vjp", None) == "inline"
     blocking = () if inline else differentiated
     cost_ratio = None
     if not blocking:
@@ -166,7 +180,12 @@ def check(
         blocking=blocking,
         bypassed=differentiated if inline else (),
         always_zero=_always_zero(pieces, dynamic, bool(by_hand)),
-        dense=_dense_fallbacks(pieces, dynamic, estimator) if forward and not blocking else (),
+        dense=_dense_fallbacks(pieces, dynamic, estimator)
+        if isinstance(estimator, WeightPerturbation | Guided) and not blocking
+        else (),
+        sites=_sites(fun, dynamic, static, estimator, has_aux)
+        if isinstance(estimator, SiteEstimator) and not blocking
+        else (),
         cost_ratio=cost_ratio,
         memory=sizes[1],
         memory_alone=sizes[0],
@@ -179,6 +198,23 @@ def _compiled_bytes(alone: Callable, estimate: Callable, dynamic: PyTree) -> tup
         return None if analysis is None else analysis.temp_size_in_bytes
 
     return temporaries(alone), temporaries(estimate)
+
+
+def _sites(
+    fun: Callable, dynamic: PyTree, static: PyTree, estimator: SiteEstimator, has_aux: bool
+) -> tuple[tuple[tuple[str, ...], tuple[int, ...], bool], ...]:
+    found: list[tuple[tuple[str, ...], tuple[int, ...], bool]] = []
+
+    def run(dynamic: PyTree) -> None:
+        params, args = eqx.combine(dynamic, static)
+        program, floats = estimator.program(fun, params, args, has_aux)
+        paths = _paths(floats)
+        for site, leaves in leaves_of(estimator.shapes(program, floats)):
+            has_examples = site.axis is not None or program.batch is None
+            found.append((tuple(paths[i] for i in sorted(leaves)), site.noise.shape, has_examples))
+
+    jax.eval_shape(run, dynamic)
+    return tuple(found)
 
 
 def _paths(floats: PyTree[Array]) -> list[str]:
@@ -217,7 +253,7 @@ def _always_zero(pieces: Callable, dynamic: PyTree, by_hand: bool) -> tuple[str,
 
 
 def _dense_fallbacks(
-    pieces: Callable, dynamic: PyTree, estimator: WeightPerturbation
+    pieces: Callable, dynamic: PyTree, estimator: WeightPerturbation | Guided
 ) -> tuple[tuple[str, DenseFallback], ...]:
     recorders: dict[str, Recorder] = {}
 

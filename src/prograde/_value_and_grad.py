@@ -74,13 +74,11 @@ def value_and_grad(
         wanted = [position % len(args) for position in positions]
         # a single argument is passed as it is, so that its tangents are those of `estimator.estimate`
         params = args[wanted[0]] if single else tuple(args[position] for position in wanted)
-        others = tuple(None if i in wanted else arg for i, arg in enumerate(args))
+        others = tuple(arg for i, arg in enumerate(args) if i not in wanted)
 
         def of_params(params: Any, *others: Any) -> Any:
-            complete = list(others)
-            for position, arg in zip(wanted, (params,) if single else params, strict=True):
-                complete[position] = arg
-            return fun(*complete, **kwargs)
+            given, remaining = dict(zip(wanted, (params,) if single else params, strict=True)), iter(others)
+            return fun(*(given[i] if i in given else next(remaining) for i in range(len(args))), **kwargs)
 
         state = estimator.init(of_params, params, *others, has_aux=has_aux)
         if state is not None:

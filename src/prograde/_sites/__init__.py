@@ -10,6 +10,6 @@ transpose of that one operation; nothing travels from layer to layer.
 
 from prograde._sites.examples import ExamplesError
 from prograde._sites.interpreter import Program, Run
-from prograde._sites.records import Site, collect, sites, with_cotangents
+from prograde._sites.records import Site, collect, leaves_of, sites, with_cotangents
 
-__all__ = ["ExamplesError", "Program", "Run", "Site", "collect", "sites", "with_cotangents"]
+__all__ = ["ExamplesError", "Program", "Run", "Site", "collect", "leaves_of", "sites", "with_cotangents"]

@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import PyTree
 from quax._compat import unpack_scan_args
@@ -16,6 +17,11 @@ from prograde._jaxprs import source, subprograms
 
 class ExamplesError(ValueError):
     """The examples of a batch cannot be told apart, or are not independent of each other."""
+
+
+def is_traced(x: Any) -> bool:
+    """Whether an argument is an input of the traced program; numbers and other objects are constants in it."""
+    return isinstance(x, jax.Array | np.ndarray)
 
 
 MIXED = object()  # more axes than one, or not whole examples
@@ -34,7 +40,7 @@ def axis_of(var: Any, twin: Any, batch: int) -> Any:
 
 def doubled(of_args: Callable[..., Any], params: PyTree, args: tuple[Any, ...], batch: int) -> ClosedJaxpr:
     """The program `of_args(params, *args)` for twice as many examples: arrays of `args` whose first axis has `batch` elements."""
-    arrays, rest = eqx.partition(args, eqx.is_array_like)
+    arrays, rest = eqx.partition(args, is_traced)
 
     def double(x: Any) -> Any:
         aval = jax.typeof(x)

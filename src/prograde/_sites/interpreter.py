@@ -21,7 +21,7 @@ from quax._compat import unpack_scan_args
 from prograde._custom_vjp import is_custom_vjp, refuse_tangents
 from prograde._inject import inject
 from prograde._jaxprs import bind, subprograms
-from prograde._sites.examples import MIXED, axis_of, check_independent, doubled, paired
+from prograde._sites.examples import MIXED, axis_of, check_independent, doubled, is_traced, paired
 from prograde._sites.records import Loop, Record, Site, Step, Use
 
 Entries = Callable[[Key[Array, ""], tuple[int, ...], Any], Array]
@@ -89,7 +89,7 @@ class Program:
     def __init__(
         self, of_args: Callable[..., Any], params: PyTree[Array], args: tuple[Any, ...], batch: int | None
     ) -> None:
-        arrays, rest = eqx.partition(args, eqx.is_array_like)
+        arrays, rest = eqx.partition(args, is_traced)
         self.closed, shape = jax.make_jaxpr(
             lambda params, arrays: of_args(params, *eqx.combine(arrays, rest)), return_shape=True
         )(params, arrays)

@@ -96,6 +96,23 @@ def sites(records: Sequence[Record]) -> list[Site]:
     return [s for record in records for s in ([record] if isinstance(record, Site) else sites(record.inside))]
 
 
+def leaves_of(
+    records: Sequence[Record], outside: Sequence[frozenset[int]] | None = None
+) -> list[tuple[Site, frozenset[int]]]:
+    """Every site with the leaves it depends on; `outside` are those of the weights that entered an enclosing loop."""
+
+    def of(uses: Sequence[Use]) -> frozenset[int]:
+        return frozenset().union(*({use.leaf} if outside is None else outside[use.leaf] for use in uses))
+
+    found: list[tuple[Site, frozenset[int]]] = []
+    for record in records:
+        if isinstance(record, Site):
+            found.append((record, of(record.uses)))
+        else:
+            found += leaves_of(record.inside, [of(uses) for uses in record.entered])
+    return found
+
+
 def with_cotangents(records: Sequence[Record], cotangents: Sequence[Array]) -> tuple[Record, ...]:
     """The records with a cotangent in place of each site's noise."""
     remaining = iter(cotangents)

@@ -14,6 +14,7 @@ from prograde._structured.derivative import (
     Tangent,
     directional_derivative,
     inner_products,
+    inner_products_with,
     is_structured,
     weighted_sum,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Tangent",
     "directional_derivative",
     "inner_products",
+    "inner_products_with",
     "is_structured",
     "weighted_sum",
 ]

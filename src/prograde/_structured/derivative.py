@@ -72,3 +72,16 @@ def inner_products(tangents: PyTree[Tangent]) -> Float[Array, "k k"]:
     parts = jax.tree.leaves(jax.tree.map(leaf, tangents, is_leaf=is_structured))
     dtype = jnp.float64 if any(part.dtype == jnp.float64 for part in parts) else jnp.float32
     return sum((part.astype(dtype) for part in parts[1:]), parts[0].astype(dtype))
+
+
+def inner_products_with(tree: PyTree[Array], tangents: PyTree[Tangent]) -> Float[Array, " k"]:
+    """<tree, v_k> for tangents with a leading axis k, in float32, or float64 where one of them is."""
+
+    def leaf(v: Tangent, x: Array) -> Array:
+        dense = jax.vmap(LowRankTangent.dense)(v) if isinstance(v, LowRankTangent) else v
+        dtype = jnp.float64 if jnp.float64 in (x.dtype, dense.dtype) else jnp.float32
+        return jnp.sum((dense.astype(dtype) * x.astype(dtype)).reshape(len(dense), -1), axis=1)
+
+    parts = jax.tree.leaves(jax.tree.map(leaf, tangents, tree, is_leaf=is_structured))
+    dtype = jnp.float64 if any(part.dtype == jnp.float64 for part in parts) else jnp.float32
+    return sum((part.astype(dtype) for part in parts[1:]), parts[0].astype(dtype))

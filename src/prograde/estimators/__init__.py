@@ -5,6 +5,7 @@ from prograde.estimators.activity import ActivityPerturbation
 from prograde.estimators.backprop import Backprop, CheckpointedBackprop
 from prograde.estimators.exact import ForwardJacobian
 from prograde.estimators.feedback import LearnedFeedback
+from prograde.estimators.guided import Guided
 from prograde.estimators.spsa import CentralDifference
 from prograde.estimators.weight import WeightPerturbation
 
@@ -16,6 +17,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "ForwardJacobian",
+    "Guided",
     "LearnedFeedback",
     "WeightPerturbation",
 ]

@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from prograde._custom_vjp import inline_custom_vjp
 from prograde._structured import directional_derivative, inner_products, is_structured, weighted_sum
-from prograde.estimators._chunks import tangents_at_once
+from prograde.estimators._chunks import in_groups, tangents_at_once
 from prograde.estimators._estimator import (
     Estimate,
     Estimator,
@@ -48,6 +48,10 @@ class WeightPerturbation(Estimator):
           squared error (exactly so where c is the same for all leaves; the mean over parameters is taken where it is not);
         - `"projection"`: V (V^T V)^-1 d, the orthogonal projection of the gradient onto the span of the tangents. Where they
           are dependent, the pseudo-inverse takes the place of the inverse, and the result is still the projection.
+    - `num_groups`: G. The batch is cut into G groups of examples, each with tangents of its own, which run in the same products: the
+      estimate is the mean of the groups' estimates, and its variance that of G times as many tangents, as far as the groups
+      have the same gradient. Arrays in the arguments have the examples along their first axis. The loss of a group is that of
+      the function on the group alone (statistics of a batch are those of a group), and `aux` gets a leading axis for groups.
     - `custom_vjp`: what to do with a function that has a `jax.custom_vjp`, a hand-made rule for reverse mode, which JAX refuses
       to differentiate forward: `"error"`, or `"inline"` to differentiate the code of the function itself instead. The
       hand-made rule then has no say; where it does not equal the derivative of the code, neither does the result.
@@ -57,7 +61,8 @@ class WeightPerturbation(Estimator):
     uniformly distributed (`Normal`, `Sphere`, `Orthogonal`; K <= n), and grad f / n for one tangent of fixed length.
 
     **Variance:** one tangent gives E |g|^2 = sum_l c_l |grad_l f|^2 with c_l from `tangents.second_moment`, close to the
-    number of parameters n. The mean of K independent tangents has 1/K of the variance. A projection never makes an error
+    number of parameters n. The mean of K independent tangents has 1/K of the variance; G groups divide what is left by G again, but
+    see the smaller groups' own gradients, E |g|^2 = sum_g c |grad f_g|^2 / (K G^2) and the square of the mean. A projection never makes an error
     larger than the gradient: |g - grad f|^2 = (1 - cos^2) |grad f|^2, (1 - K/n) |grad f|^2 in the mean for uniform spans.
 
     **Cost:** one forward run gives the loss and a directional derivative. A dense tangent doubles the multiply-adds and
@@ -66,7 +71,7 @@ class WeightPerturbation(Estimator):
     before their weighted sum is. `"projection"` needs all tangents at once: K times the parameters for dense ones, little for
     structured ones, whose inner products are products of those of their factors.
 
-    **Errors:** `ValueError` for `num_tangents` or `chunk` below 1, another `combine` or `custom_vjp`; `TypeError` for complex parameters, an
+    **Errors:** `ValueError` for `num_tangents` or `chunk` or `num_groups` below 1, a batch that cannot be cut into the groups, another `combine` or `custom_vjp`; `TypeError` for complex parameters, an
     old-style key, a loss that is not real, or a function that forward mode cannot pass; all at trace time.
 
     **Source:** arXiv 2202.08587; several tangents and the least mean squared error: arXiv 2310.14168; projection: FROG, as in
@@ -87,48 +92,67 @@ class WeightPerturbation(Estimator):
     num_tangents: int = 1
     chunk: int | None = None
     combine: Literal["mean", "shrunk", "projection"] = "mean"
+    num_groups: int = 1
     custom_vjp: Literal["error", "inline"] = "error"
 
     def __post_init__(self):
         check_tangents(self.tangents)
         check_whole("num_tangents", self.num_tangents)
+        check_whole("num_groups", self.num_groups)
         if self.chunk is not None:
             check_whole("chunk", self.chunk)
         check_choice("combine", self.combine, ("mean", "shrunk", "projection"))
         check_choice("custom_vjp", self.custom_vjp, ("error", "inline"))
+        if self.num_groups > 1 and self.combine != "mean":
+            raise ValueError(
+                f"combine={self.combine!r} with num_groups={self.num_groups}, but the directional derivatives of groups are those of "
+                "different functions, whose only combination is the mean. Use combine='mean' or num_groups=1."
+            )
 
     def estimate(self, fun, key, state, params, *args, has_aux=False):
         check_key(key)
-        f, floats = split_params(fun, params, args, has_aux)
-        f = inline_custom_vjp(f) if self.custom_vjp == "inline" else f
+        k, g = self.num_tangents, self.num_groups
+        _, floats = split_params(fun, params, args, has_aux)
+        arrays, rest = in_groups(args, g)
 
-        def one_tangent(index):
-            tangents = self.tangents.sample(key, floats, index, self.num_tangents)
-            value, directional, aux = directional_derivative(f, floats, tangents)
-            return value, aux, wide(directional), tangents
+        def of_group(arrays):
+            f, _ = split_params(fun, params, eqx.combine(arrays, rest), has_aux)
+            return inline_custom_vjp(f) if self.custom_vjp == "inline" else f
+
+        def one_tangent(index, arrays):
+            tangents = self.tangents.sample(key, floats, index, k * g)
+            value, directional, aux = directional_derivative(of_group(arrays), floats, tangents)
+            return jnp.mean(value), aux, wide(directional), tangents
+
+        def one_for_each_group(index):
+            """A tangent for each group, along a leading axis."""
+            if g == 1:
+                value, aux, directional, tangents = one_tangent(index, arrays)
+                return value, aux, *jax.tree.map(lambda x: x[None], (directional, tangents))
+            value, *others = jax.vmap(one_tangent)(index * g + jnp.arange(g), arrays)
+            return jnp.mean(value), *others
 
         def one_chunk(indices):
             if len(indices) == 1:
-                value, aux, directional, tangents = one_tangent(indices[0])
-                directional, tangents = jax.tree.map(lambda x: x[None], (directional, tangents))
-            else:
-                value, aux, directional, tangents = jax.vmap(one_tangent)(indices)
-                value, aux = jax.tree.map(lambda x: x[0], (value, aux))  # the primal is the same for all of them
-            return jnp.mean(value), aux, directional, tangents
+                return one_for_each_group(indices[0])
+            value, aux, directional, tangents = jax.vmap(one_for_each_group)(indices)
+            value, aux = jax.tree.map(lambda x: x[0], (value, aux))  # the primal is the same for all of them
+            return value, aux, *jax.tree.map(_merged, (directional, tangents))
 
         scale = self._scale(floats)
 
         def coefficients(directional, indices):
-            mean = directional.reshape(len(indices), -1).mean(axis=1)
+            mean = directional.reshape(len(indices) * g, -1).mean(axis=1)
             # the last chunk may run over the number of tangents: what is over counts nothing
-            return jnp.where(indices < self.num_tangents, scale * mean, 0)
+            return jnp.where(jnp.repeat(indices < k, g), scale * mean, 0)
 
         def combined(tangents, directional, indices):
             along = coefficients(directional, indices)
             return weighted_sum(tangents, _projected(tangents, along) if self.combine == "projection" else along)
 
-        num_chunks = -(-self.num_tangents // tangents_at_once(self.chunk, self.num_tangents, f, floats, one_chunk))
-        size = -(-self.num_tangents // num_chunks)
+        whole = of_group(args) if g == 1 else of_group(jax.tree.map(lambda x: x[0], arrays))
+        num_chunks = -(-k // tangents_at_once(self.chunk, k, whole, floats, one_chunk))
+        size = -(-k // num_chunks)
         indices = jnp.arange(num_chunks * size).reshape(num_chunks, size)
         if num_chunks == 1:
             value, aux, directional, tangents = one_chunk(indices[0])
@@ -145,36 +169,42 @@ class WeightPerturbation(Estimator):
                 total = weighted_sum(tangents, coefficients(directional, indices))
                 return (value, aux, jax.tree.map(jnp.add, carry[2], total)), directional
 
-            # the first chunk starts the sums: inside `shard_map` zeros would vary along other axes than what is added
+            # the first chunk starts the sums: inside `shard_map` zeros vary along other axes than what is added
             start = jax.tree.map(lambda w: jnp.zeros(w.shape, wide_dtype(w.dtype)), in_chunks)
             start, first = add_chunk((None, None, start), indices[0])
-            (value, aux, sums), rest = lax.scan(add_chunk, start, indices[1:])
-            directional = jnp.concatenate([first[None], rest])
-            directional = directional.reshape(num_chunks * size, *directional.shape[2:])[: self.num_tangents]
+            (value, aux, sums), rest_of_them = lax.scan(add_chunk, start, indices[1:])
+            directional = _merged(jnp.concatenate([first[None], rest_of_them]))[: k * g]
             grads = sums
             if jax.tree.leaves(at_the_end):
-                every = jnp.arange(self.num_tangents)
-                again = jax.vmap(lambda index: self.tangents.sample(key, at_the_end, index, self.num_tangents))(every)
-                grads = eqx.combine(sums, combined(again, directional, every))
+                again = jax.vmap(lambda i: self.tangents.sample(key, at_the_end, i, k * g))(jnp.arange(k * g))
+                grads = eqx.combine(sums, combined(again, directional, jnp.arange(k)))
         grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, floats)
+        if g > 1:
+            directional = directional.reshape(k, -1)  # of the groups, or of all examples
         return Estimate(value, unpack(aux), grads, directional, state)
 
     def _scale(self, floats: PyTree[Array]) -> float:
         """What a directional derivative is multiplied by to weigh its tangent."""
         if self.combine == "projection":
             return 1.0
+        num_tangents = self.num_tangents * self.num_groups
         if self.combine == "mean":
-            return 1 / self.num_tangents
+            return 1 / num_tangents
         sizes = [w.size for w in jax.tree.leaves(floats)]
-        moments = jax.tree.leaves(self.tangents.second_moment_of_mean(floats, self.num_tangents))
-        return sum(sizes) / sum(c * n for c, n in zip(moments, sizes, strict=True)) / self.num_tangents
+        moments = jax.tree.leaves(self.tangents.second_moment_of_mean(floats, num_tangents))
+        return sum(sizes) / sum(c * n for c, n in zip(moments, sizes, strict=True)) / num_tangents
 
     def _combined_last(self, key: Any, floats: PyTree[Array]) -> PyTree[bool]:
         """Which leaves' tangents are combined when all directional derivatives are known."""
         if self.combine == "projection":
             return jax.tree.map(lambda _: True, floats)
-        tangents = jax.eval_shape(lambda: self.tangents.sample(key, floats, 0, self.num_tangents))
+        num_tangents = self.num_tangents * self.num_groups
+        tangents = jax.eval_shape(lambda: self.tangents.sample(key, floats, 0, num_tangents))
         return jax.tree.map(is_structured, tangents, is_leaf=is_structured)
+
+
+def _merged(x: Array) -> Array:
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _projected(tangents: PyTree, directional: Array) -> Array:
