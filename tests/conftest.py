@@ -40,3 +40,10 @@ def strict():
     """No implicit promotion of dtypes or ranks, in the package's code and in the test's."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs():
+    """What a file compiled is of no use to the next, and takes gigabytes in all."""
+    yield
+    jax.clear_caches()

@@ -27,6 +27,7 @@ ESTIMATORS = [
     pg.ActivityPerturbation(pg.Normal(), 2, head="exact"),
     pg.ActivityPerturbation(per_example=False),
     pg.LearnedFeedback(),
+    pg.LearnedFeedback(every=2),
     pg.LearnedFeedback(num_tangents=2, use="control_variate"),
     pg.WeightPerturbation(pg.LowRank(1), num_groups=2),
     pg.Guided("previous", num_tangents=3),

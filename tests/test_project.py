@@ -82,7 +82,11 @@ def test_public_docstrings_say_what_a_user_needs(name, thing):
 def test_api_page_lists_exactly_the_public_names():
     page = (ROOT / "docs" / "api.md").read_text()
     assert set(re.findall(r"^::: prograde\.(\w+)$", page, re.M)) == set(prograde.__all__)
-    assert set(re.findall(r"^::: prograde\.testing\.(\w+)$", page, re.M)) == {"required_samples", "assert_mean"}
+    assert set(re.findall(r"^::: prograde\.testing\.(\w+)$", page, re.M)) == {
+        "assert_mean",
+        "assert_unbiased",
+        "required_samples",
+    }
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])

@@ -258,8 +258,8 @@ def test_learned_feedback_learns_the_jacobian_of_a_linear_network(key):
         return lax.scan(step, state, jax.random.split(key, 800))[0]
 
     state = many(state, key)
-    np.testing.assert_allclose(state[1], params["c"], atol=1e-4)
-    np.testing.assert_allclose(state[0], params["b"] @ params["c"], atol=1e-4)
+    np.testing.assert_allclose(state.feedback[1], params["c"], atol=1e-4)
+    np.testing.assert_allclose(state.feedback[0], params["b"] @ params["c"], atol=1e-4)
     grads = estimator.estimate(losses, jax.random.fold_in(key, 2), state, params, x).grads
     np.testing.assert_allclose(flat(grads), flat(true_gradient(losses, params, (x,))), rtol=1e-3, atol=1e-4)
 
@@ -271,8 +271,8 @@ def test_feedback_as_a_control_variate_is_unbiased_whatever_it_holds(model, key)
     params, losses, args = model(key)
     estimator = pg.LearnedFeedback(use="control_variate")
     state = estimator.init(losses, params, *args)
-    leaves, treedef = jax.tree.flatten(state)
-    state = treedef.unflatten([jax.random.normal(jax.random.fold_in(key, i), s.shape) for i, s in enumerate(leaves)])
+    feedback = [jax.random.normal(jax.random.fold_in(key, i), s.shape) for i, s in enumerate(state.feedback)]
+    state = eqx.tree_at(lambda s: s.feedback, state, feedback)
     assert_unbiased(estimator, losses, jax.random.fold_in(key, 99), params, *args, state=state, effect=0.1)
 
 
@@ -324,3 +324,25 @@ def test_a_hand_made_reverse_rule_is_named_and_can_be_inlined(key):
     value, grads = pg.value_and_grad(losses, pg.ActivityPerturbation(head="exact", custom_vjp="inline"))(key, w, x)
     np.testing.assert_allclose(value, 12.0)
     np.testing.assert_allclose(grads, jnp.full((3, 2), 2.0))
+
+
+def test_steps_without_noise_follow_the_feedback_and_leave_it(key):
+    """Every third step learns, and is that of the estimator that always learns; the others have the same cotangents from F."""
+    params, losses, args = site_models.scanned_layers(key)
+    always, third = pg.LearnedFeedback(rate=0.1), pg.LearnedFeedback(rate=0.1, every=3)
+    state = always.init(losses, params, *args)
+    state = eqx.tree_at(
+        lambda s: s.feedback, state, [jnp.sin(jnp.arange(f.size)).reshape(f.shape) for f in state.feedback]
+    )
+    for i, k in enumerate(jax.random.split(jax.random.fold_in(key, 1), 6)):
+        a, b = (e.estimate(losses, k, state, params, *args) for e in (always, third))
+        for x, y in zip(jax.tree.leaves((a.value, a.grads)), jax.tree.leaves((b.value, b.grads)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+        assert b.directional is None
+        expected = a.state.feedback if i % 3 == 0 else state.feedback
+        for x, y in zip(b.state.feedback, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+        assert int(b.state.step) == i + 1
+        state = b.state
+    with pytest.raises(ValueError, match=r"every=2 with use='control_variate'"):
+        pg.LearnedFeedback(use="control_variate", every=2)

@@ -1,5 +1,6 @@
 """Every estimator beside an obvious version of it in numpy, from the same random numbers; and laws that hold exactly."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import models
@@ -191,13 +192,14 @@ def test_activity_perturbation(key):
 def test_learned_feedback(use, key):
     params, losses, (x, y) = site_models.relu_mlp(key)
     estimator = pg.LearnedFeedback(num_tangents=2, rate=0.1, use=use)
-    state = [jax.random.normal(jax.random.fold_in(key, 1), (8, 2))]
+    state = estimator.init(losses, params, x, y)
+    state = eqx.tree_at(lambda s: s.feedback, state, [jax.random.normal(jax.random.fold_in(key, 1), (8, 2))])
     program, floats = estimator.program(losses, params, (x, y), False)
     noise = np.asarray(sites(estimator.perturbed_run(program, floats, key).records)[0].noise, np.float64)
     result = estimator.estimate(losses, key, state, params, x, y)
 
     w, b, out, x, y, feedback = (
-        np.asarray(a, np.float64) for a in (params["w"], params["b"], params["out"], x, y, state[0])
+        np.asarray(a, np.float64) for a in (params["w"], params["b"], params["out"], x, y, state.feedback[0])
     )
     z = x @ w + b
     h, active = np.maximum(z, 0), z > 0
@@ -211,7 +213,7 @@ def test_learned_feedback(use, key):
         if use == "control_variate":
             left = (error * dy).sum(axis=1) - (guess * noise[k]).sum(axis=1)
             cotangent += left[:, None] * noise[k] / 2
-    np.testing.assert_allclose(result.state[0], learned, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result.state.feedback[0], learned, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(result.grads["out"], h.T @ error / 4, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(result.grads["w"], x.T @ cotangent / 4, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(result.grads["b"], cotangent.sum(axis=0) / 4, rtol=1e-4, atol=1e-5)

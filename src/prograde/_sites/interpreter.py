@@ -97,6 +97,7 @@ class Program:
         self.arrays = jax.tree.leaves(arrays)
         self.num_leaves = len(jax.tree.leaves(params))
         self.batch = batch
+        self.shapes: tuple[Record, ...] | None = None  # of the records of a run, once they are known
         self.twin: ClosedJaxpr | None = None
         if batch is not None:
             self.twin = doubled(of_args, params, args, batch)

@@ -36,7 +36,7 @@ class Perturbed(eqx.Module):
 
     value: Array
     aux: PyTree
-    directional: Array
+    directional: Array | None
     records: tuple[Record, ...]
     error: Array | None
     at_head: Array | None
@@ -113,6 +113,21 @@ class SiteEstimator(Estimator):
         axes = Perturbed(None, None, 0, _noise_axes(each.records), None, 0)  # pyright: ignore[reportArgumentType]
         return jax.vmap(one_tangent, out_axes=axes)(jnp.arange(self.num_tangents))
 
+    def plain_run(self, program: Program, floats: PyTree[Array], key: Any) -> Perturbed:
+        """The loss and its derivative at the exact head, without tangents. The noise in the records is not used."""
+        leaves = jax.tree.leaves(floats)
+        index, shape = self._head(program, floats)
+        zeros = varying_like(jnp.zeros(shape.shape, shape.dtype), *leaves, *program.arrays)
+
+        def loss_of(shift: Array) -> Any:
+            run = program.run(leaves, jnp.zeros(()), threefry(key), self.noise._entries, (index, shift))
+            return run.outputs[0], (run.outputs[1:], run.records)
+
+        loss, pull, (aux, records) = jax.vjp(loss_of, zeros, has_aux=True)
+        (error,) = pull(jnp.ones_like(loss) if program.batch is not None else jnp.ones_like(loss) / loss.size)
+        _, aux = jax.tree.unflatten(program.out_tree, [loss, *aux])
+        return Perturbed(jnp.mean(loss), aux, None, records, error, None)
+
     def from_noise(self, site: Site, directional: Array) -> Array:
         """1/(K B) sum_k d_k u_k: a site's cotangent of the mean loss, from directional derivatives [num_tangents, batch]."""
         noise = jnp.moveaxis(site.noise, site.depth, 0)
@@ -126,17 +141,21 @@ class SiteEstimator(Estimator):
         """The estimate that follows from a cotangent of the mean loss at each site; that at an exact head is known."""
         leaves, treedef = jax.tree.flatten(floats)
         if run.error is not None:
-            cotangents = [*cotangents, run.error / run.directional.shape[1]]
+            cotangents = [*cotangents, run.error / (program.batch or 1)]
         grads = collect(with_cotangents(run.records, cotangents), leaves)
         grads = [g.astype(w.dtype) for g, w in zip(grads, leaves, strict=True)]
-        directional = run.directional if program.batch is not None else run.directional[:, 0]
+        directional = run.directional
+        if directional is not None and program.batch is None:
+            directional = directional[:, 0]
         return Estimate(run.value, unpack(run.aux), treedef.unflatten(grads), directional, state)
 
     def shapes(self, program: Program, floats: PyTree[Array]) -> tuple[Record, ...]:
         """The records of a run, traced and not run; their noise has no axis for the tangents."""
-        leaves = jax.tree.leaves(floats)
-        run = jax.eval_shape(lambda: program.run(leaves, jnp.zeros(()), jax.random.key(0), self.noise._entries))
-        return run.records
+        if program.shapes is None:
+            leaves = jax.tree.leaves(floats)
+            run = jax.eval_shape(lambda: program.run(leaves, jnp.zeros(()), jax.random.key(0), self.noise._entries))
+            program.shapes = run.records
+        return program.shapes
 
     def _head(self, program: Program, floats: PyTree[Array]) -> tuple[int, Any]:
         records = self.shapes(program, floats)
@@ -166,7 +185,7 @@ def by_example(x: Array, site: Site, lead: int) -> Array:
 
 def as_value(x: Array, site: Site) -> Array:
     """Undoes `by_example` for [*loops, batch, units]."""
-    shape = site.noise.shape[site.depth + 1 :]
+    shape = site.noise.shape[site.noise.ndim - site.ndim :]
     if site.axis is None:
         return x.reshape(*x.shape[: site.depth], *shape)
     rest = shape[: site.axis] + shape[site.axis + 1 :]

@@ -2,14 +2,27 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax import lax
+from jaxtyping import Array, Int, PyTree
 
-from prograde._sites import Site, sites
-from prograde.estimators._estimator import check_choice, check_key, check_positive
+from prograde._sites import Program, Site, sites
+from prograde.estimators._estimator import Estimate, check_choice, check_key, check_positive, check_whole
 from prograde.estimators._on_sites import SiteEstimator, as_value, by_example
+
+
+class FeedbackState(eqx.Module):
+    """What `LearnedFeedback` carries from step to step: its matrices, `None` at sites without examples, and the number of the step."""
+
+    feedback: list[Array | None]
+    step: Int[Array, ""]
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,11 @@ class LearnedFeedback(SiteEstimator):
 
       which is unbiased for any F, since F does not depend on the noise of the step.
 
-    **State:** F for every site, [units, outputs] in float32 (one for each iteration of an enclosing loop), zero at first.
+    - `every`: on how many steps one is with noise, and F learns. The others cost a forward pass and the weight gradients alone;
+      their `directional` is `None`, and a weight that is not at a site, and so only learns from noise, gets zero.
+
+    **State:** a `FeedbackState`: F for every site, [units, outputs] in float32 (one for each iteration of an enclosing loop), zero at
+    first; and the number of the step.
 
     **Bias:** `"feedback"`: E[delta_i] - delta_i = phi' * (E F - J_i) e_i: the Jacobian of the average example stands for each one's
     own. `"control_variate"`: none.
@@ -41,7 +58,7 @@ class LearnedFeedback(SiteEstimator):
     **Variance:** `"feedback"`: that of F, which falls with `rate` and the batch; `"control_variate"`: that of
     `ActivityPerturbation` for the gradient that the guess leaves over, |delta - guess|^2 instead of |delta|^2.
 
-    **Cost:** that of `ActivityPerturbation`, and units x outputs multiply-adds per example and site, three times.
+    **Cost:** that of `ActivityPerturbation` on steps with noise, a third less on the others, and units x outputs multiply-adds per example and site, three times.
 
     **Errors:** as `ActivityPerturbation`; `ValueError` for a rate outside (0, 1] or a state from another model.
 
@@ -57,28 +74,70 @@ class LearnedFeedback(SiteEstimator):
         >>> estimator = pg.LearnedFeedback(rate=0.01)
         >>> state = estimator.init(losses, params, *batch)
         >>> result = estimator.estimate(losses, jax.random.key(0), state, params, *batch)
-        >>> result.grads["in"].shape, result.state[0].shape
+        >>> result.grads["in"].shape, result.state.feedback[0].shape
         ((8, 16), (16, 4))
     """
 
     head: Literal["exact"] = "exact"
     rate: float = 0.02
     use: Literal["feedback", "control_variate"] = "feedback"
+    every: int = 1
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("head", self.head, ("exact",))
         check_positive("rate", self.rate, at_most=1)
         check_choice("use", self.use, ("feedback", "control_variate"))
+        check_whole("every", self.every)
+        if self.every > 1 and self.use == "control_variate":
+            raise ValueError(
+                f"every={self.every} with use='control_variate', but that needs the noise of every step. Use every=1."
+            )
 
     def init(self, fun, params, *args, has_aux=False):
         program, floats = self.program(fun, params, args, has_aux)
-        return [None if shape is None else jnp.zeros(shape) for shape in self._feedback_shapes(program, floats)]
+        shapes = self._feedback_shapes(program, floats)
+        return FeedbackState([None if s is None else jnp.zeros(s) for s in shapes], jnp.zeros((), jnp.int32))
 
     def estimate(self, fun, key, state, params, *args, has_aux=False):
         check_key(key)
         program, floats = self.program(fun, params, args, has_aux)
         self._check_state(state, self._feedback_shapes(program, floats))
+        if self.every == 1:
+            return self._learning(program, floats, key, state)
+
+        # both kinds of step are functions of arrays alone, as branches must be
+        results = []
+
+        def branch(step: Any) -> Any:
+            def arrays(key: Any, state: FeedbackState) -> Any:
+                result = eqx.tree_at(lambda r: r.directional, step(program, floats, key, state), None, is_leaf=_is_none)
+                dynamic, static = eqx.partition(result, eqx.is_array)
+                results.append(static)
+                return dynamic
+
+            return arrays
+
+        due = state.step % self.every == 0
+        dynamic = lax.cond(due, branch(self._learning), branch(self._following), key, state)
+        return eqx.combine(dynamic, results[0])
+
+    def _following(self, program: Program, floats: PyTree, key: Any, state: FeedbackState) -> Estimate:
+        """A step with the feedback as it is: no noise, and no tangent."""
+        run = self.plain_run(program, floats, key)
+        assert run.error is not None  # the head is exact
+        *hidden, head = sites(run.records)
+        error = by_example(run.error, head, 0)
+        cotangents = [
+            jnp.zeros_like(site.noise)
+            if feedback is None
+            else as_value(self._guess(site, feedback, error), site) / len(error)
+            for site, feedback in zip(hidden, state.feedback, strict=True)
+        ]
+        return self.from_cotangents(program, run, floats, cotangents, FeedbackState(state.feedback, state.step + 1))
+
+    def _learning(self, program: Program, floats: PyTree, key: Any, state: FeedbackState) -> Estimate:
+        """A step with noise at all sites, from which the feedback learns."""
         run = self.perturbed_run(program, floats, key)
         assert run.error is not None  # the head is exact
         assert run.at_head is not None
@@ -87,18 +146,18 @@ class LearnedFeedback(SiteEstimator):
         residual = by_example(run.at_head, head, 1)  # [num_tangents, batch, outputs]
 
         guesses, predicted = [], jnp.zeros(run.directional.shape)
-        for site, feedback in zip(hidden, state, strict=True):
+        for site, feedback in zip(hidden, state.feedback, strict=True):
             guess = None
             if feedback is not None:
-                guess = jnp.einsum("...uo,bo->...bu", feedback, error) * _gain(site)
+                guess = self._guess(site, feedback, error)
                 noise = by_example(site.noise, site, site.depth + 1)
                 felt = noise * _gain(site)[..., None, :, :]
                 residual = residual - jnp.einsum("luo,lkbu->kbo", _flat_loops(feedback, 2), _flat_loops(felt, 3))
                 predicted = predicted + jnp.einsum("lbu,lkbu->kb", _flat_loops(guess, 2), _flat_loops(noise, 3))
             guesses.append(guess)
 
-        new_state, cotangents = [], []
-        for site, feedback, guess in zip(hidden, state, guesses, strict=True):
+        learned, cotangents = [], []
+        for site, feedback, guess in zip(hidden, state.feedback, guesses, strict=True):
             cotangent = None
             if feedback is not None:
                 felt = by_example(site.noise, site, site.depth + 1) * _gain(site)[..., None, :, :]
@@ -109,9 +168,13 @@ class LearnedFeedback(SiteEstimator):
                 left = run.directional if feedback is None else run.directional - predicted
                 from_noise = self.from_noise(site, left)
                 cotangent = from_noise if cotangent is None else cotangent + from_noise
-            new_state.append(feedback)
+            learned.append(feedback)
             cotangents.append(cotangent)
-        return self.from_cotangents(program, run, floats, cotangents, new_state)
+        return self.from_cotangents(program, run, floats, cotangents, FeedbackState(learned, state.step + 1))
+
+    def _guess(self, site: Site, feedback: Array, error: Array) -> Array:
+        """phi'(z_i) * (F e_i), [*loops, batch, units]."""
+        return jnp.einsum("...uo,bo->...bu", feedback, error) * _gain(site)
 
     def _feedback_shapes(self, program, floats):
         """The shape of each hidden site's feedback, `None` for sites that have no examples of their own."""
@@ -126,7 +189,8 @@ class LearnedFeedback(SiteEstimator):
         ]
 
     def _check_state(self, state, wanted):
-        given = [getattr(x, "shape", None) for x in state] if isinstance(state, list | tuple) else type(state).__name__
+        known = isinstance(state, FeedbackState)
+        given = [getattr(x, "shape", None) for x in state.feedback] if known else type(state).__name__
         if given != wanted:
             raise ValueError(
                 f"state holds feedback of shapes {given}, but the sites of this function need {wanted}. Make the state by "
