@@ -182,7 +182,7 @@ def test_parameters_that_the_last_step_ruined_count_as_divergence(small_data, tm
     record = train.train(trainer, run, budget, tmp_path, lambda run, point: None)
     assert record[-1]["status"] == "diverged"
     assert record[-1]["step"] == 1
-    assert summary._outcome("backprop", "paper", [record], [record], {}).final_loss is None
+    assert summary.outcome_of("backprop", "paper", [record], [record], {}).final_loss is None
 
 
 def test_search_gives_every_method_the_same_trials_and_prefers_what_does_not_diverge(tmp_path):
@@ -231,8 +231,8 @@ def test_time_ratio_follows_from_steps_and_measured_costs():
     backprop = run("backprop", [3.0, 1.0, 0.5, 0.7])  # best 0.5 at step 20: 60 s
     reaches = run("low-rank", [3.0, 2.0, 0.6, 0.5])  # at step 30: 60 s
     fails = run("low-rank", [3.0, 2.0, 0.6, 0.51])
-    assert summary._outcome("low-rank", "paper", [reaches], [backprop], figures).time_ratio == pytest.approx(1.0)
-    outcome = summary._outcome("low-rank", "paper", [fails], [backprop], figures)
+    assert summary.outcome_of("low-rank", "paper", [reaches], [backprop], figures).time_ratio == pytest.approx(1.0)
+    outcome = summary.outcome_of("low-rank", "paper", [fails], [backprop], figures)
     assert (outcome.time_ratio, outcome.time_bound, outcome.reached, outcome.compared) == (
         None,
         pytest.approx(1.0),
@@ -242,10 +242,10 @@ def test_time_ratio_follows_from_steps_and_measured_costs():
     # two seeds, one of which does not reach it: the worse counts
     twice = [[{**run[0], "seed": seed}, *run[1:]] for seed, run in enumerate((reaches, fails))]
     references = [[{**backprop[0], "seed": seed}, *backprop[1:]] for seed in (0, 1)]
-    assert summary._outcome("low-rank", "paper", twice, references, figures).time_ratio is None
+    assert summary.outcome_of("low-rank", "paper", twice, references, figures).time_ratio is None
     # no verdict without a reference: backprop has not run, or never got better than its start
     for reference in ([], [run("backprop", [1.0, 2.0])]):
-        assert summary._outcome("low-rank", "paper", [reaches], reference, figures).compared == 0
+        assert summary.outcome_of("low-rank", "paper", [reaches], reference, figures).compared == 0
 
 
 # the command line, as a person uses it

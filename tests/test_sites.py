@@ -249,7 +249,7 @@ def test_learned_feedback_learns_the_jacobian_of_a_linear_network(key):
     def losses(params, x):
         return jnp.sum(jnp.square(x @ params["a"] @ params["b"] @ params["c"] - 1), axis=-1)
 
-    estimator = pg.LearnedFeedback(rate=0.1)
+    estimator = pg.LearnedFeedback(rate=0.3)
     state = estimator.init(losses, params, x)
 
     @jax.jit
@@ -279,7 +279,7 @@ def test_feedback_as_a_control_variate_is_unbiased_whatever_it_holds(model, key)
 def test_feedback_that_has_learned_lowers_the_variance_of_the_unbiased_estimate(key):
     params, losses, args = site_models.relu_mlp(key)
     args = tuple(jnp.tile(a, (16, 1)) for a in args)
-    estimator = pg.LearnedFeedback(use="control_variate", rate=0.05)
+    estimator = pg.LearnedFeedback(use="control_variate", rate=0.2)
     state = start = estimator.init(losses, params, *args)
     step = jax.jit(lambda s, k: estimator.estimate(losses, k, s, params, *args).state)
     for k in jax.random.split(key, 300):
@@ -346,3 +346,17 @@ def test_steps_without_noise_follow_the_feedback_and_leave_it(key):
         state = b.state
     with pytest.raises(ValueError, match=r"every=2 with use='control_variate'"):
         pg.LearnedFeedback(use="control_variate", every=2)
+
+
+def test_feedback_stays_bounded_with_many_more_units_than_examples(key):
+    """At the largest rate, with 400 units and two examples: without the normalisation it grows without bound."""
+    k = jax.random.split(jax.random.fold_in(key, 1), 3)
+    params = {"a": site_models.normal(k[0], 3, 400), "b": site_models.normal(k[1], 400, 2)}
+    x = jax.random.normal(k[2], (2, 3))
+    losses = lambda p, x: jnp.sum(jnp.square(x @ p["a"] @ p["b"]), axis=-1)
+    estimator = pg.LearnedFeedback(rate=1.0)
+    step = jax.jit(lambda s, k: estimator.estimate(losses, k, s, params, x).state)
+    state = estimator.init(losses, params, x)
+    for k in jax.random.split(jax.random.fold_in(key, 2), 300):
+        state = step(state, k)
+    assert float(jnp.abs(state.feedback[0] - params["b"]).max()) < float(jnp.abs(params["b"]).max())

@@ -206,10 +206,11 @@ def test_learned_feedback(use, key):
     error = 2 * (h @ out - y)
     guess = active * (error @ feedback.T)
     cotangent, learned = guess.copy(), feedback.copy()
+    power = (active * noise**2).sum() / (2 * 4)
     for k in range(2):
         felt = active * noise[k]
         dy = felt @ out
-        learned += 0.1 * felt.T @ (dy - felt @ feedback) / (2 * 4)
+        learned += 0.1 / (1 + power / (2 * 4)) * felt.T @ (dy - felt @ feedback) / (2 * 4)
         if use == "control_variate":
             left = (error * dy).sum(axis=1) - (guess * noise[k]).sum(axis=1)
             cotangent += left[:, None] * noise[k] / 2

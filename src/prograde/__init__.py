@@ -4,6 +4,7 @@ grad_fn = prograde.value_and_grad(loss_fn, prograde.WeightPerturbation(prograde.
 loss, grads = grad_fn(key, params, batch)
 """
 
+from prograde import diagnostics
 from prograde._check import CheckReport, check
 from prograde._inject import inject
 from prograde._value_and_grad import value_and_grad
@@ -55,6 +56,7 @@ __all__ = [
     "TangentDistribution",
     "WeightPerturbation",
     "check",
+    "diagnostics",
     "inject",
     "value_and_grad",
 ]

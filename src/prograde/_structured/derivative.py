@@ -1,5 +1,7 @@
 """A forward run along a tree of tangents, and the sum of weighted tangents."""
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +73,7 @@ def inner_products(tangents: PyTree[Tangent]) -> Float[Array, "k k"]:
 
     parts = jax.tree.leaves(jax.tree.map(leaf, tangents, is_leaf=is_structured))
     dtype = jnp.float64 if any(part.dtype == jnp.float64 for part in parts) else jnp.float32
-    return sum((part.astype(dtype) for part in parts[1:]), parts[0].astype(dtype))
+    return functools.reduce(operator.add, (part.astype(dtype) for part in parts))
 
 
 def inner_products_with(tree: PyTree[Array], tangents: PyTree[Tangent]) -> Float[Array, " k"]:
@@ -84,4 +86,4 @@ def inner_products_with(tree: PyTree[Array], tangents: PyTree[Tangent]) -> Float
 
     parts = jax.tree.leaves(jax.tree.map(leaf, tangents, tree, is_leaf=is_structured))
     dtype = jnp.float64 if any(part.dtype == jnp.float64 for part in parts) else jnp.float32
-    return sum((part.astype(dtype) for part in parts[1:]), parts[0].astype(dtype))
+    return functools.reduce(operator.add, (part.astype(dtype) for part in parts))

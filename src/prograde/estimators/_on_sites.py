@@ -36,7 +36,7 @@ class Perturbed(eqx.Module):
 
     value: Array
     aux: PyTree
-    directional: Array | None
+    directional: Array
     records: tuple[Record, ...]
     error: Array | None
     at_head: Array | None
@@ -126,7 +126,7 @@ class SiteEstimator(Estimator):
         loss, pull, (aux, records) = jax.vjp(loss_of, zeros, has_aux=True)
         (error,) = pull(jnp.ones_like(loss) if program.batch is not None else jnp.ones_like(loss) / loss.size)
         _, aux = jax.tree.unflatten(program.out_tree, [loss, *aux])
-        return Perturbed(jnp.mean(loss), aux, None, records, error, None)
+        return Perturbed(jnp.mean(loss), aux, jnp.zeros((0, program.batch or 1)), records, error, None)
 
     def from_noise(self, site: Site, directional: Array) -> Array:
         """1/(K B) sum_k d_k u_k: a site's cotangent of the mean loss, from directional derivatives [num_tangents, batch]."""
@@ -144,18 +144,17 @@ class SiteEstimator(Estimator):
             cotangents = [*cotangents, run.error / (program.batch or 1)]
         grads = collect(with_cotangents(run.records, cotangents), leaves)
         grads = [g.astype(w.dtype) for g, w in zip(grads, leaves, strict=True)]
-        directional = run.directional
-        if directional is not None and program.batch is None:
-            directional = directional[:, 0]
+        directional = run.directional if program.batch is not None else run.directional[:, 0]
         return Estimate(run.value, unpack(run.aux), treedef.unflatten(grads), directional, state)
 
     def shapes(self, program: Program, floats: PyTree[Array]) -> tuple[Record, ...]:
         """The records of a run, traced and not run; their noise has no axis for the tangents."""
-        if program.shapes is None:
-            leaves = jax.tree.leaves(floats)
-            run = jax.eval_shape(lambda: program.run(leaves, jnp.zeros(()), jax.random.key(0), self.noise._entries))
-            program.shapes = run.records
-        return program.shapes
+        if program.shapes is not None:
+            return program.shapes
+        leaves = jax.tree.leaves(floats)
+        run = jax.eval_shape(lambda: program.run(leaves, jnp.zeros(()), jax.random.key(0), self.noise._entries))
+        program.shapes = run.records
+        return run.records
 
     def _head(self, program: Program, floats: PyTree[Array]) -> tuple[int, Any]:
         records = self.shapes(program, floats)

@@ -30,16 +30,18 @@ class LearnedFeedback(SiteEstimator):
     """Feedback alignment whose feedback matrices learn the Jacobian of the output, by forward gradients.
 
         delta_i = phi'(z_i) * (F e_i)             e_i: exact derivative of loss_i by the output of the last site
-        F <- F + rate mean_i (dy_i - sum over sites F^T (phi'(z_i) u_i)) (phi'(z_i) u_i)^T
+        F <- F + rate / (1 + p) mean_i (dy_i - sum over sites F^T (phi'(z_i) u_i)) (phi'(z_i) u_i)^T
 
-    with dy_i the derivative of the output along the noise u, which the forward run gives. F is the least-squares estimate of
+    with dy_i the derivative of the output along the noise u, which the forward run gives, and p = mean_i |phi'(z_i) u_i|^2 / (K B), the
+    number of active units over that of samples, so that the step is stable at any size of network (normalised least mean squares). F is the least-squares estimate of
     the output's Jacobian by the hidden activations, averaged over examples and over the recent past; phi is the
     nonlinearity that follows the site (phi' = 1 where none does). Weight gradients follow from delta as in
     `ActivityPerturbation`.
 
     **Arguments:** those of `ActivityPerturbation`, of which `head` is always `"exact"`, and
 
-    - `rate`: how fast F follows, in (0, 1]. Noise in F shrinks with it, and the lag behind a changing network grows.
+    - `rate`: how fast F follows, in (0, 1], of the fastest that is stable. Noise in F shrinks with it, and the lag behind a changing
+      network grows.
     - `use`: `"feedback"` takes F e as the cotangent; `"control_variate"` adds the forward gradient of what it leaves over,
 
             delta_i = guess_i + 1/K sum_k (d_ik - sum over sites guess_i . u_ik) u_ik,
@@ -71,7 +73,7 @@ class LearnedFeedback(SiteEstimator):
         ...     return jnp.sum((jnp.tanh(x @ params["in"]) @ params["out"] - y) ** 2, axis=-1)
         >>> params = {"in": jnp.ones((8, 16)) / 8, "out": jnp.ones((16, 4)) / 16}
         >>> batch = jnp.ones((32, 8)), jnp.zeros((32, 4))
-        >>> estimator = pg.LearnedFeedback(rate=0.01)
+        >>> estimator = pg.LearnedFeedback(rate=0.1)
         >>> state = estimator.init(losses, params, *batch)
         >>> result = estimator.estimate(losses, jax.random.key(0), state, params, *batch)
         >>> result.grads["in"].shape, result.state.feedback[0].shape
@@ -79,7 +81,7 @@ class LearnedFeedback(SiteEstimator):
     """
 
     head: Literal["exact"] = "exact"
-    rate: float = 0.02
+    rate: float = 0.2
     use: Literal["feedback", "control_variate"] = "feedback"
     every: int = 1
 
@@ -145,7 +147,8 @@ class LearnedFeedback(SiteEstimator):
         error = by_example(run.error, head, 0)
         residual = by_example(run.at_head, head, 1)  # [num_tangents, batch, outputs]
 
-        guesses, predicted = [], jnp.zeros(run.directional.shape)
+        guesses, power = [], jnp.zeros(())
+        predicted = jnp.zeros(run.directional.shape)
         for site, feedback in zip(hidden, state.feedback, strict=True):
             guess = None
             if feedback is not None:
@@ -153,16 +156,19 @@ class LearnedFeedback(SiteEstimator):
                 noise = by_example(site.noise, site, site.depth + 1)
                 felt = noise * _gain(site)[..., None, :, :]
                 residual = residual - jnp.einsum("luo,lkbu->kbo", _flat_loops(feedback, 2), _flat_loops(felt, 3))
+                power = power + jnp.sum(jnp.square(felt)) / residual[..., 0].size
                 predicted = predicted + jnp.einsum("lbu,lkbu->kb", _flat_loops(guess, 2), _flat_loops(noise, 3))
             guesses.append(guess)
 
+        # normalised, as least mean squares must be: with many more units than examples a step would overshoot
+        rate = self.rate / (1 + power / residual[..., 0].size)
         learned, cotangents = [], []
         for site, feedback, guess in zip(hidden, state.feedback, guesses, strict=True):
             cotangent = None
             if feedback is not None:
                 felt = by_example(site.noise, site, site.depth + 1) * _gain(site)[..., None, :, :]
                 correlation = jnp.einsum("kbo,...kbu->...uo", residual, felt) / residual[..., 0].size
-                feedback = feedback + self.rate * correlation
+                feedback = feedback + rate * correlation
                 cotangent = as_value(guess, site) / len(error)
             if feedback is None or self.use == "control_variate":
                 left = run.directional if feedback is None else run.directional - predicted

@@ -181,7 +181,8 @@ class WeightPerturbation(Estimator):
         grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, floats)
         if g > 1:
             directional = directional.reshape(k, -1)  # of the groups, or of all examples
-        return Estimate(value, unpack(aux), grads, directional, state)
+        packed: Any = aux
+        return Estimate(value, unpack(packed), grads, directional, state)
 
     def _scale(self, floats: PyTree[Array]) -> float:
         """What a directional derivative is multiplied by to weigh its tangent."""

@@ -1,15 +1,17 @@
-"""The command line: `prograde reproduce`, `prograde report`, `prograde bench`, `prograde list`."""
+"""The command line: `prograde reproduce`, `report`, `compare`, `bench`, `list`."""
 
+import contextlib
 import dataclasses
 import datetime
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import tyro
@@ -30,6 +32,7 @@ beside backprop, on this machine.
   prograde reproduce beale rosenbrock     only these
   prograde reproduce --data mnist --full  the real thing, on MNIST; hours
   prograde report runs/NAME               the report again, from the records alone
+  prograde compare --model transformer    estimators beside each other: cost, memory, bias, variance, what they reach
   prograde bench mlp transformer          what a step costs, beside backprop in JAX and in PyTorch
   prograde list                           experiments, methods, and what the paper reports
 
@@ -37,6 +40,7 @@ What is stopped, by Ctrl-C or otherwise, is continued by the same command with -
 
 
 _LENGTH = tyro.conf.create_mutex_group(required=False, title="length")
+_DURATION = tyro.conf.create_mutex_group(required=False, title="duration")
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,41 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Compare gradient estimators on one model, each with a learning rate of its own.
+
+    Each is timed in turns with the others; its memory, and its bias and variance at the start are measured; a learning rate
+    is searched with the same budget, and it is trained for several seeds. Ends with held-out losses at equal steps and at
+    equal time, a report page, and the frontiers of loss against time and against memory.
+    """
+
+    model: Annotated[str, tyro.conf.arg(metavar="mlp|cnn|mixer|transformer")] = "mlp"
+    """What is trained."""
+    data: Annotated[str, tyro.conf.arg(metavar="digits|mnist|DIR")] = "digits"
+    """digits (comes with the package), mnist (data directory, cache, or download), or a directory of idx files."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where the MNIST files are; without it PROGRADE_DATA_DIR, then the cache, then the public mirrors."""
+    estimators: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]")] = ()
+    """Names of estimators (see `prograde list`), or all; by default backprop and weight perturbations."""
+    optimizers: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[sgd|adam ...]")] = ("sgd",)
+    """What follows the estimate, the same for all; with both, each estimator is tuned and trained with each."""
+    minutes: Annotated[float | None, _DURATION, tyro.conf.arg(metavar="M")] = None
+    """Runs and trials are as long as fits into so many minutes in all; 2.5 when neither this nor --steps is given."""
+    steps: Annotated[int | None, _DURATION, tyro.conf.arg(metavar="N")] = None
+    """Steps of each run and of each trial of the search."""
+    seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 3
+    """Runs of each estimator at the rate found."""
+    estimates: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """How many gradients bias and variance are measured with; by default 100, and 24 for the CNN."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where the records and the report go; by default runs/DATE-TIME-compare-MODEL-DATA."""
+    resume: bool = False
+    """Continue what is in --out."""
+    from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="DIR")] = None
+    """Run nothing; show these records and build their page again."""
+
+
+@dataclass(frozen=True)
 class Bench:
     """Measure what a training step costs by each method, in time, memory and compilation.
 
@@ -107,7 +146,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class List:
-    """List the experiments, the methods, and what the paper reports for each."""
+    """List the experiments, the methods, what the paper reports for each, and the estimators that `compare` knows."""
 
 
 def say(console, text: str) -> None:
@@ -126,7 +165,7 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"prograde {metadata.version('prograde')}")
         return
-    commands = {"reproduce": Reproduce, "report": Report, "bench": Bench, "list": List}
+    commands = {"reproduce": Reproduce, "report": Report, "compare": Compare, "bench": Bench, "list": List}
     command = tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="prograde",
@@ -138,14 +177,12 @@ def main() -> None:
     from prograde.lab.records import RecordError
 
     try:
-        if isinstance(command, Reproduce):
-            _reproduce(command, console, errors)
+        if isinstance(command, List):
+            _list(console)
         elif isinstance(command, Report):
             _report(command, console)
-        elif isinstance(command, Bench):
-            _bench(command, console, errors)
         else:
-            _list(console)
+            {Reproduce: _reproduce, Compare: _compare, Bench: _bench}[type(command)](command, console, errors)
     except (DataError, RecordError, UsageError) as error:
         say(errors, f"prograde: {error}")
         raise SystemExit(2) from None
@@ -164,7 +201,7 @@ def _use_faster_convolutions() -> None:
 
 def _reproduce(command: Reproduce, console, errors) -> None:
     _use_faster_convolutions()
-    from prograde.lab import records, report, reproduce
+    from prograde.lab import report, reproduce
     from prograde.lab.data import load
     from prograde.lab.display import Display
     from prograde.lab.experiments import EXPERIMENTS
@@ -176,42 +213,56 @@ def _reproduce(command: Reproduce, console, errors) -> None:
         raise UsageError(f"unknown experiment {', '.join(unknown)}. Valid names: all, {', '.join(EXPERIMENTS)}.")
     if command.seeds is not None and command.seeds < 1:
         raise UsageError(f"--seeds {command.seeds}: at least 1 is needed.")
-    if command.resume and command.out is None:
-        raise UsageError("--resume needs --out DIR, the directory to continue.")
-    if command.data_dir is not None and command.data != "mnist":
-        raise UsageError(f"--data-dir {command.data_dir} goes with --data mnist only; this is --data {command.data}.")
+    _check_common(command)
     chosen = [EXPERIMENTS[name] for name in names]
     data = load(command.data, command.data_dir) if any(callable(e.subject) for e in chosen) else None
     length = "full" if command.full else "quick"
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     out = command.out or Path("runs") / f"{stamp}-{data.name if data else 'functions'}-{length}"
     say(console, f"Records go to {out}.")
-    again = _command_line(dataclasses.replace(command, out=out, resume=True))
-    try:
+    with _continued(command, out, errors):
         reproduce.run_all(chosen, data, command.full, command.seeds, out, command.resume, Display(console))
-    except KeyboardInterrupt:
-        say(errors, f"\nStopped; the records are complete. To continue: {again}")
-        raise SystemExit(130) from None
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, records.RecordError):
-            raise
-        say(errors, f"prograde: {error}\nWhat was recorded before is complete. To continue: {again}")
-        raise SystemExit(1) from None
     report.print_tables(report.find([out]), console)
     say(console, f"Report: {report.build([out], out)}")
 
 
-def _command_line(command: Reproduce) -> str:
+def _check_common(command: Reproduce | Compare) -> None:
+    if command.resume and command.out is None:
+        raise UsageError("--resume needs --out DIR, the directory to continue.")
+    if command.data_dir is not None and command.data != "mnist":
+        raise UsageError(f"--data-dir {command.data_dir} goes with --data mnist only; this is --data {command.data}.")
+
+
+@contextlib.contextmanager
+def _continued(command: Reproduce | Compare, out: Path, errors) -> Iterator[None]:
+    """Says how to continue what is stopped."""
+    from prograde.lab.records import RecordError
+
+    again = _command_line(dataclasses.replace(command, out=out, resume=True))
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(errors, f"\nStopped; the records are complete. To continue: {again}")
+        raise SystemExit(130) from None
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RecordError):
+            raise
+        say(errors, f"prograde: {error}\nWhat was recorded before is complete. To continue: {again}")
+        raise SystemExit(1) from None
+
+
+def _command_line(command: Reproduce | Compare) -> str:
     if sys.argv[0].endswith(".py"):
         program = [sys.executable, "-m", "prograde.lab.cli"]
     else:  # as it was called: `make` calls a program that need not be on the path
         found = shutil.which("prograde")
         program = ["prograde" if found and Path(found).samefile(sys.argv[0]) else sys.argv[0]]
-    words = [*program, "reproduce", *command.experiments]
+    words = [*program, type(command).__name__.lower(), *getattr(command, "experiments", ())]
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
         if field.name != "experiments" and value not in (None, field.default):
-            words += [f"--{field.name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)
 
 
@@ -227,6 +278,34 @@ def _report(command: Report, console) -> None:
     path = report.build(list(command.directories), command.out or command.directories[0])
     report.print_tables(report.find(list(command.directories)), console)
     say(console, f"Report: {path}")
+
+
+def _compare(command: Compare, console, errors) -> None:
+    _use_faster_convolutions()
+    from prograde.lab import compare, compare_report
+    from prograde.lab.data import load
+    from prograde.lab.display import Display
+
+    if command.from_ is not None:
+        if dataclasses.replace(command, from_=None) != Compare():
+            raise UsageError("--from DIR shows records and runs nothing; it takes no other option.")
+        out = command.from_
+    else:
+        _check_common(command)
+        names = compare.ESTIMATORS if "all" in command.estimators else command.estimators or compare.DEFAULT
+        command = dataclasses.replace(command, estimators=tuple(names))
+        chosen: dict[str, Any] = {f.name: getattr(command, f.name) for f in dataclasses.fields(compare.Plan)}
+        try:
+            plan = compare.Plan(**chosen)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        data = load(command.data, command.data_dir)
+        out = command.out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-compare-{plan.model}-{data.name}"
+        say(console, f"Records go to {out}.")
+        with _continued(command, out, errors):
+            compare.run(plan, data, out, command.resume, Display(console))
+    compare_report.print_tables(compare_report.read(out), console)
+    say(console, f"Report: {compare_report.build(out)}")
 
 
 def _bench(command: Bench, console, errors) -> None:
@@ -282,10 +361,11 @@ def _list(console) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
+    from prograde.lab.compare import ESTIMATORS
     from prograde.lab.experiments import EXPERIMENTS, METHOD_TITLES, METHODS
 
     def entry(name: str, title: str, *details: str) -> None:
-        console.print(f"  {name:12}{title}", highlight=False, markup=False)
+        console.print(f"  {name:14}{title}", highlight=False, markup=False)
         for detail in filter(None, details):
             console.print(Padding(Text(detail, style="dim"), (0, 0, 0, 14)))
 
@@ -304,6 +384,9 @@ def _list(console) -> None:
     console.print("\nMethods\n")
     for name, estimator in METHODS.items():
         entry(name, METHOD_TITLES[name], repr(estimator))
+    console.print("\nEstimators of prograde compare\n")
+    for name, estimator in ESTIMATORS.items():
+        entry(name, "", repr(estimator))
     console.print(
         "\nR_f, R_b: a forward-gradient and a backprop step over a bare forward pass. "
         "T: time to backprop's best held-out loss, over backprop's.",

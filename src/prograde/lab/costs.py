@@ -44,15 +44,17 @@ def synthetic_data(num_batches: int = 10) -> Dataset:
     return Dataset("synthetic", part, part, part)
 
 
-def step_seconds(trainers: dict[str, Trainer], rounds: int, on_round: Callable[[int], None]) -> dict[str, Any]:
+def step_seconds(
+    trainers: dict[str, Trainer], rounds: int, on_round: Callable[[int], None], steps: int | None = None
+) -> dict[str, Any]:
     """Seconds a full training step (or bare forward pass) of each trainer takes.
 
     The trainers take turns, round by round, so that what disturbs the machine disturbs all of them; the figures are medians
-    and quartiles over the rounds, and each ratio is the median of the rounds' own ratios.
+    and quartiles over the rounds, and each ratio is the median of the rounds' own ratios. `steps` is how many make a turn.
     """
     runs: dict[str, tuple[Any, Any]] = {}
     for name, trainer in trainers.items():
-        rows = trainer.rows(0, 0, _SCAN_STEPS if trainer.in_scan else 1)
+        rows = trainer.rows(0, 0, steps or (_SCAN_STEPS if trainer.in_scan else 1))
         runs[name] = (trainer.start(0), rows)
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for i in range(rounds + 1):
@@ -205,13 +207,18 @@ def step_memory(compiled: Any, carry: Any, *arguments: Any) -> dict[str, int | N
     }
 
 
+def compiled_step(trainer: Trainer) -> tuple[Any, Any, tuple[Any, ...]]:
+    """One step of a trainer, compiled by itself: `carry, _ = compiled(carry, *arguments)`; with a carry and the arguments."""
+    carry, rows = trainer.start(0), jnp.asarray(trainer.rows(0, 0, 1)[0])
+    arguments = (jnp.float32(0.0), jax.random.key(0), trainer.train_data, rows)
+    return jax.jit(trainer._step, donate_argnums=0).lower(carry, *arguments).compile(), carry, arguments
+
+
 def _measure_memory(name: str, method: str, depth: int) -> dict[str, Any]:
     experiment = depth_experiment(depth) if depth else experiments.EXPERIMENTS[name]
     estimator, checkpointed = variants(experiment)[method]
     trainer = Trainer(experiment, estimator, synthetic_data(1), checkpointed)
-    carry, rows = trainer.start(0), jnp.asarray(trainer.rows(0, 0, 1)[0])
-    arguments = (jnp.float32(0.0), jax.random.key(0), trainer.train_data, rows)
-    compiled = jax.jit(trainer._step, donate_argnums=0).lower(carry, *arguments).compile()
+    compiled, carry, arguments = compiled_step(trainer)
     return step_memory(compiled, carry, *arguments)
 
 

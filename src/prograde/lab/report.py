@@ -38,7 +38,8 @@ class Table:
     rows: list[list[str]]
 
 
-def _spread(spread: Spread | None, percent: bool = False) -> str:
+def spread_text(spread: Spread | None, percent: bool = False) -> str:
+    """Mean, and where there are several, the least and the greatest."""
     if spread is None:
         return "–"
     low, mean, high = (f"{100 * v:.1f}" if percent else f"{v:.3g}" for v in (spread.low, spread.mean, spread.high))
@@ -46,11 +47,13 @@ def _spread(spread: Spread | None, percent: bool = False) -> str:
     return f"{mean}{unit}" if spread.n == 1 or low == high else f"{mean}{unit} ({low} to {high})"
 
 
-def _mebibytes(value: int | None) -> str:
+def mebibytes(value: int | None) -> str:
+    """A number of bytes in MiB."""
     return "–" if value is None else f"{value / 2**20:,.1f}"
 
 
-def _ratio(outcome: Outcome) -> str:
+def ratio_text(outcome: Outcome) -> str:
+    """T, or what it exceeds."""
     if outcome.method == "backprop":
         return "1"
     if not outcome.compared:
@@ -81,9 +84,9 @@ def training_table(summary: Summary) -> Table:
                 o.setting,
                 o.method,
                 f"{o.learning_rate:.2g}",
-                _spread(o.final_loss),
-                _spread(o.final_accuracy, percent=True),
-                _ratio(o),
+                spread_text(o.final_loss),
+                spread_text(o.final_accuracy, percent=True),
+                ratio_text(o),
                 _reported_ratio(summary.experiment, o),
                 ended + diverged,
             ]
@@ -109,8 +112,8 @@ def cost_table(summary: Summary) -> Table:
                 f"{1e3 * seconds['median']:.3g} ({1e3 * seconds['low']:.3g} to {1e3 * seconds['high']:.3g})",
                 f"{ratio['median']:.2f}",
                 f"{reported[method]:g}" if reported.get(method) else "",
-                _mebibytes(memory.get("temp_bytes")),
-                _mebibytes(rss[0]),
+                mebibytes(memory.get("temp_bytes")),
+                mebibytes(rss[0]),
             ]
         )
     columns = ["method", "ms a step (quartiles)", "R", "reported", "XLA temp, MiB", "peak RSS, MiB"]
@@ -133,8 +136,8 @@ def depth_tables(summary: Summary) -> list[Table]:
         memories.append(
             [
                 str(depth),
-                *(_mebibytes(memory[m]["temp_bytes"]) for m in METHOD_TITLES),
-                *(_mebibytes(memory[m]["peak_rss"]) for m in METHOD_TITLES),
+                *(mebibytes(memory[m]["temp_bytes"]) for m in METHOD_TITLES),
+                *(mebibytes(memory[m]["peak_rss"]) for m in METHOD_TITLES),
             ]
         )
     rounds = next(iter(summary.depths.values()))["costs"]["bare"]["seconds"]["n"]
@@ -232,7 +235,7 @@ def _depth_conclusion(summary: Summary) -> str:
         return costs[method]["ratio"]["median"] / costs["backprop"]["ratio"]["median"]
 
     def temp(method: str, depth: int) -> str:
-        return _mebibytes(summary.depths[depth]["memory"][method]["temp_bytes"])
+        return mebibytes(summary.depths[depth]["memory"][method]["temp_bytes"])
 
     def range_of(method: str) -> str:
         found = [summary.depths[d]["costs"][method]["ratio"]["median"] for d in summary.depths]
@@ -256,7 +259,7 @@ def build(directories: list[Path], out: Path) -> Path:
     summaries = find(directories)
     sections = "\n".join(_section(s) for s in summaries)
     contents = " · ".join(f'<a href="#{s.experiment.name}">{html.escape(s.experiment.title)}</a>' for s in summaries)
-    page = _PAGE.format(
+    page = PAGE.format(
         introduction=html.escape(_INTRODUCTION), terms=html.escape(_TERMS), contents=contents, sections=sections
     )
     path = out / "report.html"
@@ -270,7 +273,7 @@ def _section(summary: Summary) -> str:
         parts.append(f"<p>{html.escape(conclusion)}</p>")
     if svg := figure(summary):
         parts.append(f'<figure role="img" aria-label="{html.escape(summary.experiment.title)}">{svg}</figure>')
-    parts += [_html_table(table) for table in tables(summary)]
+    parts += [html_table(table) for table in tables(summary)]
     parts.append(
         f"<p class=small>{html.escape(_made_on(summary))}</p>"
         f"<details><summary>Manifest</summary><pre>{html.escape(json.dumps(summary.manifest, indent=1))}</pre></details></section>"
@@ -278,7 +281,9 @@ def _section(summary: Summary) -> str:
     return "\n".join(parts)
 
 
-def _html_table(table: Table) -> str:
+def html_table(table: Table) -> str:
+    """A table of a page."""
+
     def row(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
@@ -289,18 +294,23 @@ def _html_table(table: Table) -> str:
     )
 
 
+def print_table(table: Table, console: Console) -> None:
+    """Prints one table on the terminal."""
+    rich_table = RichTable(
+        title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for i, column in enumerate(table.columns):
+        rich_table.add_column(column, overflow="fold", no_wrap=i < 2)
+    for row in table.rows:
+        rich_table.add_row(*row)
+    console.print(rich_table)
+
+
 def print_tables(summaries: list[Summary], console: Console) -> None:
     """Prints the tables and what they say on the terminal."""
     for summary in summaries:
         for table in tables(summary):
-            rich_table = RichTable(
-                title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-            )
-            for i, column in enumerate(table.columns):
-                rich_table.add_column(column, overflow="fold", no_wrap=i < 2)
-            for row in table.rows:
-                rich_table.add_row(*row)
-            console.print(rich_table)
+            print_table(table, console)
         if conclusion := _conclusion(summary):
             console.print(conclusion, highlight=False, markup=False)
         console.print()
@@ -356,7 +366,7 @@ def _made_on(summary: Summary) -> str:
     return f"Made on {'; then on '.join(dict.fromkeys(places))}.{data}{flags}{search}"
 
 
-_PAGE = """<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>prograde: report</title>
 <style>

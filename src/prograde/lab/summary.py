@@ -74,6 +74,8 @@ def summarise(directory: Path) -> Summary:
     """Reads the records of one experiment."""
     manifest = records.read_json(directory / records.MANIFEST)
     name = manifest["config"]["experiment"]
+    if name == "compare":
+        raise records.RecordError(f"{directory}: records of a comparison. Show them with prograde compare --from.")
     if name not in EXPERIMENTS:
         raise records.RecordError(f"{directory}: records of {name!r}, which this version does not know.")
     experiment = EXPERIMENTS[name]
@@ -89,7 +91,7 @@ def summarise(directory: Path) -> Summary:
         for method in METHODS
     }
     outcomes = [
-        _outcome(method, setting, group, groups[("backprop", setting)], costs)
+        outcome_of(method, setting, group, groups[("backprop", setting)], costs)
         for (method, setting), group in groups.items()
         if group
     ]
@@ -105,18 +107,21 @@ def summarise(directory: Path) -> Summary:
     )
 
 
-def _points(run: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def points(run: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of a curve, those without a held-out loss left out."""
     return [line for line in run if line["kind"] == "point" and line.get("test_loss") is not None]
 
 
-def _spread(values: list[float]) -> Spread | None:
+def spread(values: list[float]) -> Spread | None:
+    """`None` of no values."""
     return Spread(statistics.fmean(values), min(values), max(values), len(values)) if values else None
 
 
-def _outcome(method: str, setting: str, runs: list, backprop_runs: list, costs: dict[str, Any]) -> Outcome:
+def outcome_of(method: str, setting: str, runs: list, backprop_runs: list, costs: dict[str, Any]) -> Outcome:
+    """What the runs of a method at a setting reached, beside the runs of backprop at the same setting."""
     ended = [run for run in runs if run[-1]["kind"] == "end"]
     completed = [run for run in ended if run[-1]["status"] == "completed"]
-    finals = [_points(run)[-1] for run in completed]
+    finals = [points(run)[-1] for run in completed]
     times = []
     if costs and method != "backprop":
         references = {run[0]["seed"]: run for run in backprop_runs if run[-1]["kind"] == "end"}
@@ -129,8 +134,8 @@ def _outcome(method: str, setting: str, runs: list, backprop_runs: list, costs: 
         setting,
         runs[0][0]["learning_rate"],
         runs,
-        _spread([p["test_loss"] for p in finals]),
-        _spread([p["test_accuracy"] for p in finals if "test_accuracy" in p]),
+        spread([p["test_loss"] for p in finals]),
+        spread([p["test_accuracy"] for p in finals if "test_accuracy" in p]),
         [(run[0]["seed"], run[-1]["step"]) for run in ended if run[-1]["status"] == "diverged"],
         len(ended),
         value if kind == 0 else None,
@@ -142,12 +147,12 @@ def _outcome(method: str, setting: str, runs: list, backprop_runs: list, costs: 
 
 def _time_ratio(run: list, backprop_run: list, method: str, costs: dict[str, Any]) -> tuple[int, float] | None:
     """(0, T) where the run reaches backprop's best loss, (1, what T exceeds) or, diverged, (2, 0) where it does not."""
-    reference = min(_points(backprop_run), key=lambda p: p["test_loss"])
+    reference = min(points(backprop_run), key=lambda p: p["test_loss"])
     if reference["step"] == 0:
         return None
     seconds = {name: cost["seconds"]["median"] for name, cost in costs.items()}
     backprop_seconds = reference["step"] * seconds["backprop"]
-    reached = next((p["step"] for p in _points(run) if p["test_loss"] <= reference["test_loss"]), None)
+    reached = next((p["step"] for p in points(run) if p["test_loss"] <= reference["test_loss"]), None)
     if reached is not None:
         return 0, reached * seconds[method] / backprop_seconds
     if run[-1]["status"] == "diverged":

@@ -19,7 +19,7 @@ import prograde as pg
 from prograde.lab import records
 from prograde.lab.data import BATCH_SIZE, Dataset
 from prograde.lab.experiments import DECAY, Budget, Experiment
-from prograde.lab.models import Surface
+from prograde.lab.models import Network, Surface
 
 SEARCH_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e0)
 _EVAL_CHUNK = 500
@@ -43,18 +43,27 @@ class Run:
         return f"{self.method}-{self.setting}-seed{self.seed}"
 
 
-Carry = tuple[PyTree, PyTree, Array]  # parameters, optimizer state, step
+OPTIMIZERS: dict[str, Callable[[optax.Schedule], optax.GradientTransformation]] = {"sgd": optax.sgd, "adam": optax.adam}
+
+Carry = tuple[PyTree, PyTree, Array, PyTree]  # parameters, state of the optimizer, step, state of the estimator
 
 
 class Trainer:
     """Trains one subject by one estimator; compiled once, for all rates and seeds.
 
     Data order and keys derive from seed and step, so that a resumed run repeats the bits of an uninterrupted one.
-    `estimator=None` evaluates the loss on the same batches and changes nothing: the bare forward pass.
+    `estimator=None` evaluates the loss on the same batches and changes nothing: the bare forward pass. `per_example` hands
+    estimators the loss of each example instead of the mean; `optimizer` is a name in `OPTIMIZERS`.
     """
 
     def __init__(
-        self, experiment: Experiment, estimator: pg.Estimator | None, data: Dataset | None, checkpointed=False
+        self,
+        experiment: Experiment,
+        estimator: pg.Estimator | None,
+        data: Dataset | None,
+        checkpointed: bool = False,
+        optimizer: str = "sgd",
+        per_example: bool = False,
     ):
         self.surface = experiment.subject if isinstance(experiment.subject, Surface) else None
         self.in_scan = experiment.in_scan
@@ -64,17 +73,22 @@ class Trainer:
             assert callable(experiment.subject)
             assert data is not None
             self.network = experiment.subject(checkpointed)
-            self._loss = self.network.loss
+            self._loss = self.network.losses if per_example else self.network.loss
             self.data = data
             self.train_data = jax.tree.map(jnp.asarray, data.train)
-        self._grad_fn = None if estimator is None else pg.value_and_grad(self._loss, estimator)
+        self._estimator = estimator
+        self._optimizer = OPTIMIZERS[optimizer]
         self._jitted = jax.jit(self._scan if self.in_scan else self._step, donate_argnums=0)
 
     def start(self, seed: int) -> Carry:
         """The state before the first step."""
         key, _ = self._keys(seed)
         params = jax.jit(self.network.init)(key) if self.surface is None else jnp.asarray(self.surface.start)
-        return params, _optimizer(0.0).init(params), jnp.zeros((), jnp.int32)
+        estimator_state = None
+        if self._estimator is not None:
+            batch = jax.tree.map(lambda x: x[self.rows(seed, 0, 1)[0]], self.train_data)
+            estimator_state = self._estimator.init(self._loss, params, *batch)
+        return params, self._scheduled(0.0).init(params), jnp.zeros((), jnp.int32), estimator_state
 
     def steps(
         self, carry: Carry, learning_rate: float, seed: int, rows: Int[np.ndarray, "steps batch"]
@@ -111,9 +125,9 @@ class Trainer:
             sums += [np.asarray(losses, np.float64).sum(), np.asarray(hits).sum()]
         return tuple((sums / len(labels)).tolist())
 
-    @functools.cached_property
+    @property
     def _evaluate(self) -> Callable:
-        return jax.jit(self.network.loss_and_hits)
+        return _evaluator(self.network)
 
     @staticmethod
     def _keys(seed: int) -> tuple[Array, Array]:
@@ -125,18 +139,23 @@ class Trainer:
         return carry, losses, visited
 
     def _step(self, carry, learning_rate, key, train_data, rows):
-        params, opt_state, step = carry
+        params, opt_state, step, estimator_state = carry
         batch = jax.tree.map(lambda x: x[rows], train_data)
-        if self._grad_fn is None:
-            return (params, opt_state, step + 1), (self._loss(params, *batch), None)
-        loss, grads = self._grad_fn(jax.random.fold_in(key, step), params, *batch)
-        updates, opt_state = _optimizer(learning_rate).update(grads, opt_state, params)
+        if self._estimator is None:
+            return (params, opt_state, step + 1, estimator_state), (jnp.mean(self._loss(params, *batch)), None)
+        found = self._estimator.estimate(self._loss, jax.random.fold_in(key, step), estimator_state, params, *batch)
+        updates, opt_state = self._scheduled(learning_rate).update(found.grads, opt_state, params)
         visited = params if self.surface is not None else None
-        return (optax.apply_updates(params, updates), opt_state, step + 1), (loss, visited)
+        return (optax.apply_updates(params, updates), opt_state, step + 1, found.state), (found.value, visited)
+
+    def _scheduled(self, learning_rate: float | Array) -> optax.GradientTransformation:
+        return self._optimizer(lambda t: learning_rate * jnp.exp(-DECAY * t))
 
 
-def _optimizer(learning_rate: float | Array) -> optax.GradientTransformation:
-    return optax.sgd(lambda t: learning_rate * jnp.exp(-DECAY * t))
+@functools.lru_cache(maxsize=8)
+def _evaluator(network: Network) -> Callable:
+    """Compiled once for all trainers of one network."""
+    return jax.jit(network.loss_and_hits)
 
 
 @functools.lru_cache(maxsize=4)
@@ -230,12 +249,18 @@ def _measure(trainer: Trainer, params: PyTree, budget: Budget) -> dict[str, floa
 
 
 def search(
-    trainer: Trainer, method: str, budget: Budget, directory: Path, on_trial: Callable[[str, int, dict[str, Any]], None]
+    trainer: Trainer,
+    method: str,
+    budget: Budget,
+    directory: Path,
+    on_trial: Callable[[str, int, dict[str, Any]], None],
+    last: int = 1,
 ) -> float:
     """The learning rate of least loss after `budget.steps`, the length of a run: the same budget for every method.
 
     Shorter trials would choose rates that diverge later: a forward gradient goes wrong by chance, and late. A grid over five decades, then two more candidates half a decade to either side of its best. Networks are judged on
     the validation part, by one seed; test functions by the mean of five seeds. A trial that diverges loses.
+    What counts is the mean loss after the `last` of the eight parts of a trial.
     """
     path = directory / "search" / f"{method}.json"
     found: dict[str, Any] = records.read_json(path) if path.exists() else {"steps": budget.steps, "trials": []}
@@ -252,28 +277,30 @@ def search(
                 "learning_rate"
             ]
             rate = centre * 10 ** (-0.5 if len(trials) == len(SEARCH_GRID) else 0.5)
-        trials.append({"learning_rate": rate, "loss": _trial(trainer, rate, budget)})
+        trials.append({"learning_rate": rate, "loss": _trial(trainer, rate, budget, last)})
         records.write_json(path, {**found, "best": best()})
         on_trial(method, len(trials), trials[-1])
     return best()
 
 
-def _trial(trainer: Trainer, learning_rate: float, budget: Budget) -> float | None:
+def _trial(trainer: Trainer, learning_rate: float, budget: Budget, last: int) -> float | None:
     finals = []
     for seed in range(_SEARCH_SEED, _SEARCH_SEED + (5 if trainer.surface is not None else 1)):
-        carry = trainer.start(seed)
+        carry, found = trainer.start(seed), []
         chunk = math.ceil(budget.steps / 8)  # so that divergence ends a trial early
-        for first in range(0, budget.steps, chunk):
+        parts = range(0, budget.steps, chunk)
+        for first in parts:
             rows = trainer.rows(seed, first, min(chunk, budget.steps - first))
             carry, losses, _ = trainer.steps(carry, learning_rate, seed, rows)
             if not np.isfinite(np.asarray(losses)).all():
+                found = [math.inf]
                 break
-        else:
+            if first not in parts[-last:]:
+                continue
             if trainer.surface is not None:
-                finals.append(float(trainer.surface.fun(carry[0])))
+                found.append(float(trainer.surface.fun(carry[0])))
             else:
-                finals.append(trainer.evaluate(carry[0], trainer.data.validation, budget.eval_examples)[0])
-            continue
-        finals.append(math.inf)
+                found.append(trainer.evaluate(carry[0], trainer.data.validation, budget.eval_examples)[0])
+        finals.append(float(np.mean(found)))
     mean = float(np.mean(finals))  # one seed that diverges loses the trial
     return mean if math.isfinite(mean) else None
