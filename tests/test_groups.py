@@ -71,3 +71,10 @@ def test_a_batch_that_cannot_be_cut_is_refused(key):
         )
     with pytest.raises(ValueError, match=r"combine='projection' with num_groups=2"):
         pg.WeightPerturbation(combine="projection", num_groups=2)
+
+
+def test_an_empty_leaf_is_no_obstacle(key):
+    params = {"w": jnp.ones((2, 2)), "empty": jnp.zeros((0, 3))}
+    for estimator in (pg.WeightPerturbation(pg.Rademacher(), 3), pg.WeightPerturbation(num_tangents=4, chunk=2)):
+        _, grads = pg.value_and_grad(lambda p: jnp.sum(p["w"] ** 2) + jnp.sum(p["empty"]), estimator)(key, params)
+        assert grads["empty"].shape == (0, 3)

@@ -136,7 +136,7 @@ def assert_unbiased(
     - `effect`: the least error of the projection that must be noticed.
     - `false_fail`, `false_pass`: as in `required_samples`, for each of the two tests.
 
-    **Errors:** `AssertionError` when the mean is off.
+    **Errors:** `AssertionError` when the mean is off; `ValueError` where the gradient is zero.
 
     **Cost:** 2000 estimates, and (9.6 deviation / effect)^2 more, of 10 000 at a time.
 
@@ -158,6 +158,10 @@ def assert_unbiased(
     draw = jax.jit(jax.vmap(lambda key: _flat(estimator.estimate(fun, key, state, params, *args).grads)))
     pilot_key, key = jax.random.split(key)
     size = float(gradient @ gradient)
+    if not size > 0:
+        raise ValueError(
+            "the gradient of the function is zero at these parameters, so that there is no projection on it to test."
+        )
     pilot = np.asarray(draw(jax.random.split(pilot_key, _PILOT)), np.float64)
     # the spread of a pilot is itself uncertain, so a little more than it is taken
     deviation = 1.2 * float((pilot @ gradient / size).std())

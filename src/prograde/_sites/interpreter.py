@@ -20,8 +20,9 @@ from quax._compat import unpack_scan_args
 
 from prograde._custom_vjp import is_custom_vjp, refuse_tangents
 from prograde._inject import inject
-from prograde._jaxprs import bind, subprograms
-from prograde._sites.examples import MIXED, axis_of, check_independent, doubled, is_traced, paired
+from prograde._jaxprs import bind, equations, subprograms
+from prograde._sites.examples import MIXED, axis_of, doubled, is_traced, paired
+from prograde._sites.independence import check_independent
 from prograde._sites.records import Loop, Record, Site, Step, Use
 
 Entries = Callable[[Key[Array, ""], tuple[int, ...], Any], Array]
@@ -181,7 +182,10 @@ class Program:
         ):
             z = lax.stop_gradient(values[positions[0]].value)
             of_z = lambda z: bind(eqn, [z if i == positions[0] else v for i, v in enumerate(values)])[0]  # noqa: E731
-            _, gain = jax.jvp(of_z, (z,), (jnp.ones_like(z),))
+            if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):  # pyright: ignore[reportAttributeAccessIssue]
+                _, gain = jax.jvp(of_z, (z,), (jnp.ones_like(z),))
+            else:  # a choice has no derivative
+                gain = jnp.zeros_like(z)
         values = [self._perturbed(v, frame, gain) for v in values]
         if is_custom_vjp(eqn):
             return refuse_tangents(eqn, values)
@@ -278,7 +282,25 @@ class Program:
 def _is_elementwise(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
     """Whether an operation is a function of one number, applied to every element of its only array."""
     arrays = [v for v in eqn.invars if v.aval.shape != ()]  # pyright: ignore[reportAttributeAccessIssue]
-    return len(arrays) == 1 and len(eqn.outvars) == 1 and _works_on_elements(eqn, shape)
+    if len(arrays) != 1 or len(eqn.outvars) != 1 or not _works_on_elements(eqn, shape):
+        return False
+    by_hand = [eqn, *(e for p in subprograms(eqn) for e in equations(p))]
+    return all(_rule_works_on_elements(e, shape) for e in by_hand if e.primitive.name == "custom_jvp_call")
+
+
+def _rule_works_on_elements(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
+    """Whether a hand-made derivative is one of each element alone."""
+    avals = [v.aval for v in eqn.invars]
+    moved = [i for i, aval in enumerate(avals) if aval.shape == shape]  # pyright: ignore[reportAttributeAccessIssue]
+    if len(moved) != 1:
+        return False
+
+    def derivative(values: list[Any], tangent: Any) -> Any:
+        of_moved = lambda x: bind(eqn, [x if i == moved[0] else v for i, v in enumerate(values)])  # noqa: E731
+        return jax.jvp(of_moved, (values[moved[0]],), (tangent,))[1]
+
+    jaxpr = jax.make_jaxpr(derivative)(avals, avals[moved[0]]).jaxpr
+    return all(_works_on_elements(e, shape) for e in jaxpr.eqns)
 
 
 def _works_on_elements(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:

@@ -99,7 +99,8 @@ class LearnedFeedback(SiteEstimator):
     def init(self, fun, params, *args, has_aux=False):
         program, floats = self.program(fun, params, args, has_aux)
         shapes = self._feedback_shapes(program, floats)
-        return FeedbackState([None if s is None else jnp.zeros(s) for s in shapes], jnp.zeros((), jnp.int32))
+        feedback = [None if s is None else jnp.zeros(s, jnp.float32) for s in shapes]
+        return FeedbackState(feedback, jnp.zeros((), jnp.int32))
 
     def estimate(self, fun, key, state, params, *args, has_aux=False):
         check_key(key)
@@ -145,7 +146,7 @@ class LearnedFeedback(SiteEstimator):
         assert run.at_head is not None
         *hidden, head = sites(run.records)
         error = by_example(run.error, head, 0)
-        residual = by_example(run.at_head, head, 1)  # [num_tangents, batch, outputs]
+        residual = by_example(run.at_head, head, 1).astype(jnp.float32)  # [num_tangents, batch, outputs]
 
         guesses, power = [], jnp.zeros(())
         predicted = jnp.zeros(run.directional.shape)
@@ -153,7 +154,7 @@ class LearnedFeedback(SiteEstimator):
             guess = None
             if feedback is not None:
                 guess = self._guess(site, feedback, error)
-                noise = by_example(site.noise, site, site.depth + 1)
+                noise = by_example(site.noise, site, site.depth + 1).astype(feedback.dtype)
                 felt = noise * _gain(site)[..., None, :, :]
                 residual = residual - jnp.einsum("luo,lkbu->kbo", _flat_loops(feedback, 2), _flat_loops(felt, 3))
                 power = power + jnp.sum(jnp.square(felt)) / residual[..., 0].size
@@ -166,7 +167,8 @@ class LearnedFeedback(SiteEstimator):
         for site, feedback, guess in zip(hidden, state.feedback, guesses, strict=True):
             cotangent = None
             if feedback is not None:
-                felt = by_example(site.noise, site, site.depth + 1) * _gain(site)[..., None, :, :]
+                noise = by_example(site.noise, site, site.depth + 1).astype(feedback.dtype)
+                felt = noise * _gain(site)[..., None, :, :]
                 correlation = jnp.einsum("kbo,...kbu->...uo", residual, felt) / residual[..., 0].size
                 feedback = feedback + rate * correlation
                 cotangent = as_value(guess, site) / len(error)
@@ -180,7 +182,7 @@ class LearnedFeedback(SiteEstimator):
 
     def _guess(self, site: Site, feedback: Array, error: Array) -> Array:
         """phi'(z_i) * (F e_i), [*loops, batch, units]."""
-        return jnp.einsum("...uo,bo->...bu", feedback, error) * _gain(site)
+        return jnp.einsum("...uo,bo->...bu", feedback, error.astype(feedback.dtype)) * _gain(site)
 
     def _feedback_shapes(self, program, floats):
         """The shape of each hidden site's feedback, `None` for sites that have no examples of their own."""
@@ -208,7 +210,7 @@ def _gain(site: Site) -> Array:
     """phi'(z) as [*loops, batch, units], or one that broadcasts."""
     if site.gain is None:
         return jnp.ones((1,) * (site.depth + 2))
-    return by_example(site.gain, site, site.depth)
+    return by_example(site.gain, site, site.depth).astype(jnp.float32)
 
 
 def _flat_loops(x: Array, last: int) -> Array:

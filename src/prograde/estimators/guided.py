@@ -135,19 +135,29 @@ class Guided(Estimator):
         return value, aux, jax.tree.map(lambda u: jnp.mean(directional) * u, unit), directional
 
     def _control_variate(self, f: Any, key: Array, floats: PyTree[Array], guess: PyTree[Array]) -> Any:
-        def along(index: Array) -> Array:
+        def one_tangent(index: Array) -> Any:
             tangents = self.tangents.sample(key, floats, index, self.num_tangents)
-            _, directional, _ = directional_derivative(f, floats, tangents)
-            return wide(directional)
+            value, directional, aux = directional_derivative(f, floats, tangents)
+            return jnp.mean(value), aux, wide(directional), tangents
 
-        every = jnp.arange(self.num_tangents)
-        chunk = tangents_at_once(self.chunk, self.num_tangents, f, floats, jax.vmap(along))
-        directional = lax.map(along, every, batch_size=chunk) if self.num_tangents > 1 else along(every[0])[None]
-        value, aux = f(floats)
-        tangents = jax.vmap(lambda index: self.tangents.sample(key, floats, index, self.num_tangents))(every)
-        left = directional.reshape(self.num_tangents, -1).mean(axis=1) - inner_products_with(guess, tangents)
-        correction = weighted_sum(tangents, left / self.num_tangents)
-        return value, aux, jax.tree.map(jnp.add, guess, correction), directional
+        def add_chunk(grads: PyTree[Array], indices: Array) -> Any:
+            value, aux, directional, tangents = jax.vmap(one_tangent)(indices)
+            left = directional.reshape(len(indices), -1).mean(axis=1) - inner_products_with(guess, tangents)
+            # the last chunk may run over the number of tangents: what is over counts nothing
+            weights = jnp.where(indices < self.num_tangents, left / self.num_tangents, 0)
+            correction = weighted_sum(tangents, weights)
+            grads = jax.tree.map(lambda g, c: g + c.astype(g.dtype), grads, correction)
+            return grads, (value[0], jax.tree.map(lambda x: x[0], aux), directional)
+
+        k = self.num_tangents
+        size = tangents_at_once(self.chunk, k, f, floats, jax.vmap(one_tangent))
+        indices = jnp.arange(-(-k // size) * size).reshape(-1, size)
+        # the first chunk is not in the loop: inside `shard_map` the guess varies along other axes than what is added
+        grads, (value, aux, directional) = add_chunk(guess, indices[0])
+        if len(indices) > 1:
+            grads, (_, _, others) = lax.scan(add_chunk, grads, indices[1:])
+            directional = jnp.concatenate([directional[None], others]).reshape(-1, *directional.shape[1:])[:k]
+        return value, aux, grads, directional
 
 
 def _check_like(name: str, tree: PyTree, floats: PyTree[Array]) -> None:

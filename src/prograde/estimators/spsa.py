@@ -55,7 +55,7 @@ class CentralDifference(Estimator):
     each tangent: they are drawn again from the key, never stored. No tangent runs through the function. `value` is the mean of
     all the function values, f + O(h^2), and `aux` that of the last run; for 1.5-SPSA both are those of theta itself.
 
-    **Errors:** `ValueError` for a step, power or floor out of range, or `num_tangents` below 1; `TypeError` for complex parameters,
+    **Errors:** `ValueError` for a step, power or floor out of range, a step below the resolution of the parameters' dtype, or `num_tangents` below 1; `TypeError` for complex parameters,
     an old-style key, or a loss that is not real; all at trace time.
 
     **Source:** Spall 1992; in place, with seeds, for language models: MeZO, arXiv 2305.17333; 1.5-SPSA: arXiv 2609.38095.
@@ -85,6 +85,12 @@ class CentralDifference(Estimator):
     def estimate(self, fun, key, state, params, *args, has_aux=False):
         check_key(key)
         f, floats = split_params(fun, params, args, has_aux)
+        for dtype in {w.dtype for w in jax.tree.leaves(floats)}:
+            if self.step < (resolution := float(jnp.finfo(dtype).eps)):
+                raise ValueError(
+                    f"step={self.step:g}, but parameters of dtype {dtype} resolve no less than {resolution:.2g} of their size: most would not "
+                    "move at all. Use a larger step, or float32 parameters."
+                )
 
         def values_at(index, sign):
             tangents = self.tangents.sample(key, floats, index, self.num_tangents)

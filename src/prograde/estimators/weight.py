@@ -56,13 +56,15 @@ class WeightPerturbation(Estimator):
       to differentiate forward: `"error"`, or `"inline"` to differentiate the code of the function itself instead. The
       hand-made rule then has no say; where it does not equal the derivative of the code, neither does the result.
 
-    **Bias:** none with `"mean"`, for any function and any K. `"shrunk"` has E[g] = a grad f, with a = 1/(n + kappa_4 - 1) for one
+    **Bias:** none with `"mean"`, for any function and any K; groups estimate the gradient of the mean of the groups' losses, which is
+    that of the batch where the loss is a mean over examples (or one loss for each), and not where it is a sum, or a mean with
+    weights that groups have different amounts of. `"shrunk"` has E[g] = a grad f, with a = 1/(n + kappa_4 - 1) for one
     tangent of n independent entries of fourth moment kappa_4. `"projection"` has E[g] = (K/n) grad f where the span is
     uniformly distributed (`Normal`, `Sphere`, `Orthogonal`; K <= n), and grad f / n for one tangent of fixed length.
 
     **Variance:** one tangent gives E |g|^2 = sum_l c_l |grad_l f|^2 with c_l from `tangents.second_moment`, close to the
     number of parameters n. The mean of K independent tangents has 1/K of the variance; G groups divide what is left by G again, but
-    see the smaller groups' own gradients, E |g|^2 = sum_g c |grad f_g|^2 / (K G^2) and the square of the mean. A projection never makes an error
+    see the smaller groups' own gradients, E |g|^2 = |grad f|^2 + sum_g (c - 1) |grad f_g|^2 / (K G^2). A projection never makes an error
     larger than the gradient: |g - grad f|^2 = (1 - cos^2) |grad f|^2, (1 - K/n) |grad f|^2 in the mean for uniform spans.
 
     **Cost:** one forward run gives the loss and a directional derivative. A dense tangent doubles the multiply-adds and
@@ -205,7 +207,7 @@ class WeightPerturbation(Estimator):
 
 
 def _merged(x: Array) -> Array:
-    return x.reshape(-1, *x.shape[2:])
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])  # not -1: a leaf may be empty
 
 
 def _projected(tangents: PyTree, directional: Array) -> Array:
