@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -300,3 +301,14 @@ def test_a_frontier_is_what_nothing_beats_in_both(seed):
     points = set(zip(x, loss, strict=True))
     beaten = {(a, b) for a, b in points if any(c <= a and d <= b and (c, d) != (a, b) for c, d in points)}
     assert kept == points - beaten
+
+
+def test_the_page_in_the_docs_says_what_the_record_does():
+    root = Path(__file__).parents[1]
+    comparison = compare_summary.read(root / "records" / "compare-mlp-mnist")
+    page = (root / "docs" / "compare.md").read_text()
+    assert compare_report.conclusion(comparison) in page
+    for table, columns in zip(compare_report.tables(comparison)[::2], [(2, 3), (1, 2, 4)], strict=True):
+        for row in table.rows[-2:]:
+            for column in columns:
+                assert row[column] in page
