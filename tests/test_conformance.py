@@ -117,8 +117,9 @@ def test_auxiliary_output(estimator, key):
         return losses(params, x, y), {"logits": x @ params["w"], "count": jnp.asarray(3), "name": "mlp"}
 
     result = estimate(estimator, with_aux, key, params, x, y, has_aux=True)
-    equal(result.aux["logits"], x @ params["w"], rtol=1e-2, atol=1e-2)  # a difference evaluates beside the parameters
-    assert int(result.aux["count"]) == 3
+    logits = result.aux["logits"].reshape(4, 8)  # groups have an axis of their own
+    equal(logits, x @ params["w"], rtol=1e-2, atol=1e-2)  # a difference evaluates beside the parameters
+    assert set(np.ravel(result.aux["count"]).tolist()) == {3}
     assert result.aux["name"] == "mlp"
 
 
@@ -156,7 +157,9 @@ def test_shard_map_over_four_devices(estimator, key):
     for i in range(4):
         part = slice(2 * i, 2 * i + 2)
         expected = estimate(estimator, losses, jax.random.fold_in(key, i), params, x[part], y[part]).grads
-        equal(jax.tree.map(lambda g, i=i: g[i], grads), expected)
+        # a difference of two losses multiplies their rounding by 1 / step
+        tolerance = 1e-2 if isinstance(estimator, pg.CentralDifference) else 1e-5
+        equal(jax.tree.map(lambda g, i=i: g[i], grads), expected, atol=tolerance)
 
 
 @every_estimator

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
+from prograde._inject import varying_like
 from prograde._sites import Program, Site, sites
 from prograde.estimators._estimator import Estimate, check_choice, check_key, check_positive, check_whole
 from prograde.estimators._on_sites import SiteEstimator, as_value, by_example
@@ -117,7 +119,9 @@ class LearnedFeedback(SiteEstimator):
                 result = eqx.tree_at(lambda r: r.directional, step(program, floats, key, state), None, is_leaf=_is_none)
                 dynamic, static = eqx.partition(result, eqx.is_array)
                 results.append(static)
-                return dynamic
+                # inside `shard_map` both must vary along the same axes
+                others = [*program.arrays, *jax.tree.leaves(floats), key]
+                return jax.tree.map(lambda x: varying_like(x, *others), dynamic)
 
             return arrays
 
