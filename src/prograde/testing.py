@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
-from numpy.typing import ArrayLike
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
 from prograde.estimators import Backprop, Estimator
 

@@ -261,7 +261,14 @@ def _propagated(eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> La
         if axis in removed:
             raise _Joined
         return label._replace(axis=axis - sum(r < axis for r in removed))
+    if name == "unstack":
+        if axis == params["axis"]:
+            raise _Joined
+        return label._replace(axis=axis - (params["axis"] < axis))
+    if name == "stack":
+        return label._replace(axis=axis + (params["axis"] <= axis))
     keeps = {
+        "tile": lambda: len(params["reps"]) == len(shape) and params["reps"][axis] == 1,
         "slice": lambda: out_shape[axis] == shape[axis] and (params["strides"] is None or params["strides"][axis] == 1),
         "dynamic_slice": lambda: first == 0 and out_shape[axis] == shape[axis],
         "dynamic_update_slice": lambda: first < 2 and shapes[0][axis] == shapes[1][axis],
