@@ -42,8 +42,17 @@ def strict():
         yield
 
 
+# where what runs takes longer than compiling it, or what the compiler makes of it is measured
+OPTIMISED = {"test_bench", "test_compare", "test_diagnostics", "test_groups", "test_lab", "test_twins", "test_unbiased"}
+
+
 @pytest.fixture(autouse=True, scope="module")
-def compiled_programs():
-    """What a file compiled is of no use to the next, and takes gigabytes in all."""
+def compiled_programs(request):
+    """Most files compile many small programs and run each once, so that optimising them takes half the time of a test.
+
+    What a file compiled is of no use to the next, and takes gigabytes in all.
+    """
+    optimised = request.module.__name__.split(".")[-1] in OPTIMISED
+    jax.config.update("jax_disable_most_optimizations", not optimised)
     yield
     jax.clear_caches()

@@ -361,7 +361,7 @@ def run_lines(out):
 def test_ctrl_c_says_how_to_resume_and_resuming_gives_the_same_numbers(long_run, tmp_path):
     out = tmp_path / "stopped"
     process = start(*LONG, "--out", out)
-    wait_for(lambda: list((out / "rosenbrock" / "runs").glob("*.jsonl")), process)
+    wait_for(lambda: list((out / "rosenbrock" / "search").glob("*.json")), process)  # most is still to be done
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -34,7 +34,7 @@ def exact_cotangents(estimator, program, floats, key, batch):
             else:
                 noise = jnp.moveaxis(noise, site.depth + site.axis, 0)
             parts.append(noise.reshape(batch, -1))
-        return jnp.concatenate(parts, axis=1), run.directional[0]
+        return jnp.concatenate(parts, axis=1), run.directional[0][0]
 
     run = estimator.perturbed_run(program, floats, key)
     units = jax.eval_shape(sample, key)[0].shape[1]
@@ -146,7 +146,7 @@ def test_several_tangents_are_averaged(key):
     estimator = pg.ActivityPerturbation(num_tangents=5)
     program, floats = estimator.program(losses, params, args, False)
     run = estimator.perturbed_run(program, floats, key)
-    assert run.directional.shape == (5, 4)
+    assert run.directional[0].shape == (5, 4)
     for k in range(5):  # each tangent is what a single run along its noise gives: the derivative is linear in it
         site = sites(run.records)[1]
         assert site.noise.shape == (3, 5, 4, 4)

@@ -18,7 +18,9 @@ from prograde.estimators import (
     ForwardJacobian,
     Guided,
     LearnedFeedback,
+    LocalLosses,
     WeightPerturbation,
+    total_loss,
 )
 from prograde.tangents import (
     Basis,
@@ -46,6 +48,7 @@ __all__ = [
     "ForwardJacobian",
     "Guided",
     "LearnedFeedback",
+    "LocalLosses",
     "LowRank",
     "Normal",
     "Orthogonal",
@@ -58,5 +61,6 @@ __all__ = [
     "check",
     "diagnostics",
     "inject",
+    "total_loss",
     "value_and_grad",
 ]

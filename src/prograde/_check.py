@@ -149,7 +149,7 @@ def check(
 
     def pieces(dynamic: PyTree) -> tuple[Callable, PyTree]:
         params, args = eqx.combine(dynamic, static)
-        return split_params(fun, params, args, has_aux)
+        return split_params(estimator.objective(fun, has_aux), params, args, has_aux)
 
     def alone(dynamic: PyTree) -> Any:
         f, floats = pieces(dynamic)

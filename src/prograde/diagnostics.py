@@ -246,7 +246,7 @@ def diagnose(
         )
     if state is None:
         state = estimator.init(fun, params, *args, has_aux=has_aux)
-    _, floats = split_params(fun, params, args, has_aux)
+    _, floats = split_params(estimator.objective(fun, has_aux), params, args, has_aux)
     measured = _measure(fun, estimator, reference, num_estimates, curvature, has_aux, key, state, params, args)
     sums = _Sums(*(np.asarray(x, np.float64) for x in measured))
     paths = [(f"params{jax.tree_util.keystr(path)}", w) for path, w in jax.tree_util.tree_leaves_with_path(floats)]
@@ -274,9 +274,10 @@ class _Sums:
 
 @eqx.filter_jit
 def _measure(fun, estimator, reference, num_estimates, curvature, has_aux, key, state, params, args) -> tuple:
-    f, floats = split_params(fun, params, args, has_aux)
+    objective = estimator.objective(fun, has_aux)
+    f, floats = split_params(objective, params, args, has_aux)
     key_reference, key_estimates = jax.random.split(key)
-    exact = reference.estimate(fun, key_reference, None, params, *args, has_aux=has_aux)
+    exact = reference.estimate(objective, key_reference, None, params, *args, has_aux=has_aux)
     gradient = [wide(g) for g in jax.tree.leaves(exact.grads)]
 
     def one_estimate(total, key):

@@ -153,7 +153,9 @@ def assert_unbiased(
     """
     if state is None:
         state = estimator.init(fun, params, *args)
-    gradient = np.asarray(_flat(Backprop().estimate(fun, key, None, params, *args).grads), np.float64)
+    gradient = np.asarray(
+        _flat(Backprop().estimate(estimator.objective(fun), key, None, params, *args).grads), np.float64
+    )
     draw = jax.jit(jax.vmap(lambda key: _flat(estimator.estimate(fun, key, state, params, *args).grads)))
     pilot_key, key = jax.random.split(key)
     size = float(gradient @ gradient)

@@ -1,8 +1,10 @@
 """Sites: the pre-activations of a program, found, perturbed, and the weights behind them credited.
 
-- `examples`: along which axis of every value the examples lie, and whether they are independent of each other;
+- `examples`: along which axis of every value the examples lie;
 - `records`: what is kept of a site, and the weight gradients that follow from a cotangent at each of them;
-- `interpreter`: runs a program with a perturbation injected at every site.
+- `independence`: whether the noise of one example can reach the loss of another;
+- `interpreter`: runs a program with a perturbation injected at every site;
+- `reach`: which losses a perturbation reaches, and along which axes.
 
 A site is where a weight meets an activation, x @ W + b. Its estimated cotangent gives the gradients of W and b by the
 transpose of that one operation; nothing travels from layer to layer.
@@ -10,6 +12,18 @@ transpose of that one operation; nothing travels from layer to layer.
 
 from prograde._sites.examples import ExamplesError
 from prograde._sites.interpreter import Program, Run
+from prograde._sites.reach import Reach, reach_of
 from prograde._sites.records import Site, collect, leaves_of, sites, with_cotangents
 
-__all__ = ["ExamplesError", "Program", "Run", "Site", "collect", "leaves_of", "sites", "with_cotangents"]
+__all__ = [
+    "ExamplesError",
+    "Program",
+    "Reach",
+    "Run",
+    "Site",
+    "collect",
+    "leaves_of",
+    "reach_of",
+    "sites",
+    "with_cotangents",
+]

@@ -33,7 +33,9 @@ def axis_of(var: Any, twin: Any, batch: int) -> Any:
     return MIXED
 
 
-def doubled(of_args: Callable[..., Any], params: PyTree, args: tuple[Any, ...], batch: int) -> ClosedJaxpr:
+def doubled(
+    of_args: Callable[..., Any], params: PyTree, args: tuple[Any, ...], batch: int, num_losses: int
+) -> ClosedJaxpr:
     """The program `of_args(params, *args)` for twice as many examples: arrays of `args` whose first axis has `batch` elements."""
     arrays, rest = eqx.partition(args, is_traced)
 
@@ -52,12 +54,12 @@ def doubled(of_args: Callable[..., Any], params: PyTree, args: tuple[Any, ...], 
             f"Arrays among the arguments whose first axis has {batch} elements are taken as examples: take another batch size "
             "if one of them is not, and pass the batch as arguments of the function instead of closing over it."
         ) from error
-    loss = traced.jaxpr.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
-    if loss != (2 * batch,):
-        raise ExamplesError(
-            f"the function returned a loss of shape {loss} for {2 * batch} examples, and ({batch},) for {batch}. Pass the batch by "
-            "position, as arrays with the examples along their first axis, instead of closing over it or by keyword."
-        )
+    for loss in (v.aval.shape for v in traced.jaxpr.outvars[:num_losses]):  # pyright: ignore[reportAttributeAccessIssue]
+        if loss[:1] != (2 * batch,):
+            raise ExamplesError(
+                f"the function returned a loss of shape {loss} for {2 * batch} examples, and {(batch, *loss[1:])} for {batch}. Pass "
+                "the batch by position, as arrays with the examples along their first axis, instead of closing over it or by keyword."
+            )
     return traced
 
 

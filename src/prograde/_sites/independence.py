@@ -18,14 +18,17 @@ from prograde._sites.examples import MIXED, ExamplesError, axis_of, paired
 
 
 class Along(NamedTuple):
-    """The examples lie along this axis; merged with others, example = (position // inner) mod batch, and `outer` times over."""
+    """The examples lie along this axis; merged with others, example = (position // inner) mod batch, and `outer` times over.
+
+    A negative axis is that of an enclosing loop, -1 the innermost: what is inside an iteration is one example's.
+    """
 
     axis: int
     outer: int = 1
     inner: int = 1
 
 
-SINGLE = Along(-1)  # inside a loop over examples: the value is one example's
+ANYWHERE = Along(1_000_000)  # reached by noise, of any example; never seen by `check_independent`
 
 Label = Along | None
 
@@ -36,20 +39,53 @@ class _Joined(Exception):
 
 def check_independent(jaxpr: Jaxpr, twin: Jaxpr, weights: Sequence[bool], batch: int) -> None:
     """Raises unless the loss of an example depends on the noise of that example alone. `weights` says which inputs are weights."""
-    (loss,) = _Walk(batch).run(jaxpr, twin, [None] * len(weights), list(weights))[0]
-    if loss not in (None, Along(0)):
-        raise ExamplesError(f"the examples do not lie along the axis of the loss, but along {loss}.")
+    for loss in Walk(batch).run(jaxpr, twin, [None] * len(weights), list(weights))[0]:
+        if loss not in (None, Along(0)):
+            raise ExamplesError(f"the examples do not lie along the first axis of the loss, but along {loss}.")
 
 
-class _Walk:
-    def __init__(self, batch: int, rules: bool = True) -> None:
-        self.batch, self.rules = batch, rules  # whether hand-made derivatives are looked at: not inside one of them
+class Walk:
+    """Follows labels through a program, and refuses what joins examples."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.path: tuple[int, ...] = ()  # the calls and loops that the walk is inside
+        self.in_rule = False  # inside a hand-made derivative, where others are not looked at
+        self.derivatives: dict[Any, Jaxpr] = {}  # of functions with a hand-made one
+
+    def enters(self, eqn: JaxprEqn) -> bool:
+        """Whether something begins inside an operation that no label has reached."""
+        return False
+
+    def began(self, var: Any, label: Label) -> Label:
+        """The label of a variable, given that of what it was computed from."""
+        return label
+
+    def joined(self, eqn: JaxprEqn) -> list[Label]:
+        """The labels of the outputs of an operation that joins examples, or is not known to keep them apart."""
+        raise ExamplesError(
+            f"examples depend on each other, or cannot be told apart, after {eqn.primitive.name} at {source(eqn)}: it joins "
+            "values of several examples, as batch normalisation does, or is not known to keep them apart. Pass "
+            "per_example=False, so that every perturbation is weighed by the loss of the whole batch (more variance, no "
+            "bias), or write it for each example by itself."
+        )
+
+    def passed_on(self, label: Label) -> Label:
+        """The label, in the next iteration of a loop, of what an iteration hands on."""
+        if label is not None and label.axis == -1:
+            raise _Joined  # something goes on from example to example
+        return label
+
+    def same(self, labels: Any) -> Label:
+        """The one label of values that come together."""
+        return _same(labels)
 
     def run(
         self, jaxpr: Jaxpr, twin: Jaxpr | None, labels: Sequence[Label], weights: Sequence[bool]
     ) -> tuple[list[Label], list[bool]]:
         """The labels of the outputs, and which are functions of weights that noise has not reached."""
-        label: dict[Any, Label] = dict(zip(jaxpr.invars, labels, strict=True))
+        label: dict[Any, Label] = {v: self.began(v, given) for v, given in zip(jaxpr.invars, labels, strict=True)}
+        label |= {v: self.began(v, None) for v in jaxpr.constvars}
         weight: dict[Any, bool] = dict(zip(jaxpr.invars, weights, strict=True))
         counts: dict[Any, Any] = {}
         of = lambda v: None if isinstance(v, Literal) else label.get(v)  # noqa: E731
@@ -58,20 +94,20 @@ class _Walk:
         for eqn, other in pairs:
             _count(eqn, counts)
             given, from_weights = [of(v) for v in eqn.invars], [is_weight(v) for v in eqn.invars]
-            if not any(g is not None for g in given) and not any(from_weights):
-                continue
-            try:
-                out, out_weights = self.equation(eqn, other, given, from_weights, counts)
-            except _Joined:
-                raise ExamplesError(
-                    f"examples depend on each other, or cannot be told apart, after {eqn.primitive.name} at {source(eqn)}: it joins "
-                    "values of several examples, as batch normalisation does, or is not known to keep them apart. Pass "
-                    "per_example=False, so that every perturbation is weighed by the loss of the whole batch (more variance, no "
-                    "bias), or write it for each example by itself."
-                ) from None
+            out: list[Label] = [None] * len(eqn.outvars)
+            out_weights = [False] * len(eqn.outvars)
+            if any(g is not None for g in given) or any(from_weights) or self.enters(eqn):
+                outside, self.path = self.path, (*self.path, id(eqn))
+                try:
+                    out, out_weights = self.equation(eqn, other, given, from_weights, counts)
+                except _Joined:
+                    out = self.joined(eqn)
+                finally:
+                    self.path = outside
             for var, new, from_weight in zip(eqn.outvars, out, out_weights, strict=True):
                 differentiable = jnp.issubdtype(var.aval.dtype, jnp.inexact)  # pyright: ignore[reportAttributeAccessIssue]
                 label[var], weight[var] = (new, from_weight) if differentiable else (None, False)
+                label[var] = self.began(var, label[var])
         return [of(v) for v in jaxpr.outvars], [is_weight(v) for v in jaxpr.outvars]
 
     def equation(
@@ -82,24 +118,25 @@ class _Walk:
         if name in _CALLS:
             return self.run(subprograms(eqn)[0], doubles[0], given, weights)
         if name == "custom_jvp_call":
-            outputs = self.run(subprograms(eqn)[0], doubles[0], given, weights)
-            if self.rules:
-                self.custom_rule(eqn, given)
-            return outputs
+            labels, from_weights = self.run(subprograms(eqn)[0], doubles[0], given, weights)
+            if not self.in_rule:
+                by_rule = self.custom_rule(eqn, given)
+                labels = [self.same(both) for both in zip(labels, by_rule, strict=True)]
+            return labels, from_weights
         if name == "scan":
             return self.scan(eqn, doubles[0], given, weights)
         if name == "while":
             return self.loop(eqn, doubles, given, weights)
         if name == "cond":
             branches = [self.run(b, d, given[1:], weights[1:]) for b, d in zip(subprograms(eqn), doubles, strict=True)]
-            labels = [_same(branch[0][i] for branch in branches) for i in range(len(eqn.outvars))]
+            labels = [self.same(branch[0][i] for branch in branches) for i in range(len(eqn.outvars))]
             return labels, [any(branch[1][i] for branch in branches) for i in range(len(eqn.outvars))]
         if name == "stop_gradient":
             return [None] * len(eqn.outvars), [False] * len(eqn.outvars)
         if any(g is not None for g in given):
-            label = _propagated(eqn, given, counts)
+            label = self.propagated(eqn, given, counts)
             # where more noise is injected it must lie along the same axis
-            if twin is not None and any(weights) and label is not None and label != SINGLE:
+            if twin is not None and any(weights) and label is not None and label.axis >= 0:
                 axes = [axis_of(v, w, self.batch) for v, w in zip(eqn.outvars, twin.outvars, strict=True)]
                 if any(isinstance(axis, int) and axis != label.axis for axis in axes):
                     raise _Joined
@@ -111,11 +148,15 @@ class _Walk:
         labels = [None if axis is None or axis is MIXED else Along(axis) for axis in axes]
         return labels, [label is None and axis is None for label, axis in zip(labels, axes, strict=True)]
 
-    def custom_rule(self, eqn: JaxprEqn, given: list[Label]) -> None:
-        """A hand-made derivative must keep the examples apart as well."""
+    def propagated(self, eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> Label:
+        """The label of the outputs of an operation that noise reaches."""
+        return _propagated(eqn, given, counts)
+
+    def custom_rule(self, eqn: JaxprEqn, given: list[Label]) -> list[Label]:
+        """A hand-made derivative must keep the examples apart as well: the labels of the outputs by it."""
         moved = [i for i, g in enumerate(given) if g is not None]
         if not moved:
-            return
+            return [None] * len(eqn.outvars)
         avals = [v.aval for v in eqn.invars]
 
         def derivative(values: list[Any], tangents: list[Any]) -> Any:
@@ -127,41 +168,35 @@ class _Walk:
 
             return jax.jvp(of_moved, [values[i] for i in moved], tangents)[1]
 
-        jaxpr = jax.make_jaxpr(derivative)(avals, [avals[i] for i in moved]).jaxpr
+        known = id(eqn), tuple(moved)
+        if known not in self.derivatives:
+            self.derivatives[known] = jax.make_jaxpr(derivative)(avals, [avals[i] for i in moved]).jaxpr
+        jaxpr = self.derivatives[known]
         labels = [*given, *(given[i] for i in moved)]
-        _Walk(self.batch, rules=False).run(jaxpr, None, labels, [False] * len(labels))
+        self.in_rule = True
+        try:
+            return self.run(jaxpr, None, labels, [False] * len(labels))[0]
+        finally:
+            self.in_rule = False
 
     def scan(
         self, eqn: JaxprEqn, double: Any, given: list[Label], weights: list[bool]
     ) -> tuple[list[Label], list[bool]]:
         consts, carry, xs = unpack_scan_args(list(zip(given, weights, strict=True)), dict(eqn.params))
-        over = {label for label, _ in xs if label is not None and label.axis == 0}
-        if len(over) > 1:
-            raise _Joined
-        slices = []
-        for label, weight in xs:
-            inner = None if label is None else SINGLE if label.axis == 0 else label._replace(axis=label.axis - 1)
-            slices.append((inner, weight))
-        carry = list(carry)
+        consts, carry = ([(_inside(label), weight) for label, weight in part] for part in (consts, carry))
+        slices = [(_moved(label, -1), weight) for label, weight in xs]
         for _ in range(len(carry) + 2):
             inputs = [*consts, *carry, *slices]
             labels, from_weights = self.run(subprograms(eqn)[0], double, [i[0] for i in inputs], [i[1] for i in inputs])
             new = [
-                (_same([old, label]), old_weight or weight)
+                (self.same([old, self.passed_on(label)]), old_weight or weight)
                 for (old, old_weight), label, weight in zip(carry, labels, from_weights, strict=False)
             ]
             if new == carry:
                 break
             carry = new
-        if any(label == SINGLE for label, _ in carry):
-            raise _Joined  # something goes on from example to example
-        outer = []
-        for label in labels[len(carry) :]:
-            if label == SINGLE:
-                outer.append(next(iter(over)))
-            else:
-                outer.append(None if label is None else label._replace(axis=label.axis + 1))
-        return [label for label, _ in carry] + outer, [w for _, w in carry] + from_weights[len(carry) :]
+        stacked = [_moved(label, 1) for label in labels[len(carry) :]]
+        return [_outside(label) for label, _ in carry] + stacked, [w for _, w in carry] + from_weights[len(carry) :]
 
     def loop(
         self, eqn: JaxprEqn, doubles: Any, given: list[Label], weights: list[bool]
@@ -175,11 +210,28 @@ class _Walk:
             labels, from_weights = self.run(
                 eqn.params["body_jaxpr"].jaxpr, doubles[at], [i[0] for i in every], [i[1] for i in every]
             )
-            new = [(_same([c[0], label]), c[1] or w) for c, label, w in zip(carry, labels, from_weights, strict=True)]
+            new = [
+                (self.same([c[0], label]), c[1] or w) for c, label, w in zip(carry, labels, from_weights, strict=True)
+            ]
             if new == carry:
                 break
             carry = new
         return [c[0] for c in carry], [c[1] for c in carry]
+
+
+def _moved(label: Label, by: int) -> Label:
+    """The label of a slice along the first axis, or of what such slices are stacked to."""
+    return label if label in (None, ANYWHERE) else label._replace(axis=label.axis + by)
+
+
+def _inside(label: Label) -> Label:
+    """The label, seen from inside one more loop."""
+    return _moved(label, -1) if label is not None and label.axis < 0 else label
+
+
+def _outside(label: Label) -> Label:
+    """Undoes `_inside`."""
+    return _moved(label, 1) if label is not None and label.axis < 0 else label
 
 
 def _same(labels: Any) -> Label:
@@ -218,8 +270,8 @@ def _propagated(eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> La
         return _of_product(params["dimension_numbers"], shapes, given)
     if name == "conv_general_dilated":
         numbers, (x, kernel) = params["dimension_numbers"], given
-        if kernel is SINGLE or x is SINGLE:
-            return _same([x, kernel])
+        if any(g is not None and g.axis < 0 for g in given):
+            return _same(given)
         if kernel is not None or x is None or x.axis != numbers.lhs_spec[0] or params["batch_group_count"] != 1:
             raise _Joined
         return x._replace(axis=numbers.out_spec[0])
@@ -227,7 +279,7 @@ def _propagated(eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> La
         return _of_gather(eqn, given, counts)
     label = _same(given)
     assert label is not None
-    if label == SINGLE:  # nothing but one example's values is there
+    if label.axis < 0:  # nothing but one example's values is there
         return label
     axis, first = label.axis, next(i for i, g in enumerate(given) if g is not None)
     shape = shapes[first]
@@ -300,7 +352,7 @@ def _propagated(eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> La
 
 def _of_product(numbers: Any, shapes: Sequence[tuple[int, ...]], given: list[Label]) -> Label:
     (contract, batch) = numbers
-    if any(g == SINGLE for g in given):
+    if any(g is not None and g.axis < 0 for g in given):
         return _same(given)
     found: list[Label] = []
     for side, label in enumerate(given):
@@ -337,7 +389,7 @@ def _of_gather(eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> Lab
     operand_shape, label = eqn.invars[0].aval.shape, given[0]  # pyright: ignore[reportAttributeAccessIssue]
     if label is None or given[1] is not None:
         raise _Joined
-    if label == SINGLE:
+    if label.axis < 0:
         return label
     axis = label.axis
     out_ndim = len(eqn.outvars[0].aval.shape)  # pyright: ignore[reportAttributeAccessIssue]

@@ -6,8 +6,8 @@ x @ W + h @ U.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -23,16 +23,20 @@ from prograde._inject import inject
 from prograde._jaxprs import bind, equations, subprograms
 from prograde._sites.examples import MIXED, axis_of, doubled, is_traced, paired
 from prograde._sites.independence import check_independent
-from prograde._sites.records import Loop, Record, Site, Step, Use
+from prograde._sites.reach import Reach
+from prograde._sites.records import Loop, Place, Record, Site, Step, Use
 
 Entries = Callable[[Key[Array, ""], tuple[int, ...], Any], Array]
 
 
-class Linear:
+class Linear(NamedTuple):
     """A value that is affine in leaves: a weight, or (`active`) a pre-activation that has not been perturbed yet."""
 
-    def __init__(self, value: Array, uses: tuple[Use, ...], axis: int | None = None, active: bool = False) -> None:
-        self.value, self.uses, self.axis, self.active = value, uses, axis, active
+    value: Array
+    uses: tuple[Use, ...]
+    axis: int | None = None
+    active: bool = False
+    place: Place = ((), None)
 
 
 class Frame:
@@ -42,8 +46,8 @@ class Frame:
         self.key, self.s, self.entries, self.depth = key, s, entries, depth
         self.records: list[Record] = []
         self.drawn = 0
-        self.head: tuple[int, Array] | None = None  # which record is the head's, and what is added to its value
-        self.at_head: Array | None = None
+        self.heads: dict[int, Array] = {}  # which records are those of heads, and what is added to their values
+        self.at_heads: list[Array] = []
 
     def next_key(self) -> Key[Array, ""]:
         self.drawn += 1
@@ -51,11 +55,12 @@ class Frame:
 
 
 class Run(eqx.Module):
-    """What one run gives: the outputs of the program, the records of its sites, and the value at the head."""
+    """What one run gives: the losses and other outputs of the program, the records of its sites, the values at the heads."""
 
-    outputs: list[Array]
+    losses: list[Array]
+    aux: list[Any]
     records: tuple[Record, ...]
-    at_head: Array | None
+    at_heads: list[Array]
 
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
@@ -82,9 +87,9 @@ _ELEMENTWISE = {
 
 
 class Program:
-    """`of_args(params, *args) -> (loss, aux)` as a program whose sites can be perturbed.
+    """`of_args(params, *args) -> (losses, aux)`, `losses` a list, as a program whose sites can be perturbed.
 
-    With `batch` the loss is given per example, `[batch]`, the examples are found in every value, and must be independent.
+    With `batch` the losses are given per example, `[batch, ...]`, the examples are found in every value, and must be independent.
     """
 
     def __init__(
@@ -94,18 +99,21 @@ class Program:
         self.closed, shape = jax.make_jaxpr(
             lambda params, arrays: of_args(params, *eqx.combine(arrays, rest)), return_shape=True
         )(params, arrays)
-        self.out_tree = jax.tree.structure(shape)
+        self.aux_tree = jax.tree.structure(shape[1])
+        self.num_losses = len(shape[0])
         self.arrays = jax.tree.leaves(arrays)
         self.num_leaves = len(jax.tree.leaves(params))
         self.batch = batch
-        self.shapes: tuple[Record, ...] | None = None  # of the records of a run, once they are known
+        # of the records of a run, and what they reach, once they are known
+        self.shapes: tuple[Record, ...] | None = None
+        self.reach: list[Reach] | None = None
         self.twin: ClosedJaxpr | None = None
         if batch is not None:
-            self.twin = doubled(of_args, params, args, batch)
-            wanted = [i == 0 for i in range(len(self.closed.jaxpr.outvars))]
-            loss, twin = (dce_jaxpr(c.jaxpr, wanted, instantiate=True)[0] for c in (self.closed, self.twin))
-            perturbed = [i < self.num_leaves for i in range(len(loss.invars))]
-            check_independent(loss, twin, perturbed, batch)
+            self.twin = doubled(of_args, params, args, batch, self.num_losses)
+            wanted = [i < self.num_losses for i in range(len(self.closed.jaxpr.outvars))]
+            losses, twin = (dce_jaxpr(c.jaxpr, wanted, instantiate=True)[0] for c in (self.closed, self.twin))
+            perturbed = [i < self.num_leaves for i in range(len(losses.invars))]
+            check_independent(losses, twin, perturbed, batch)
 
     def run(
         self,
@@ -113,23 +121,30 @@ class Program:
         s: Array,
         key: Key[Array, ""],
         entries: Entries,
-        head: tuple[int, Array] | None = None,
+        heads: Mapping[int, Array] | None = None,
     ) -> Run:
         """One run, every site perturbed by `s` times the `entries` drawn for it.
 
-        `head = (i, shift)` names the record of a site that is not perturbed: `shift` is added to its value instead.
+        `heads` are the records of sites that are not perturbed, and what is added to their values instead.
         """
         frame = Frame(key, s, entries)
-        frame.head = head
+        frame.heads = dict(heads or {})
         inputs = [*(Linear(w, (Use(i, (), ()),)) for i, w in enumerate(leaves)), *self.arrays]
         twin = None if self.twin is None else self.twin.jaxpr
-        loss, *aux = self._evaluate(self.closed.jaxpr, twin, self.closed.consts, inputs, frame)
+        outputs = self._evaluate(self.closed.jaxpr, twin, self.closed.consts, inputs, frame)
+        losses = [self._perturbed(loss, frame) for loss in outputs[: self.num_losses]]
         # auxiliary output is not perturbed
-        outputs = [self._perturbed(loss, frame), *(x.value if isinstance(x, Linear) else x for x in aux)]
-        return Run(outputs, tuple(frame.records), frame.at_head)
+        aux = [x.value if isinstance(x, Linear) else x for x in outputs[self.num_losses :]]
+        return Run(losses, aux, tuple(frame.records), frame.at_heads)
 
     def _evaluate(
-        self, jaxpr: Jaxpr, twin: Jaxpr | None, consts: Sequence[Any], inputs: Sequence[Any], frame: Frame
+        self,
+        jaxpr: Jaxpr,
+        twin: Jaxpr | None,
+        consts: Sequence[Any],
+        inputs: Sequence[Any],
+        frame: Frame,
+        path: tuple[int, ...] = (),
     ) -> list[Any]:
         times_used = Counter(
             v for v in [*(v for e in jaxpr.eqns for v in e.invars), *jaxpr.outvars] if not isinstance(v, Literal)
@@ -140,6 +155,8 @@ class Program:
             return v.val if isinstance(v, Literal) else env[v]
 
         def write(v: Any, value: Any) -> None:
+            if isinstance(value, Linear):
+                value = value._replace(place=(path, v))
             # what is used in two ways gets one perturbation for both
             several = isinstance(value, Linear) and value.active and times_used[v] > 1
             env[v] = self._perturbed(value, frame) if several else value
@@ -150,22 +167,24 @@ class Program:
         for eqn, other in pairs:
             values = [read(v) for v in eqn.invars]
             if any(isinstance(v, Linear) for v in values):
-                outputs = self._equation(eqn, other, values, frame)
+                outputs = self._equation(eqn, other, values, frame, (*path, id(eqn)))
             else:
                 outputs = bind(eqn, values)
             for var, out in zip(eqn.outvars, outputs, strict=True):
                 write(var, out)
         return [read(v) for v in jaxpr.outvars]
 
-    def _equation(self, eqn: JaxprEqn, twin: JaxprEqn | None, values: list[Any], frame: Frame) -> list[Any]:
+    def _equation(
+        self, eqn: JaxprEqn, twin: JaxprEqn | None, values: list[Any], frame: Frame, path: tuple[int, ...]
+    ) -> list[Any]:
         name = eqn.primitive.name
         if name in _CALLS:
             inner = next(v for v in eqn.params.values() if isinstance(v, Jaxpr | ClosedJaxpr))
             closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
             double = None if twin is None else subprograms(twin)[0]
-            return self._evaluate(closed.jaxpr, double, closed.consts, values, frame)
+            return self._evaluate(closed.jaxpr, double, closed.consts, values, frame, path)
         if name == "scan":
-            return self._scan(eqn, twin, values, frame)
+            return self._scan(eqn, twin, values, frame, path)
         affine = self._affine(eqn, twin, values)
         if affine is None and any(isinstance(v, Linear) and not v.active for v in values):
             # a pre-activation that meets the next weight is an activation
@@ -231,17 +250,22 @@ class Program:
         if not isinstance(value, Linear):
             return value
         z = value.value
-        if frame.head is not None and frame.head[0] == len(frame.records):
-            frame.at_head = z + frame.head[1].astype(z.dtype)
-            frame.records.append(Site(value.uses, jnp.zeros_like(z), None, value.axis, frame.depth, z.ndim))
-            return frame.at_head
+        if (shift := frame.heads.get(len(frame.records))) is not None:
+            z = z + shift.astype(z.dtype)
+            frame.at_heads.append(z)
+            frame.records.append(
+                Site(value.uses, jnp.zeros_like(z), None, value.axis, frame.depth, z.ndim, value.place)
+            )
+            return z
         noise = frame.entries(frame.next_key(), z.shape, z.dtype)
         if gain is not None:  # a unit that is not active has no part in the loss
             noise = jnp.where(gain != 0, noise, jnp.zeros_like(noise))
-        frame.records.append(Site(value.uses, noise, gain, value.axis, frame.depth, z.ndim))
+        frame.records.append(Site(value.uses, noise, gain, value.axis, frame.depth, z.ndim, value.place))
         return inject(frame.s, z, noise)
 
-    def _scan(self, eqn: JaxprEqn, twin: JaxprEqn | None, values: list[Any], frame: Frame) -> list[Any]:
+    def _scan(
+        self, eqn: JaxprEqn, twin: JaxprEqn | None, values: list[Any], frame: Frame, path: tuple[int, ...]
+    ) -> list[Any]:
         params = dict(eqn.params)
         is_weight = lambda v: isinstance(v, Linear) and not v.active  # noqa: E731
         num_consts, num_carry = (len(part) for part in unpack_scan_args(values, dict(params))[:2])
@@ -263,7 +287,7 @@ class Program:
             inner = Frame(jax.random.fold_in(key, index), frame.s, frame.entries, frame.depth + 1)
             arrays = [*(v.value if isinstance(v, Linear) else v for v in consts), *carry, *slices]
             inputs = [Linear(x, (Use(weights.index(i), (), ()),)) if i in weights else x for i, x in enumerate(arrays)]
-            out = self._evaluate(body.jaxpr, double, body.consts, inputs, inner)
+            out = self._evaluate(body.jaxpr, double, body.consts, inputs, inner, path)
             out = [self._perturbed(v, inner) for v in out]
             return out[: len(carry)], (out[len(carry) :], tuple(inner.records))
 

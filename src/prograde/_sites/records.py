@@ -14,6 +14,8 @@ from jaxtyping import Array
 from prograde._inject import varying_like
 from prograde._jaxprs import bind
 
+Place = tuple[tuple[int, ...], Any]  # the calls and loops that a value is inside, and its variable there
+
 
 class Step:
     """An operation that is linear, or affine, in its operand number `position`."""
@@ -61,7 +63,7 @@ class Site(eqx.Module):
     `noise` is the perturbation, with an axis for the tangents before those of the value, and one for each enclosing loop
     before that; `gain` the derivative of the nonlinearity that follows, where one does, with the axes of loops and of the value.
     `axis` is that of the examples within the value, or `None` where it has none. After `with_cotangents` `noise` holds the
-    cotangent instead, without an axis for the tangents.
+    cotangent instead, without an axis for the tangents. `place` tells where in the program the value is.
     """
 
     uses: tuple[Use, ...]
@@ -70,6 +72,7 @@ class Site(eqx.Module):
     axis: int | None = eqx.field(static=True)
     depth: int = eqx.field(static=True)
     ndim: int = eqx.field(static=True)
+    place: Place = eqx.field(static=True)
 
     def per_example(self, values: Array) -> Array:
         """Numbers per example, [..., batch], as an array that broadcasts against the value; their sum where it has no examples."""

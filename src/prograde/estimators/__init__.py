@@ -6,6 +6,7 @@ from prograde.estimators.backprop import Backprop, CheckpointedBackprop
 from prograde.estimators.exact import ForwardJacobian
 from prograde.estimators.feedback import LearnedFeedback
 from prograde.estimators.guided import Guided
+from prograde.estimators.local import LocalLosses, total_loss
 from prograde.estimators.spsa import CentralDifference
 from prograde.estimators.weight import WeightPerturbation
 
@@ -19,5 +20,7 @@ __all__ = [
     "ForwardJacobian",
     "Guided",
     "LearnedFeedback",
+    "LocalLosses",
     "WeightPerturbation",
+    "total_loss",
 ]

@@ -62,6 +62,11 @@ class Estimator(abc.ABC):
         del fun, params, args, has_aux
         return None
 
+    def objective(self, fun: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
+        """What is differentiated, as a function for any estimator: `fun` itself, or the sum of the many losses it returns."""
+        del has_aux
+        return fun
+
     @abc.abstractmethod
     def estimate(
         self,

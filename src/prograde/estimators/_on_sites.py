@@ -1,5 +1,6 @@
 """What estimators that perturb pre-activations have in common."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from jaxtyping import Array, PyTree
 
 from prograde._custom_vjp import inline_custom_vjp
 from prograde._inject import varying_like
-from prograde._sites import Program, Site, collect, sites, with_cotangents
+from prograde._sites import Program, Reach, Site, collect, reach_of, sites, with_cotangents
 from prograde._sites.records import Record
 from prograde.estimators._estimator import (
     Estimate,
@@ -29,17 +30,17 @@ from prograde.tangents._draw import threefry
 class Perturbed(eqx.Module):
     """A run with all sites perturbed: what every estimator on sites starts from.
 
-    `directional` is [num_tangents, batch], or [num_tangents, 1] for the loss of the whole batch. With an exact head, `error` is
-    the derivative of every example's loss by the value at the head, and `at_head` the derivative of that value along each
-    tangent.
+    `directional` has an array for each loss, [num_tangents, batch, ...], or [num_tangents, 1] for the loss of the whole batch. For
+    each exact head, by the place of its record, `errors` is the derivative of every example's loss by the value there, and
+    `at_heads` the derivative of that value along each tangent.
     """
 
     value: Array
     aux: PyTree
-    directional: Array
+    directional: list[Array]
     records: tuple[Record, ...]
-    error: Array | None
-    at_head: Array | None
+    errors: dict[int, Array]
+    at_heads: list[Array]
 
 
 @dataclass(frozen=True)
@@ -61,52 +62,54 @@ class SiteEstimator(Estimator):
 
     def program(self, fun: Any, params: PyTree, args: tuple[Any, ...], has_aux: bool) -> tuple[Program, PyTree[Array]]:
         """The function as a program with sites, and the parameters it is differentiated by."""
-        f, floats = split_params(fun, params, args, has_aux)
-        f = inline_custom_vjp(f) if self.custom_vjp == "inline" else f
+        _, floats = split_params(fun, params, args, has_aux)
 
-        def of_args(floats: PyTree[Array], *args: Any) -> tuple[Array, PyTree]:
+        def of_args(floats: PyTree[Array], *args: Any) -> tuple[list[Array], PyTree]:
             f, _ = split_params(fun, params, args, has_aux)
-            return (inline_custom_vjp(f) if self.custom_vjp == "inline" else f)(floats)
+            return self.losses((inline_custom_vjp(f) if self.custom_vjp == "inline" else f)(floats))
 
-        loss = jax.eval_shape(f, floats)[0]
+        loss = jax.eval_shape(lambda floats: of_args(floats, *args)[0][0], floats)
         if self.per_example and loss.ndim == 0:
             raise ValueError(
                 f"the function returned a scalar loss, but {type(self).__name__} weighs the perturbation of each example by that "
                 "example's own loss. Return the losses of all examples, [batch], without taking their mean (the estimator "
                 "takes it), or pass per_example=False."
             )
-        batch = loss.shape[0] if self.per_example and loss.shape != (1,) else None
+        batch = loss.shape[0] if self.per_example and loss.shape[0] != 1 else None
         return Program(of_args, floats, args, batch), floats
+
+    def losses(self, found: tuple[Array, PyTree]) -> tuple[list[Array], PyTree]:
+        """The losses that perturbations are weighed by, and the auxiliary output, of what the checked function returned."""
+        loss, aux = found
+        return [loss], aux
 
     def perturbed_run(self, program: Program, floats: PyTree[Array], key: Any) -> Perturbed:
         """The loss, and its derivative along `num_tangents` perturbations of all sites."""
         leaves = jax.tree.leaves(floats)
         key = threefry(key)
-        head = self._head(program, floats) if self.head == "exact" else None
+        heads = self.heads(program, floats) if self.head == "exact" else ()
 
         def one_tangent(index: Array) -> Perturbed:
-            def along(s: Array, shift: Array | None) -> Any:
-                place = None if head is None or shift is None else (head[0], shift)
-                run = program.run(leaves, s, jax.random.fold_in(key, index), self.noise._entries, place)
-                loss, *aux = run.outputs
-                return (loss, run.at_head), (aux, run.records)
+            def along(s: Array, shifts: dict[int, Array]) -> Any:
+                run = program.run(leaves, s, jax.random.fold_in(key, index), self.noise._entries, shifts)
+                return (run.losses, run.at_heads), (run.aux, run.records)
 
-            def both(shift: Array | None) -> Any:
+            def both(shifts: dict[int, Array]) -> Any:
                 primals = jnp.zeros(()), jnp.ones(())
-                out = jax.jvp(lambda s: along(s, shift), primals[:1], primals[1:], has_aux=True)
-                (loss, _), (directional, at_head), (aux, records) = out
-                return loss, (directional, at_head, aux, records)
+                out = jax.jvp(lambda s: along(s, shifts), primals[:1], primals[1:], has_aux=True)
+                (losses, _), (directional, at_heads), (aux, records) = out
+                return losses, (directional, at_heads, aux, records)
 
-            if head is None:
-                (loss, (directional, at_head, aux, records)), error = both(None), None
+            if not heads:
+                (losses, (directional, at_heads, aux, records)), errors = both({}), {}
             else:
-                # reverse mode for what follows the head, and nothing before
-                zeros = varying_like(jnp.zeros(head[1].shape, head[1].dtype), *leaves, *program.arrays)
-                loss, pull, (directional, at_head, aux, records) = jax.vjp(both, zeros, has_aux=True)
-                (error,) = pull(jnp.ones_like(loss) if program.batch is not None else jnp.ones_like(loss) / loss.size)
-            directional = wide(directional if program.batch is not None else jnp.mean(directional)[None])
-            _, aux = jax.tree.unflatten(program.out_tree, [loss, *aux])
-            return Perturbed(jnp.mean(loss), aux, directional, records, error, at_head)
+                losses, errors, (directional, at_heads, aux, records) = self._errors(program, floats, heads, both)
+            directional = [wide(d) for d in directional]
+            if not self.per_example:
+                directional = [jnp.mean(d)[None] for d in directional]
+            return Perturbed(
+                _mean(losses), jax.tree.unflatten(program.aux_tree, aux), directional, records, errors, at_heads
+            )
 
         # the records are the same for all tangents but for the noise, which gets an axis for them
         each = jax.eval_shape(one_tangent, jnp.asarray(0))
@@ -114,38 +117,57 @@ class SiteEstimator(Estimator):
         return jax.vmap(one_tangent, out_axes=axes)(jnp.arange(self.num_tangents))
 
     def plain_run(self, program: Program, floats: PyTree[Array], key: Any) -> Perturbed:
-        """The loss and its derivative at the exact head, without tangents. The noise in the records is not used."""
+        """The loss and its derivative at the exact heads, without tangents. The noise in the records is not used."""
         leaves = jax.tree.leaves(floats)
-        index, shape = self._head(program, floats)
-        zeros = varying_like(jnp.zeros(shape.shape, shape.dtype), *leaves, *program.arrays)
 
-        def loss_of(shift: Array) -> Any:
-            run = program.run(leaves, jnp.zeros(()), threefry(key), self.noise._entries, (index, shift))
-            return run.outputs[0], (run.outputs[1:], run.records)
+        def losses_of(shifts: dict[int, Array]) -> Any:
+            run = program.run(leaves, jnp.zeros(()), threefry(key), self.noise._entries, shifts)
+            return run.losses, (run.aux, run.records)
 
-        loss, pull, (aux, records) = jax.vjp(loss_of, zeros, has_aux=True)
-        (error,) = pull(jnp.ones_like(loss) if program.batch is not None else jnp.ones_like(loss) / loss.size)
-        _, aux = jax.tree.unflatten(program.out_tree, [loss, *aux])
-        return Perturbed(jnp.mean(loss), aux, jnp.zeros((0, program.batch or 1)), records, error, None)
+        losses, errors, (aux, records) = self._errors(program, floats, self.heads(program, floats), losses_of)
+        directional = [jnp.zeros((0, *loss.shape) if self.per_example else (0, 1)) for loss in losses]
+        return Perturbed(_mean(losses), jax.tree.unflatten(program.aux_tree, aux), directional, records, errors, [])
+
+    def _errors(self, program: Program, floats: PyTree[Array], heads: Sequence[int], losses_of: Any) -> Any:
+        """The losses, their derivatives by the values at the heads, by reverse mode of what follows them and nothing before."""
+        records = self.shapes(program, floats)
+        origin = [*jax.tree.leaves(floats), *program.arrays]
+        values = {i: site.noise for i, site in enumerate(records) if i in heads and isinstance(site, Site)}
+        zeros = {i: varying_like(jnp.zeros(value.shape, value.dtype), *origin) for i, value in values.items()}
+        losses, pull, others = jax.vjp(losses_of, zeros, has_aux=True)
+        ones = [jnp.ones_like(x) if self.per_example else jnp.ones_like(x) / x.size for x in losses]
+        return losses, pull(ones)[0], others
 
     def from_noise(self, site: Site, directional: Array) -> Array:
         """1/(K B) sum_k d_k u_k: a site's cotangent of the mean loss, from directional derivatives [num_tangents, batch]."""
-        noise = jnp.moveaxis(site.noise, site.depth, 0)
         weights = site.per_example(directional)
-        weights = weights.reshape(len(weights), *(1,) * site.depth, *weights.shape[1:])
-        return jnp.mean(weights * noise.astype(weights.dtype), axis=0) / directional.shape[1]
+        return (
+            weighed(site, weights.reshape(len(weights), *(1,) * site.depth, *weights.shape[1:])) / directional.shape[1]
+        )
 
     def from_cotangents(
         self, program: Program, run: Perturbed, floats: PyTree[Array], cotangents: Sequence[Array], state: PyTree
     ) -> Estimate:
-        """The estimate that follows from a cotangent of the mean loss at each site; that at an exact head is known."""
+        """The estimate that follows from a cotangent of the mean loss at each site that is no exact head."""
         leaves, treedef = jax.tree.flatten(floats)
-        if run.error is not None:
-            cotangents = [*cotangents, run.error / (program.batch or 1)]
+        remaining = iter(cotangents)
+        heads = [run.records[i] for i in run.errors]
+        known = {id(record): error for record, error in zip(heads, run.errors.values(), strict=True)}
+        cotangents = [
+            known[id(site)] / (program.batch or 1) if id(site) in known else next(remaining)
+            for site in sites(run.records)
+        ]
         grads = collect(with_cotangents(run.records, cotangents), leaves)
         grads = [g.astype(w.dtype) for g, w in zip(grads, leaves, strict=True)]
-        directional = run.directional if program.batch is not None else run.directional[:, 0]
+        directional = sum(jnp.sum(d, axis=tuple(range(2, d.ndim))) for d in run.directional)
+        assert isinstance(directional, jax.Array)  # there is a loss
+        directional = directional if program.batch is not None else directional[:, 0]
         return Estimate(run.value, unpack(run.aux), treedef.unflatten(grads), directional, state)
+
+    def hidden(self, run: Perturbed) -> list[Site]:
+        """The sites that are no exact heads."""
+        heads = [run.records[i] for i in run.errors]
+        return [site for site in sites(run.records) if not any(site is head for head in heads)]
 
     def shapes(self, program: Program, floats: PyTree[Array]) -> tuple[Record, ...]:
         """The records of a run, traced and not run; their noise has no axis for the tangents."""
@@ -156,15 +178,42 @@ class SiteEstimator(Estimator):
         program.shapes = run.records
         return run.records
 
-    def _head(self, program: Program, floats: PyTree[Array]) -> tuple[int, Any]:
+    def reach(self, program: Program, floats: PyTree[Array]) -> list[Reach]:
+        """What the perturbation of each site reaches."""
+        if program.reach is None:
+            program.reach = reach_of(program.closed.jaxpr, program.num_losses, sites(self.shapes(program, floats)))
+        return program.reach
+
+    def heads(self, program: Program, floats: PyTree[Array]) -> tuple[int, ...]:
+        """Which records are those of heads: sites that no other site follows."""
         records = self.shapes(program, floats)
-        last = records[-1] if records else None
-        if not isinstance(last, Site) or (program.batch is not None and last.axis is None):
+        followed = {id(s): bool(r.sites) for s, r in zip(sites(records), self.reach(program, floats), strict=True)}
+        found = tuple(
+            i
+            for i, record in enumerate(records)
+            if isinstance(record, Site)
+            and not followed[id(record)]
+            and (program.batch is None or record.axis is not None)
+        )
+        if not found:
             raise ValueError(
                 "head='exact', but the last weight that acts on the examples is inside a loop or acts on all of them together, "
                 "so what follows it is no function of its output alone. Pass head='perturbed'."
             )
-        return len(records) - 1, last.noise
+        return found
+
+
+def weighed(site: Site, weights: Array) -> Array:
+    """1/K sum_k weights_k u_k, for weights with the axes of the tangents, of loops and of the value, or 1 in their place."""
+    noise = jnp.moveaxis(site.noise, site.depth, 0)
+    return jnp.mean(weights * noise.astype(weights.dtype), axis=0)
+
+
+def _mean(losses: Sequence[Array]) -> Array:
+    """The mean over examples of the sum of all losses of an example."""
+    total = sum(jnp.mean(loss) * math.prod(loss.shape[1:]) for loss in losses)
+    assert isinstance(total, jax.Array)
+    return total
 
 
 def _noise_axes(records: Sequence[Record]) -> Any:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from prograde._sites import sites
 from prograde.estimators._estimator import check_key
 from prograde.estimators._on_sites import SiteEstimator
 
@@ -26,8 +25,9 @@ class ActivityPerturbation(SiteEstimator):
 
     - `noise`: the distribution of the entries of u, `Rademacher()` or `Normal()`.
     - `num_tangents`: K, at least 1.
-    - `head`: `"perturbed"`, or `"exact"` for the exact derivative of the loss by the output of the last site (the logits), by reverse
-      mode of what follows it alone. The noise of the head, and its part of the variance, are then gone.
+    - `head`: `"perturbed"`, or `"exact"` for the exact derivative of the loss by the output of the last site (the logits; of every
+      site that no other follows), by reverse mode of what follows it alone. Their noise, and its part of the variance, are
+      then gone.
     - `per_example`: whether each example's perturbation is weighed by that example's loss. `False` takes a scalar loss, and
       losses in which the examples depend on each other (batch normalisation), and weighs by the mean loss.
     - `custom_vjp`: as in `WeightPerturbation`.
@@ -64,6 +64,5 @@ class ActivityPerturbation(SiteEstimator):
         check_key(key)
         program, floats = self.program(fun, params, args, has_aux)
         run = self.perturbed_run(program, floats, key)
-        perturbed = sites(run.records)[: -1 if self.head == "exact" else None]
-        cotangents = [self.from_noise(site, run.directional) for site in perturbed]
+        cotangents = [self.from_noise(site, run.directional[0]) for site in self.hidden(run)]
         return self.from_cotangents(program, run, floats, cotangents, state)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, PyTree
 from prograde._inject import varying_like
 from prograde._sites import Program, Site, sites
 from prograde.estimators._estimator import Estimate, check_choice, check_key, check_positive, check_whole
-from prograde.estimators._on_sites import SiteEstimator, as_value, by_example
+from prograde.estimators._on_sites import Perturbed, SiteEstimator, as_value, by_example
 
 
 class FeedbackState(eqx.Module):
@@ -132,9 +132,7 @@ class LearnedFeedback(SiteEstimator):
     def _following(self, program: Program, floats: PyTree, key: Any, state: FeedbackState) -> Estimate:
         """A step with the feedback as it is: no noise, and no tangent."""
         run = self.plain_run(program, floats, key)
-        assert run.error is not None  # the head is exact
-        *hidden, head = sites(run.records)
-        error = by_example(run.error, head, 0)
+        hidden, error = self.hidden(run), self._at_heads(run, list(run.errors.values()), 0)
         cotangents = [
             jnp.zeros_like(site.noise)
             if feedback is None
@@ -146,14 +144,12 @@ class LearnedFeedback(SiteEstimator):
     def _learning(self, program: Program, floats: PyTree, key: Any, state: FeedbackState) -> Estimate:
         """A step with noise at all sites, from which the feedback learns."""
         run = self.perturbed_run(program, floats, key)
-        assert run.error is not None  # the head is exact
-        assert run.at_head is not None
-        *hidden, head = sites(run.records)
-        error = by_example(run.error, head, 0)
-        residual = by_example(run.at_head, head, 1).astype(jnp.float32)  # [num_tangents, batch, outputs]
+        hidden, error = self.hidden(run), self._at_heads(run, list(run.errors.values()), 0)
+        residual = self._at_heads(run, run.at_heads, 1).astype(jnp.float32)  # [num_tangents, batch, outputs]
+        directional = run.directional[0]
 
         guesses, power = [], jnp.zeros(())
-        predicted = jnp.zeros(run.directional.shape)
+        predicted = jnp.zeros(directional.shape)
         for site, feedback in zip(hidden, state.feedback, strict=True):
             guess = None
             if feedback is not None:
@@ -177,12 +173,18 @@ class LearnedFeedback(SiteEstimator):
                 feedback = feedback + rate * correlation
                 cotangent = as_value(guess, site) / len(error)
             if feedback is None or self.use == "control_variate":
-                left = run.directional if feedback is None else run.directional - predicted
+                left = directional if feedback is None else directional - predicted
                 from_noise = self.from_noise(site, left)
                 cotangent = from_noise if cotangent is None else cotangent + from_noise
             learned.append(feedback)
             cotangents.append(cotangent)
         return self.from_cotangents(program, run, floats, cotangents, FeedbackState(learned, state.step + 1))
+
+    def _at_heads(self, run: Perturbed, values: list[Array], lead: int) -> Array:
+        """Values at all heads, side by side: [..., batch, outputs]."""
+        heads = [run.records[i] for i in run.errors]
+        parts = [by_example(x, head, lead) for x, head in zip(values, heads, strict=True) if isinstance(head, Site)]
+        return jnp.concatenate(parts, axis=-1)
 
     def _guess(self, site: Site, feedback: Array, error: Array) -> Array:
         """phi'(z_i) * (F e_i), [*loops, batch, units]."""
@@ -190,15 +192,14 @@ class LearnedFeedback(SiteEstimator):
 
     def _feedback_shapes(self, program, floats):
         """The shape of each hidden site's feedback, `None` for sites that have no examples of their own."""
-        self._head(program, floats)  # refuses a program without one
-        *hidden, head = sites(self.shapes(program, floats))
+        records = self.shapes(program, floats)
+        heads = [records[i] for i in self.heads(program, floats)]
+        hidden = [site for site in sites(records) if not any(site is head for head in heads)]
         batch = program.batch or 1
+        outputs = sum(head.noise.size // batch for head in heads if isinstance(head, Site))
         whole = lambda site: program.batch is not None and site.axis is None  # noqa: E731
         units = lambda site: math.prod(site.noise.shape[site.depth :]) // batch  # noqa: E731
-        return [
-            None if whole(site) else (*site.noise.shape[: site.depth], units(site), head.noise.size // batch)
-            for site in hidden
-        ]
+        return [None if whole(site) else (*site.noise.shape[: site.depth], units(site), outputs) for site in hidden]
 
     def _check_state(self, state, wanted):
         known = isinstance(state, FeedbackState)

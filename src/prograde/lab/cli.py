@@ -90,7 +90,7 @@ class Compare:
     equal time, a report page, and the frontiers of loss against time and against memory.
     """
 
-    model: Annotated[str, tyro.conf.arg(metavar="mlp|cnn|mixer|transformer")] = "mlp"
+    model: Annotated[str, tyro.conf.arg(metavar="mlp|cnn|mixer|transformer|local-mixer-s|local-mixer-m")] = "mlp"
     """What is trained."""
     data: Annotated[str, tyro.conf.arg(metavar="digits|mnist|DIR")] = "digits"
     """digits (comes with the package), mnist (data directory, cache, or download), or a directory of idx files."""
@@ -292,7 +292,8 @@ def _compare(command: Compare, console, errors) -> None:
         out = command.from_
     else:
         _check_common(command)
-        names = compare.ESTIMATORS if "all" in command.estimators else command.estimators or compare.DEFAULT
+        every = compare.Plan.every_estimator(command.model)
+        names = every if "all" in command.estimators else command.estimators or compare.DEFAULT
         command = dataclasses.replace(command, estimators=tuple(names))
         chosen: dict[str, Any] = {f.name: getattr(command, f.name) for f in dataclasses.fields(compare.Plan)}
         try:

@@ -32,11 +32,15 @@ ESTIMATORS: dict[str, pg.Estimator] = {
     "dense": pg.WeightPerturbation(pg.Normal()),
     "momentum": pg.Guided("momentum"),
     "activity": pg.ActivityPerturbation(head="exact"),
+    "local": pg.LocalLosses(head="exact"),
+    "local-backprop": pg.Backprop(),
     "feedback": pg.LearnedFeedback(every=8),
     "feedback-unbiased": pg.LearnedFeedback(use="control_variate"),
     "difference": pg.CentralDifference(pg.LowRank(rank=1)),
 }
 DEFAULT = ("backprop", "checkpointed", "weight", "weight-16", "activity", "feedback")
+# follow the sum of the network's local losses, and not its loss at the end
+LOCAL = ("local", "local-backprop")
 # the same gradient at another cost: measured, but not searched and trained a second time
 SAME_GRADIENT = {"checkpointed": "backprop"}
 
@@ -66,6 +70,7 @@ class Model:
     build: Callable[[bool], models.Network]
     visit: int
     estimates: int
+    local: bool = False  # whether it has local losses
 
 
 MODELS = {
@@ -73,6 +78,14 @@ MODELS = {
     "cnn": Model("the paper's CNN", lambda merged: models.cnn(), visit=1, estimates=24),
     "mixer": Model("MLP-mixer, 4 blocks of width 64", models.mixer, visit=4, estimates=100),
     "transformer": Model("vision transformer, 4 blocks of width 64", models.transformer, visit=4, estimates=100),
+    "local-mixer-s": Model("LocalMixer S/1/1", models.local_mixer, visit=10, estimates=100, local=True),
+    "local-mixer-m": Model(
+        "LocalMixer M/1/16",
+        lambda merged: models.local_mixer(merged, width=512, groups=16),
+        visit=10,
+        estimates=100,
+        local=True,
+    ),
 }
 
 
@@ -114,6 +127,11 @@ class Plan:
                 raise ValueError(f"{name} {' '.join(unknown)}: not known. Valid names: {', '.join(known)}.")
             if not given or len(set(given)) < len(given):
                 raise ValueError(f"{name} {' '.join(given)}: at least one name is needed, each once.")
+        if not MODELS[self.model].local and (local := [x for x in self.estimators if x in LOCAL]):
+            models_with = ", ".join(name for name, model in MODELS.items() if model.local)
+            raise ValueError(
+                f"--estimators {' '.join(local)}: {self.model} has no local losses. Models with: {models_with}."
+            )
         if self.steps is not None and self.minutes is not None:
             raise ValueError(f"--steps {self.steps} and --minutes {self.minutes:g}: one of them decides the length.")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
@@ -125,6 +143,11 @@ class Plan:
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} {value}: at least {least} needed.")
+
+    @staticmethod
+    def every_estimator(model: str) -> tuple[str, ...]:
+        """All names that apply to a model."""
+        return tuple(name for name in ESTIMATORS if name not in LOCAL or model not in MODELS or MODELS[model].local)
 
     @property
     def entries(self) -> list[Entry]:
@@ -177,7 +200,8 @@ def run(plan: Plan, data: Dataset, out: Path, resume: bool, display: Display) ->
         experiment = Experiment(
             plan.model, "", lambda checkpointed: network, (), Reported(), Budget(), Budget(), in_scan=False
         )
-        return Trainer(experiment, found, data, optimizer=optimizer, per_example=True)
+        losses = "local" if estimator in LOCAL else "each"
+        return Trainer(experiment, found, data, optimizer=optimizer, losses=losses)
 
     trainers = {e.name: trainer(e.estimator, e.optimizer) for e in plan.entries}
     _measure_costs(plan, {"bare": trainer(None, plan.optimizers[0])} | trainers, out, display)
@@ -220,7 +244,7 @@ def _diagnose(plan: Plan, trainers: dict[str, Trainer], seconds: dict[str, float
                 if carry[3] is not None:  # it learns: at rate 0, so that the parameters stay
                     carry, _, _ = trainer.steps(carry, 0.0, 0, trainer.rows(0, 0, _LEARNING_STEPS))
                 found = pg.diagnostics.diagnose(
-                    trainer.network.losses,
+                    trainer.loss,
                     ESTIMATORS[estimator],
                     jax.random.key(_DIAGNOSIS_SEED),
                     carry[0],

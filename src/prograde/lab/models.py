@@ -31,10 +31,14 @@ class Surface:
 
 @dataclass(frozen=True)
 class Network:
-    """A classifier of images: `init(key) -> params` and `logits(params, images) -> [batch, classes]`."""
+    """A classifier of images: `init(key) -> params` and `logits(params, images) -> [batch, classes]`.
+
+    Some have `local_losses(params, images, labels)` as well: many losses of each example, for `LocalLosses`.
+    """
 
     init: Callable[[Key[Array, ""]], PyTree]
     logits: Callable[[PyTree, Float[Array, "batch 28 28"]], Float[Array, "batch classes"]]
+    local_losses: Callable[[PyTree, Array, Int[Array, " batch"]], PyTree[Array]] | None = None
 
     def loss(self, params: PyTree, images: Array, labels: Int[Array, " batch"]) -> Float[Array, ""]:
         """Mean softmax cross-entropy."""
@@ -191,9 +195,14 @@ def _norm(width: int) -> dict[str, Array]:
     return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
 
 
-def _layer_norm(norm: dict[str, Array], x: Array) -> Array:
+def _standardised(x: Array) -> Array:
+    """Mean 0 and mean square 1 along the last axis."""
     x = x - jnp.mean(x, -1, keepdims=True)
-    return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * norm["scale"] + norm["bias"]
+    return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
+
+
+def _layer_norm(norm: dict[str, Array], x: Array) -> Array:
+    return _standardised(x) * norm["scale"] + norm["bias"]
 
 
 def _on_patches(
@@ -276,3 +285,72 @@ def transformer(
         return h + dense(p["down"], jax.nn.gelu(dense(p["up"], z)))
 
     return _on_patches(size, width, depth, shapes, block, dense)
+
+
+def local_mixer(merged: bool = False, width: int = 256, groups: int = 1, depth: int = 1, side: int = 1) -> Network:
+    """LocalMixer of Ren et al. (arXiv 2210.03310): `side` x `side` patches, `depth` blocks, channels in `groups`, a loss for each.
+
+    Each block mixes channels, then those of each group by themselves; from the second on it mixes patches first and adds its
+    input. Everything is standardised within its group, so that groups meet in the shared layers alone. `local_losses` gives each
+    patch and group of a block the loss of the block's own classifier, of which it moves its own part only; blocks and the
+    classifier at the end do not reach back. S/1/1 is width 256 and one group, M/1/16 width 512 and 16 groups.
+    """
+    patches, size = side * side, IMAGE_SIZE // side
+    dense = _merged_dense if merged else _dense
+
+    def init(key):
+        key_out, *keys = jax.random.split(key, 1 + depth)
+        blocks = []
+        for i, (key_patches, key_shared, key_own, key_classifier) in enumerate(jax.random.split(k, 4) for k in keys):
+            block = {
+                "shared": _kaiming(key_shared, (width if i else size * size, width)),
+                "own": _kaiming(key_own, (groups, width // groups, width // groups)),
+                "classifier": _kaiming(key_classifier, (groups, width // groups, NUM_CLASSES)),
+            }
+            blocks.append(block | ({"patches": _kaiming(key_patches, (patches, patches))} if i else {}))
+        return {"blocks": blocks, "out": _kaiming(key_out, (width, NUM_CLASSES))}
+
+    def grouped(x):
+        return _standardised(x.reshape(*x.shape[:-1], groups, -1))
+
+    def block(p, h, first):
+        """[batch, patches, groups, channels of a group], from the same or, in the first block, from pixels."""
+        x = h if first else h.reshape(*h.shape[:2], width)
+        if not first:
+            x = jax.nn.relu(_standardised(dense(p["patches"], x.swapaxes(1, 2)))).swapaxes(1, 2)
+        x = jax.nn.relu(grouped(dense(p["shared"], x)))
+        x = _standardised(jnp.einsum("bpgc,gcd->bpgd", x, p["own"]["w"]) + p["own"]["b"])
+        return jax.nn.relu(x if first else x + h)
+
+    def images_of(images):
+        x = _patches(images, size)
+        return (x - 0.1307) / 0.3081  # mean and deviation of MNIST
+
+    def features(h):
+        return _standardised(jnp.mean(h, axis=1).reshape(len(h), width))
+
+    def logits(params, images):
+        h = images_of(images)
+        for i, p in enumerate(params["blocks"]):
+            h = block(p, h, i == 0)
+        return _dense(params["out"], features(h))
+
+    def local_losses(params, images, labels):
+        h, losses = images_of(images), []
+        for i, p in enumerate(params["blocks"]):
+            h = block(p, lax.stop_gradient(h), i == 0)
+            parts = jnp.einsum("bpgc,gck->bpgk", _standardised(h), p["classifier"]["w"]) + p["classifier"]["b"]
+            parts = parts / patches
+            whole = parts + lax.stop_gradient(jnp.sum(parts, axis=(1, 2), keepdims=True) - parts)
+            picked = jnp.broadcast_to(labels[:, None, None], whole.shape[:-1])
+            losses.append(optax.softmax_cross_entropy_with_integer_labels(whole, picked))
+        last = _dense(params["out"], features(lax.stop_gradient(h)))
+        return {"blocks": losses, "out": optax.softmax_cross_entropy_with_integer_labels(last, labels)}
+
+    return Network(init, logits, local_losses)
+
+
+def _kaiming(key: Key[Array, ""], shape: tuple[int, ...]) -> dict[str, Array]:
+    """Normal with deviation 2/sqrt(fan-in), at most 0.1, as the LocalMixer is initialised; biases zero."""
+    deviation = min(2 / math.sqrt(shape[-2]), 0.1)
+    return {"w": deviation * jax.random.normal(key, shape), "b": jnp.zeros((*shape[:-2], shape[-1]))}

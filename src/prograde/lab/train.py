@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class Run:
 
 OPTIMIZERS: dict[str, Callable[[optax.Schedule], optax.GradientTransformation]] = {"sgd": optax.sgd, "adam": optax.adam}
 
+Losses = Literal["mean", "each", "local"]
 Carry = tuple[PyTree, PyTree, Array, PyTree]  # parameters, state of the optimizer, step, state of the estimator
 
 
@@ -52,8 +53,8 @@ class Trainer:
     """Trains one subject by one estimator; compiled once, for all rates and seeds.
 
     Data order and keys derive from seed and step, so that a resumed run repeats the bits of an uninterrupted one.
-    `estimator=None` evaluates the loss on the same batches and changes nothing: the bare forward pass. `per_example` hands
-    estimators the loss of each example instead of the mean; `optimizer` is a name in `OPTIMIZERS`.
+    `estimator=None` evaluates the loss on the same batches and changes nothing: the bare forward pass. `losses` is what estimators
+    are handed: the mean loss, that of each example, or the network's many local losses; `optimizer` is a name in `OPTIMIZERS`.
     """
 
     def __init__(
@@ -63,22 +64,30 @@ class Trainer:
         data: Dataset | None,
         checkpointed: bool = False,
         optimizer: str = "sgd",
-        per_example: bool = False,
+        losses: Losses = "mean",
     ):
         self.surface = experiment.subject if isinstance(experiment.subject, Surface) else None
         self.in_scan = experiment.in_scan
         if self.surface is not None:
-            self._loss, self.train_data = self.surface.fun, ()
+            self.loss, self.train_data = self.surface.fun, ()
         else:
             assert callable(experiment.subject)
             assert data is not None
             self.network = experiment.subject(checkpointed)
-            self._loss = self.network.losses if per_example else self.network.loss
+            self.loss = self._losses(losses, estimator)
             self.data = data
             self.train_data = jax.tree.map(jnp.asarray, data.train)
         self._estimator = estimator
         self._optimizer = OPTIMIZERS[optimizer]
         self._jitted = jax.jit(self._scan if self.in_scan else self._step, donate_argnums=0)
+
+    def _losses(self, which: Losses, estimator: pg.Estimator | None) -> Callable[..., Any]:
+        if which != "local":
+            return self.network.losses if which == "each" else self.network.loss
+        if self.network.local_losses is None:
+            raise ValueError("this network has no local losses, which the estimator needs. Take the local mixer.")
+        local = self.network.local_losses
+        return local if isinstance(estimator, pg.LocalLosses) else pg.total_loss(local)
 
     def start(self, seed: int) -> Carry:
         """The state before the first step."""
@@ -87,7 +96,7 @@ class Trainer:
         estimator_state = None
         if self._estimator is not None:
             batch = jax.tree.map(lambda x: x[self.rows(seed, 0, 1)[0]], self.train_data)
-            estimator_state = self._estimator.init(self._loss, params, *batch)
+            estimator_state = self._estimator.init(self.loss, params, *batch)
         return params, self._scheduled(0.0).init(params), jnp.zeros((), jnp.int32), estimator_state
 
     def steps(
@@ -142,8 +151,8 @@ class Trainer:
         params, opt_state, step, estimator_state = carry
         batch = jax.tree.map(lambda x: x[rows], train_data)
         if self._estimator is None:
-            return (params, opt_state, step + 1, estimator_state), (jnp.mean(self._loss(params, *batch)), None)
-        found = self._estimator.estimate(self._loss, jax.random.fold_in(key, step), estimator_state, params, *batch)
+            return (params, opt_state, step + 1, estimator_state), (jnp.mean(self.loss(params, *batch)), None)
+        found = self._estimator.estimate(self.loss, jax.random.fold_in(key, step), estimator_state, params, *batch)
         updates, opt_state = self._scheduled(learning_rate).update(found.grads, opt_state, params)
         visited = params if self.surface is not None else None
         return (optax.apply_updates(params, updates), opt_state, step + 1, found.state), (found.value, visited)
