@@ -18,6 +18,7 @@ from prograde.estimators import (
     ForwardJacobian,
     Guided,
     LearnedFeedback,
+    Scaled,
     WeightPerturbation,
 )
 from prograde.tangents import (
@@ -50,6 +51,7 @@ __all__ = [
     "Normal",
     "Orthogonal",
     "Rademacher",
+    "Scaled",
     "Separable",
     "Sparse",
     "Sphere",

@@ -6,6 +6,7 @@ from prograde.estimators.backprop import Backprop, CheckpointedBackprop
 from prograde.estimators.exact import ForwardJacobian
 from prograde.estimators.feedback import LearnedFeedback
 from prograde.estimators.guided import Guided
+from prograde.estimators.scaled import Scaled
 from prograde.estimators.spsa import CentralDifference
 from prograde.estimators.weight import WeightPerturbation
 
@@ -19,5 +20,6 @@ __all__ = [
     "ForwardJacobian",
     "Guided",
     "LearnedFeedback",
+    "Scaled",
     "WeightPerturbation",
 ]

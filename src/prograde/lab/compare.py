@@ -31,6 +31,10 @@ ESTIMATORS: dict[str, pg.Estimator] = {
     "groups-8": pg.WeightPerturbation(pg.LowRank(rank=1), num_groups=8),
     "dense": pg.WeightPerturbation(pg.Normal()),
     "momentum": pg.Guided("momentum"),
+    "scaled-rows": pg.Scaled(scales=models.InputRMS()),
+    "scaled-gradient": pg.Scaled(scales="gradient"),
+    "scaled-curvature": pg.Scaled(scales="curvature"),
+    "preconditioned": pg.Scaled(scales="curvature", precondition=True),
     "activity": pg.ActivityPerturbation(head="exact"),
     "feedback": pg.LearnedFeedback(every=8),
     "feedback-unbiased": pg.LearnedFeedback(use="control_variate"),
@@ -41,7 +45,7 @@ DEFAULT = ("backprop", "checkpointed", "weight", "weight-16", "activity", "feedb
 SAME_GRADIENT = {"checkpointed": "backprop"}
 
 # what need not tell examples apart gets the faster network
-_MERGED = pg.Backprop | pg.CheckpointedBackprop | pg.WeightPerturbation | pg.CentralDifference | pg.Guided
+_MERGED = pg.Backprop | pg.CheckpointedBackprop | pg.WeightPerturbation | pg.CentralDifference | pg.Guided | pg.Scaled
 
 DEFAULT_MINUTES = 2.5
 POINTS = 12  # of a curve
@@ -114,6 +118,8 @@ class Plan:
                 raise ValueError(f"{name} {' '.join(unknown)}: not known. Valid names: {', '.join(known)}.")
             if not given or len(set(given)) < len(given):
                 raise ValueError(f"{name} {' '.join(given)}: at least one name is needed, each once.")
+        if "scaled-rows" in self.estimators and self.model != "mlp":
+            raise ValueError(f"--estimators scaled-rows --model {self.model}: it knows the layers of mlp only.")
         if self.steps is not None and self.minutes is not None:
             raise ValueError(f"--steps {self.steps} and --minutes {self.minutes:g}: one of them decides the length.")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
