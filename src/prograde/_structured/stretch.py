@@ -51,7 +51,7 @@ def _jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
     udot, *others = tangents
     if all(type(t) is ad.Zero for t in others):
         out = _value(u, about, c)
-        return out, ad.Zero.from_primal_value(out) if type(udot) is ad.Zero else c * udot
+        return out, ad.Zero(jax.typeof(out).to_tangent_aval()) if type(udot) is ad.Zero else c * udot
     return jax.jvp(_stretch, primals, tuple(ad.instantiate_zeros(t) for t in tangents))
 
 

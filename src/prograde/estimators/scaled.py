@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
 from prograde._custom_vjp import inline_custom_vjp
@@ -174,10 +175,10 @@ class Scaled(Estimator):
         return ScaleState(inner, zeros(num_leaves), bends, zeros(dtype=jnp.int32), zeros(dtype=jnp.int32))
 
     def estimate(self, fun, key, state, params, *args, has_aux=False):
-        check_key(key)
         learns, before = isinstance(self.scales, str), state
         f, floats = split_params(fun, params, args, has_aux)
         if learns:
+            check_key(key)
             self._check_state(state, floats)
         h, floats, scales = self.coordinates(fun, state, params, args, has_aux)
         found = self.estimator.estimate(h, key, state.inner if learns else state, floats, *args, has_aux=has_aux)
@@ -221,8 +222,11 @@ class Scaled(Estimator):
         # beside all leaves together, which one that has no gradient or does not bend cannot move far
         ratio = jnp.maximum(share(above), tiny) / jnp.maximum(share(below), tiny)
         squares = jnp.clip(ratio if self.precondition else jnp.sqrt(ratio), self.limit**-2.0, self.limit**2.0)
-        c = jnp.sqrt(squares * jnp.sum(sizes) / jnp.sum(sizes * squares))
-        c = jnp.where(state.probes >= len(leaves), c, 1.0)
+        known, total = state.probes >= len(leaves), jnp.sum(bends)
+        if self.precondition:
+            c = jnp.where(known & (total > 0), jnp.sqrt(squares / jnp.maximum(total, tiny)), 0.0)
+        else:
+            c = jnp.where(known, jnp.sqrt(squares * jnp.sum(sizes) / jnp.sum(sizes * squares)), 1.0)
         return treedef.unflatten([c[i].astype(w.dtype).reshape((1,) * w.ndim) for i, w in enumerate(leaves)])
 
     def _next(
@@ -246,7 +250,7 @@ class Scaled(Estimator):
 
         due = (state.step < num_leaves) | (state.step % self.every == 0)
         slopes, bends = lax.cond(due, probed, kept)
-        return ScaleState(inner, slopes, bends, state.probes + due, state.step + 1)
+        return ScaleState(inner, slopes, bends, state.probes + due.astype(jnp.int32), state.step + 1)
 
     def _probe(self, f: Any, key: Array, floats: PyTree[Array], at: Array) -> tuple[Array, Array]:
         """(grad f . v, v^T H v) along signs v of the leaf number `at`."""
@@ -278,7 +282,7 @@ def _check_scales(scales: PyTree) -> None:
                 f"{name}={c!r}, but a positive number or an array of them is needed, 'gradient', 'curvature', or a function of "
                 "(params, *args) that returns such a tree."
             )
-        if isinstance(c, jax.core.Tracer):
+        if isinstance(c, Tracer):
             continue
         values = np.asarray(c)
         if values.dtype.kind not in "fiuV" or not (np.isfinite(values.astype(np.float64)) & (values > 0)).all():

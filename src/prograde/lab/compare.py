@@ -35,6 +35,7 @@ ESTIMATORS: dict[str, pg.Estimator] = {
     "scaled-gradient": pg.Scaled(scales="gradient"),
     "scaled-curvature": pg.Scaled(scales="curvature"),
     "preconditioned": pg.Scaled(scales="curvature", precondition=True),
+    "preconditioned-one": pg.Scaled(scales="curvature", precondition=True, limit=1.0),
     "activity": pg.ActivityPerturbation(head="exact"),
     "feedback": pg.LearnedFeedback(every=8),
     "feedback-unbiased": pg.LearnedFeedback(use="control_variate"),
