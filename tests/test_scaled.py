@@ -39,7 +39,7 @@ def flat_scales(params, scales=None):
 
 @pytest.mark.parametrize(
     "inner",
-    [pg.ForwardJacobian(), pg.ForwardJacobian(chunk=5), pg.Backprop(), pg.WeightPerturbation(pg.Basis(), 48)],
+    [pg.ForwardJacobian(), pg.Backprop()],
     ids=repr,
 )
 @pytest.mark.parametrize("precondition", [False, True])
@@ -57,26 +57,25 @@ def test_all_derivatives_give_reverse_mode_and_its_multiple(inner, precondition,
     [
         pg.WeightPerturbation(num_tangents=3, chunk=2),
         pg.WeightPerturbation(pg.Normal(), num_groups=2),
-        pg.WeightPerturbation(pg.LowRank(1), 3, combine="projection"),
         pg.CentralDifference(step=0.1),
         pg.Guided("momentum", num_tangents=2),
-        pg.ForwardJacobian(),
     ],
     ids=repr,
 )
 def test_scales_of_one_are_the_estimator_inside_bit_for_bit(inner, key):
     params, loss, args, _ = problem(key)
     state = inner.init(loss, params, *args)
-    plain = inner.estimate(loss, key, state, params, *args)
-    scaled = pg.Scaled(inner, 1.0).estimate(loss, key, state, params, *args)
+    plain, scaled = (
+        jax.jit(lambda k, p, s, e=e: e.estimate(loss, k, s, p, *args))(key, params, state)
+        for e in (inner, pg.Scaled(inner, 1.0))
+    )
     assert jax.tree.structure(plain) == jax.tree.structure(scaled)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(scaled), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("distribution", [pg.LowRank(1), pg.LowRank(2, pg.Normal()), pg.Rademacher()], ids=repr)
-@pytest.mark.parametrize("precondition", [False, True])
-@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("distribution", [pg.LowRank(1), pg.LowRank(2, pg.Normal())], ids=repr)
+@pytest.mark.parametrize(("precondition", "chunk"), [(False, 2), (True, None)])
 def test_against_numpy(distribution, precondition, chunk, key):
     """v_k = c eps_k; d_k = grad . v_k; g = mean d_k v_k / c^2, or without the division."""
     params, loss, args, gradient = problem(key)
@@ -89,7 +88,7 @@ def test_against_numpy(distribution, precondition, chunk, key):
         slopes.append(gradient @ v)
         expected += slopes[-1] * (v if precondition else v / c**2) / k
     estimator = pg.Scaled(pg.WeightPerturbation(distribution, k, chunk), SCALES, precondition)
-    found = estimator.estimate(loss, key, None, params, *args)
+    found = jax.jit(lambda k, p: estimator.estimate(loss, k, None, p, *args))(key, params)
     np.testing.assert_allclose(found.directional, slopes, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(flat(found.grads), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
@@ -162,13 +161,10 @@ def test_stretch_is_the_line_through_the_parameters(key):
 LEARNED = [("gradient", False), ("curvature", False), ("curvature", True)]
 
 
-@pytest.mark.parametrize(
-    "scales",
-    [SCALES, lambda p, x, y: {"w": jnp.mean(jnp.abs(x), 0)[:, None], "b": 1.0, "out": 2.0}],
-    ids=["fixed", "function"],
-)
-def test_unbiased(scales, key):
+def test_unbiased(key):
+    """With scales from the data at hand, which are no function of the tangents."""
     params, loss, args, _ = problem(key)
+    scales = lambda p, x, y: {"w": jnp.mean(jnp.abs(x), 0)[:, None], "b": 1.0, "out": 2.0}
     assert_unbiased(pg.Scaled(scales=scales), loss, jax.random.fold_in(key, 1), params, *args, effect=0.1)
 
 
@@ -187,12 +183,11 @@ def test_the_scales_of_a_step_are_those_of_the_state_before_it(key):
     state = ScaleState(None, jnp.ones(3), jnp.asarray([1.0, 2.0, 40.0]), jnp.asarray(3), jnp.asarray(3))
     expected = np.asarray(estimator._learned(state, params)["w"]).item()
     assert expected != 1
+    fixed = pg.Scaled(scales={name: float(c.reshape(())) for name, c in estimator._learned(state, params).items()})
+    of_state = jax.jit(lambda k: estimator.estimate(loss, k, state, params, *args).grads)
+    of_fixed = jax.jit(lambda k: fixed.estimate(loss, k, None, params, *args).grads)
     for k in jax.random.split(key, 3):
-        found = estimator.estimate(loss, k, state, params, *args)
-        fixed = {name: float(c.reshape(())) for name, c in estimator._learned(state, params).items()}
-        np.testing.assert_array_equal(
-            flat(found.grads), flat(pg.Scaled(scales=fixed).estimate(loss, k, None, params, *args).grads)
-        )
+        np.testing.assert_allclose(flat(of_state(k)), flat(of_fixed(k)), rtol=1e-5, atol=1e-6)
 
 
 def test_the_mean_of_preconditioned_estimates(key):
@@ -213,9 +208,7 @@ def _sampled(draw, key, figure, effect):
     return np.concatenate([of(keys) for keys in batches])
 
 
-@pytest.mark.parametrize(
-    ("distribution", "excess"), [(pg.Rademacher(), 0), (pg.LowRank(1), 0), (pg.Normal(), 2)], ids=repr
-)
+@pytest.mark.parametrize(("distribution", "excess"), [(pg.LowRank(1), 0), (pg.Normal(), 2)], ids=repr)
 @pytest.mark.parametrize("precondition", [False, True])
 def test_second_moment(distribution, excess, precondition, key):
     """sum c^-2 sum c^2 grad^2 (+ 2 |grad|^2), or sum c^2 sum c^2 grad^2 (+ 2 sum c^4 grad^2). Notices 10 %."""
@@ -269,13 +262,32 @@ def test_scales_converge_to_the_optimum(mode, precondition, key):
         assert criterion(np.ones(3)) > 1.2 * (np.sqrt(weights) @ gradients) ** 2
 
 
+@pytest.mark.parametrize("limit", [1.0, 10.0])
+def test_the_rate_of_a_preconditioned_step_is_in_units_of_the_curvature(limit, key):
+    """f(w - r g) - f(w) = (r^2 / 2 - r) (grad f . v)^2 for every draw, where the Hessian is diagonal; no step before that is known."""
+    params = {name: jnp.zeros(shape) for name, shape in SIZES.items()}
+    estimator = pg.Scaled(scales="curvature", precondition=True, limit=limit)
+    state = estimator.init(bowl, params)
+    step = jax.jit(lambda k, s: estimator.estimate(bowl, k, s, params))
+    for k in jax.random.split(key, 3):
+        found = step(k, state)
+        assert not flat(found.grads).any()
+        state = found.state
+    for rate, k in zip((0.5, 1.0, 2.0), jax.random.split(jax.random.fold_in(key, 1), 3), strict=True):
+        found = step(k, state)
+        after = bowl(jax.tree.map(lambda w, g, rate=rate: w - rate * g, params, found.grads))
+        change, square = float(after - found.value), float(found.directional[0]) ** 2
+        assert change == pytest.approx((rate**2 / 2 - rate) * square, rel=1e-3, abs=1e-3 * square)
+
+
 @pytest.mark.parametrize(("mode", "precondition"), LEARNED)
 def test_probes_are_due_on_the_first_steps_and_then_every_so_often(mode, precondition, key):
     params = {name: jnp.zeros(shape) for name, shape in SIZES.items()}
     estimator = pg.Scaled(scales=mode, precondition=precondition, every=4, decay=0.5)
     state, probes, slopes = estimator.init(bowl, params), [], []
+    step = jax.jit(lambda k, s: estimator.estimate(bowl, k, s, params).state)
     for k in jax.random.split(key, 10):
-        state = estimator.estimate(bowl, k, state, params).state
+        state = step(k, state)
         probes.append(int(state.probes))
         slopes.append(np.asarray(state.slopes))
     assert probes == [1, 2, 3, 3, 4, 4, 4, 4, 5, 5]
@@ -308,14 +320,13 @@ def test_the_state_of_the_estimator_inside_is_carried(key):
     params, loss, args, _ = problem(key)
     inner = pg.Guided("previous")
     estimator = pg.Scaled(inner, "gradient")
-    state = estimator.init(loss, params, *args)
-    found = estimator.estimate(loss, key, state, params, *args)
+    step = jax.jit(lambda k, s: estimator.estimate(loss, k, s, params, *args), donate_argnums=1)
+    found = step(key, estimator.init(loss, params, *args))
     for a, b in zip(jax.tree.leaves(found.state.inner), jax.tree.leaves(found.grads), strict=True):
         np.testing.assert_array_equal(a, b)  # the scales are 1 before all leaves were probed
+    assert int(step(key, found.state).state.step) == 2
     with pytest.raises(TypeError, match="learns from step to step"):
         pg.value_and_grad(loss, estimator)(key, params, *args)
-    step = jax.jit(lambda k, s: estimator.estimate(loss, k, s, params, *args), donate_argnums=1)
-    assert int(step(key, step(key, estimator.init(loss, params, *args)).state).state.step) == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -325,7 +336,8 @@ def test_nothing_is_promoted(dtype, key, strict):
     for scales, precondition in [(2.0, False), ({"w": np.full((8, 1), 2.0), "b": 3.0}, True), *LEARNED]:
         estimator = pg.Scaled(scales=scales, precondition=precondition)
         state = estimator.init(loss, params, jnp.ones((4, 8), dtype))
-        found = estimator.estimate(loss, key, state, params, jnp.ones((4, 8), dtype))
+        step = lambda k, s, e=estimator: e.estimate(loss, k, s, params, jnp.ones((4, 8), dtype))
+        found = jax.eval_shape(step, key, state)
         assert {g.dtype for g in jax.tree.leaves(found.grads)} == {jnp.dtype(dtype)}
         assert jax.tree.map(jnp.shape, found.state) == jax.tree.map(jnp.shape, state)
 

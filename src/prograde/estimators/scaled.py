@@ -64,17 +64,20 @@ class Scaled(Estimator):
         - a function `scales(params, *args)` of the arguments of the loss that returns such a tree;
         - `"gradient"`: c_s^2 ~ sqrt(n_s) / |g_s|, of the least E |g|^2. n_s is the size of leaf s, g_s its gradient;
         - `"curvature"`: c_s^2 ~ sqrt(n_s h_s) / |g_s|, of the least E [g^T diag(h) g], what noise costs the loss to second order: h_s is the
-          mean of the Hessian's diagonal over the leaf. With `precondition=True` c_s^2 ~ 1 / h_s, a Newton step for each leaf, of which
-          h bends equally along all leaves.
+          mean of the Hessian's diagonal over the leaf. With `precondition=True` c_s^2 = 1 / (n h_s), n of all parameters: a Newton
+          step for each leaf. The Hessian of h then has the trace 1, whatever the function and however it bends later, and on a
+          quadratic function a step of one tangent of signs lowers the loss at rates between 0 and 2, at 1 the most.
     - `precondition`: whether what is returned estimates c^2 grad f instead of grad f: a learning rate for each scale.
     - `every`, `decay`: of learned scales. Every so many steps a probe looks along signs v of one leaf, the leaves in turn (on
       each step until each had one), and averages (grad f . v)^2, whose mean is |g_s|^2, and v^T H v, whose mean is n_s h_s. A new one
       weighs 1 - decay in the average of its leaf.
-    - `limit`: the most by which a learned scale differs from that of all leaves taken together, either way.
+    - `limit`: the most by which a learned scale differs from that of all leaves taken together, either way. With 1 and `precondition=True`
+      there is one for all, and what is learned is the rate alone.
 
     **State:** that of `estimator`, inside a `ScaleState` where scales are learned: the two averages for each leaf, and counts of
-    probes and of steps. Learned scales are 1 until each leaf was looked at, and then have sum n_s c_s^2 = sum n_s. They are those
-    of the probes of earlier steps, with keys of their own: given the state they do not depend on the tangents of the step.
+    probes and of steps. Until each leaf was looked at learned scales are 1, or 0 with `precondition=True`, so that no step is made; then
+    they have sum n_s c_s^2 = n, or the size above. They are those of the probes of earlier steps, with keys of their own: given
+    the state they do not depend on the tangents of the step.
 
     **Bias:** that of `estimator` for h, over c or times c: none for the mean of forward gradients, whatever the scales, learned ones
     too. A function of scales must not be random.
@@ -211,7 +214,7 @@ class Scaled(Estimator):
         return h, floats, scales
 
     def _learned(self, state: ScaleState | None, floats: PyTree[Array]) -> PyTree[Array]:
-        """The scale of each leaf from what was learned before this step: 1 for all until each was looked at."""
+        """The scale of each leaf from what was learned before this step."""
         if state is None:
             return jax.tree.map(lambda w: jnp.ones((1,) * w.ndim, w.dtype), floats)
         leaves, treedef = jax.tree.flatten(floats)
