@@ -246,6 +246,7 @@ def test_minutes_decide_the_steps_once(small_data, tmp_path):
         ({"estimators": ("weight", "magic")}, "--estimators magic.*backprop"),
         ({"estimators": ()}, "at least one"),
         ({"estimators": ("weight", "weight")}, "each once"),
+        ({"estimators": ("scaled-rows",), "model": "cnn"}, "layers of mlp only"),
         ({"optimizers": ("lion",)}, "--optimizers lion.*sgd, adam"),
         ({"steps": 5, "minutes": 1.0}, "one of them"),
         ({"steps": 0}, "--steps 0: at least 1"),
@@ -303,12 +304,13 @@ def test_a_frontier_is_what_nothing_beats_in_both(seed):
     assert kept == points - beaten
 
 
-def test_the_page_in_the_docs_says_what_the_record_does():
+@pytest.mark.parametrize("record", ["compare-mlp-mnist", "compare-scaled-mlp-mnist"])
+def test_the_page_in_the_docs_says_what_the_record_does(record):
     root = Path(__file__).parents[1]
-    comparison = compare_summary.read(root / "records" / "compare-mlp-mnist")
+    comparison = compare_summary.read(root / "records" / record)
     page = (root / "docs" / "compare.md").read_text()
     assert compare_report.conclusion(comparison) in page
     for table, columns in zip(compare_report.tables(comparison)[::2], [(2, 3), (1, 2, 4)], strict=True):
-        for row in table.rows[-2:]:
+        for row in table.rows[-len(comparison.results) :]:
             for column in columns:
                 assert row[column] in page

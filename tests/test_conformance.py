@@ -33,6 +33,8 @@ ESTIMATORS = [
     pg.WeightPerturbation(pg.LowRank(1), num_groups=2),
     pg.Guided("previous", num_tangents=3),
     pg.Guided("momentum", tangents=pg.Normal(), num_tangents=2, chunk=1),
+    pg.Scaled(scales=2.0),
+    pg.Scaled(pg.WeightPerturbation(pg.LowRank(1), 2), "curvature", precondition=True),
     pg.ForwardJacobian(),
     pg.ForwardJacobian(chunk=5),
     pg.Backprop(),

@@ -19,6 +19,7 @@ from prograde.estimators import (
     Guided,
     LearnedFeedback,
     LocalLosses,
+    Scaled,
     WeightPerturbation,
     total_loss,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "Normal",
     "Orthogonal",
     "Rademacher",
+    "Scaled",
     "Separable",
     "Sparse",
     "Sphere",

@@ -14,7 +14,7 @@ from prograde._custom_vjp import describe, inline_custom_vjp, is_custom_vjp
 from prograde._jaxprs import equations, multiply_adds, source
 from prograde._sites import leaves_of
 from prograde._structured import DenseFallback, Recorder, directional_derivative
-from prograde.estimators import Estimator, Guided, WeightPerturbation
+from prograde.estimators import Estimator, Guided, Scaled, WeightPerturbation
 from prograde.estimators._estimator import split_params
 from prograde.estimators._on_sites import SiteEstimator
 
@@ -163,12 +163,23 @@ def check(
         )
         return result.value, result.grads
 
+    def perturbed(dynamic: PyTree) -> tuple[Callable, PyTree]:
+        """`pieces` of the function as the innermost estimator sees it."""
+        (params, args), within, wrapped = eqx.combine(dynamic, static), fun, estimator
+        while isinstance(wrapped, Scaled):
+            within, params, _ = wrapped.coordinates(within, None, params, args, has_aux)
+            wrapped = wrapped.estimator
+        return split_params(within, params, args, has_aux)
+
+    inner = estimator
+    while isinstance(inner, Scaled):
+        inner = inner.estimator
     program = jax.make_jaxpr(alone)(dynamic).jaxpr
     by_hand = {describe(eqn): source(eqn) for eqn in equations(program) if is_custom_vjp(eqn)}
-    forward = hasattr(estimator, "custom_vjp")
+    forward = hasattr(inner, "custom_vjp")
     reached = _reached_by_tangents(pieces, dynamic) if forward and by_hand else set()
     differentiated = tuple(name for name, place in by_hand.items() if place in reached)
-    inline = getattr(estimator, "custom_vjp", None) == "inline"
+    inline = getattr(inner, "custom_vjp", None) == "inline"
     blocking = () if inline else differentiated
     cost_ratio = None
     if not blocking:
@@ -180,8 +191,8 @@ def check(
         blocking=blocking,
         bypassed=differentiated if inline else (),
         always_zero=_always_zero(pieces, dynamic, bool(by_hand)),
-        dense=_dense_fallbacks(pieces, dynamic, estimator)
-        if isinstance(estimator, WeightPerturbation | Guided) and not blocking
+        dense=_dense_fallbacks(perturbed, dynamic, inner)
+        if isinstance(inner, WeightPerturbation | Guided) and not blocking
         else (),
         sites=_sites(fun, dynamic, static, estimator, has_aux)
         if isinstance(estimator, SiteEstimator) and not blocking

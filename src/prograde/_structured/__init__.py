@@ -2,6 +2,7 @@
 
 - `tangent`: the factors of a tangent (`LowRankTangent`) and a weight that carries them (`PerturbedArray`);
 - `contractions`, `shapes`: the product rule of one primitive each, written for the factors;
+- `stretch`: other units for a parameter;
 - `control_flow`: loops, branches and calls that a perturbed weight enters;
 - `derivative`: a forward run along a tree of tangents, and the sum of weighted tangents.
 
@@ -18,6 +19,7 @@ from prograde._structured.derivative import (
     is_structured,
     weighted_sum,
 )
+from prograde._structured.stretch import stretch
 from prograde._structured.tangent import DenseFallback, LowRankTangent, PerturbedArray, Recorder
 
 __all__ = [
@@ -30,5 +32,6 @@ __all__ = [
     "inner_products",
     "inner_products_with",
     "is_structured",
+    "stretch",
     "weighted_sum",
 ]

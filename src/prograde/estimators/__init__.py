@@ -7,6 +7,7 @@ from prograde.estimators.exact import ForwardJacobian
 from prograde.estimators.feedback import LearnedFeedback
 from prograde.estimators.guided import Guided
 from prograde.estimators.local import LocalLosses, total_loss
+from prograde.estimators.scaled import Scaled
 from prograde.estimators.spsa import CentralDifference
 from prograde.estimators.weight import WeightPerturbation
 
@@ -21,6 +22,7 @@ __all__ = [
     "Guided",
     "LearnedFeedback",
     "LocalLosses",
+    "Scaled",
     "WeightPerturbation",
     "total_loss",
 ]

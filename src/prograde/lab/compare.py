@@ -31,6 +31,11 @@ ESTIMATORS: dict[str, pg.Estimator] = {
     "groups-8": pg.WeightPerturbation(pg.LowRank(rank=1), num_groups=8),
     "dense": pg.WeightPerturbation(pg.Normal()),
     "momentum": pg.Guided("momentum"),
+    "scaled-rows": pg.Scaled(scales=models.InputRMS()),
+    "scaled-gradient": pg.Scaled(scales="gradient"),
+    "scaled-curvature": pg.Scaled(scales="curvature"),
+    "preconditioned": pg.Scaled(scales="curvature", precondition=True),
+    "preconditioned-one": pg.Scaled(scales="curvature", precondition=True, limit=1.0),
     "activity": pg.ActivityPerturbation(head="exact"),
     "local": pg.LocalLosses(head="exact"),
     "local-backprop": pg.Backprop(),
@@ -45,7 +50,7 @@ LOCAL = ("local", "local-backprop")
 SAME_GRADIENT = {"checkpointed": "backprop"}
 
 # what need not tell examples apart gets the faster network
-_MERGED = pg.Backprop | pg.CheckpointedBackprop | pg.WeightPerturbation | pg.CentralDifference | pg.Guided
+_MERGED = pg.Backprop | pg.CheckpointedBackprop | pg.WeightPerturbation | pg.CentralDifference | pg.Guided | pg.Scaled
 
 DEFAULT_MINUTES = 2.5
 POINTS = 12  # of a curve
@@ -132,6 +137,8 @@ class Plan:
             raise ValueError(
                 f"--estimators {' '.join(local)}: {self.model} has no local losses. Models with: {models_with}."
             )
+        if "scaled-rows" in self.estimators and self.model != "mlp":
+            raise ValueError(f"--estimators scaled-rows --model {self.model}: it knows the layers of mlp only.")
         if self.steps is not None and self.minutes is not None:
             raise ValueError(f"--steps {self.steps} and --minutes {self.minutes:g}: one of them decides the length.")
         if self.minutes is not None and not 0 < self.minutes < math.inf:

@@ -122,6 +122,33 @@ def mlp(checkpointed: bool = False) -> Network:
     return Network(lambda key: _layers(key, shapes), logits)
 
 
+@dataclass(frozen=True)
+class InputRMS:
+    """For each row of the weights of `mlp` a scale of rms^-1/2, with the root mean square of its input on the batch at hand.
+
+    A row's gradient is about as large as its input, so that these have about the least second moment: `Scaled`, "gradient",
+    row by row. Inputs below `floor` times the root mean square of the layer's are taken as that.
+
+    **Errors:** `ValueError` for parameters of another model.
+    """
+
+    floor: float = 0.1
+
+    def __call__(self, params: PyTree, images: Array, labels: Array) -> PyTree:
+        del labels
+        if list(params) != ["hidden1", "hidden2", "out"]:
+            raise ValueError(
+                f"InputRMS knows the layers hidden1, hidden2 and out of mlp, but these are {', '.join(params)}."
+            )
+        h, scales = _flatten(images), {}
+        for name, layer in params.items():
+            squares = jnp.mean(jnp.square(h), axis=0)
+            rms = jnp.sqrt(jnp.maximum(squares, self.floor**2 * jnp.mean(squares)))
+            scales[name] = {"w": lax.rsqrt(rms)[:, None], "b": jnp.ones(())}
+            h = jax.nn.relu(_dense(layer, h))
+        return scales
+
+
 def cnn(checkpointed: bool = False) -> Network:
     """Four 3x3 convolutions of 64 channels without padding, 2x2 max-pooling after the second and fourth, 1024-1024-10.
 
