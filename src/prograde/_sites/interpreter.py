@@ -6,7 +6,7 @@ x @ W + h @ U.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -42,7 +42,7 @@ class Frame:
         self.key, self.s, self.entries, self.depth = key, s, entries, depth
         self.records: list[Record] = []
         self.drawn = 0
-        self.head: tuple[int, Array] | None = None  # which record is the head's, and what is added to its value
+        self.tail: Mapping[int, Array] = {}  # records that are not perturbed, and what is added to their values instead
         self.at_head: Array | None = None
 
     def next_key(self) -> Key[Array, ""]:
@@ -51,7 +51,7 @@ class Frame:
 
 
 class Run(eqx.Module):
-    """What one run gives: the outputs of the program, the records of its sites, and the value at the head."""
+    """What one run gives: the outputs of the program, the records of its sites, and the value at the head, the last of the tail."""
 
     outputs: list[Array]
     records: tuple[Record, ...]
@@ -113,14 +113,14 @@ class Program:
         s: Array,
         key: Key[Array, ""],
         entries: Entries,
-        head: tuple[int, Array] | None = None,
+        tail: Mapping[int, Array] | None = None,
     ) -> Run:
         """One run, every site perturbed by `s` times the `entries` drawn for it.
 
-        `head = (i, shift)` names the record of a site that is not perturbed: `shift` is added to its value instead.
+        `tail` names the records of sites that are not perturbed, each with a shift that is added to its value instead.
         """
         frame = Frame(key, s, entries)
-        frame.head = head
+        frame.tail = tail or {}
         inputs = [*(Linear(w, (Use(i, (), ()),)) for i, w in enumerate(leaves)), *self.arrays]
         twin = None if self.twin is None else self.twin.jaxpr
         loss, *aux = self._evaluate(self.closed.jaxpr, twin, self.closed.consts, inputs, frame)
@@ -231,8 +231,8 @@ class Program:
         if not isinstance(value, Linear):
             return value
         z = value.value
-        if frame.head is not None and frame.head[0] == len(frame.records):
-            frame.at_head = z + frame.head[1].astype(z.dtype)
+        if len(frame.records) in frame.tail:
+            frame.at_head = z + frame.tail[len(frame.records)].astype(z.dtype)
             frame.records.append(Site(value.uses, jnp.zeros_like(z), None, value.axis, frame.depth, z.ndim))
             return frame.at_head
         noise = frame.entries(frame.next_key(), z.shape, z.dtype)

@@ -1,6 +1,6 @@
 """What estimators that perturb pre-activations have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,16 +29,16 @@ from prograde.tangents._draw import threefry
 class Perturbed(eqx.Module):
     """A run with all sites perturbed: what every estimator on sites starts from.
 
-    `directional` is [num_tangents, batch], or [num_tangents, 1] for the loss of the whole batch. With an exact head, `error` is
-    the derivative of every example's loss by the value at the head, and `at_head` the derivative of that value along each
-    tangent.
+    `directional` is [num_tangents, batch], or [num_tangents, 1] for the loss of the whole batch. With an exact head, `errors` are
+    the derivatives of every example's loss by the values at the sites of the tail, the last of which is the head, and `at_head` is
+    the derivative of the value at the head along each tangent.
     """
 
     value: Array
     aux: PyTree
     directional: Array
     records: tuple[Record, ...]
-    error: Array | None
+    errors: list[Array]
     at_head: Array | None
 
 
@@ -82,31 +82,30 @@ class SiteEstimator(Estimator):
         """The loss, and its derivative along `num_tangents` perturbations of all sites."""
         leaves = jax.tree.leaves(floats)
         key = threefry(key)
-        head = self._head(program, floats) if self.head == "exact" else None
+        tail = self._tail(program, floats) if self.head == "exact" else {}
 
         def one_tangent(index: Array) -> Perturbed:
-            def along(s: Array, shift: Array | None) -> Any:
-                place = None if head is None or shift is None else (head[0], shift)
-                run = program.run(leaves, s, jax.random.fold_in(key, index), self.noise._entries, place)
+            def along(s: Array, shifts: Mapping[int, Array]) -> Any:
+                run = program.run(leaves, s, jax.random.fold_in(key, index), self.noise._entries, shifts)
                 loss, *aux = run.outputs
                 return (loss, run.at_head), (aux, run.records)
 
-            def both(shift: Array | None) -> Any:
+            def both(shifts: Mapping[int, Array]) -> Any:
                 primals = jnp.zeros(()), jnp.ones(())
-                out = jax.jvp(lambda s: along(s, shift), primals[:1], primals[1:], has_aux=True)
+                out = jax.jvp(lambda s: along(s, shifts), primals[:1], primals[1:], has_aux=True)
                 (loss, _), (directional, at_head), (aux, records) = out
                 return loss, (directional, at_head, aux, records)
 
-            if head is None:
-                (loss, (directional, at_head, aux, records)), error = both(None), None
+            if not tail:
+                (loss, (directional, at_head, aux, records)), errors = both({}), []
             else:
-                # reverse mode for what follows the head, and nothing before
-                zeros = varying_like(jnp.zeros(head[1].shape, head[1].dtype), *leaves, *program.arrays)
+                # reverse mode for the tail and what follows it, and nothing before
+                zeros = self._no_shifts(program, leaves, tail)
                 loss, pull, (directional, at_head, aux, records) = jax.vjp(both, zeros, has_aux=True)
-                (error,) = pull(jnp.ones_like(loss) if program.batch is not None else jnp.ones_like(loss) / loss.size)
+                errors = self._errors(program, pull, loss)
             directional = wide(directional if program.batch is not None else jnp.mean(directional)[None])
             _, aux = jax.tree.unflatten(program.out_tree, [loss, *aux])
-            return Perturbed(jnp.mean(loss), aux, directional, records, error, at_head)
+            return Perturbed(jnp.mean(loss), aux, directional, records, errors, at_head)
 
         # the records are the same for all tangents but for the noise, which gets an axis for them
         each = jax.eval_shape(one_tangent, jnp.asarray(0))
@@ -114,19 +113,28 @@ class SiteEstimator(Estimator):
         return jax.vmap(one_tangent, out_axes=axes)(jnp.arange(self.num_tangents))
 
     def plain_run(self, program: Program, floats: PyTree[Array], key: Any) -> Perturbed:
-        """The loss and its derivative at the exact head, without tangents. The noise in the records is not used."""
+        """The loss and its derivatives at the exact sites, without tangents. The noise in the records is not used."""
         leaves = jax.tree.leaves(floats)
-        index, shape = self._head(program, floats)
-        zeros = varying_like(jnp.zeros(shape.shape, shape.dtype), *leaves, *program.arrays)
 
-        def loss_of(shift: Array) -> Any:
-            run = program.run(leaves, jnp.zeros(()), threefry(key), self.noise._entries, (index, shift))
+        def loss_of(shifts: Mapping[int, Array]) -> Any:
+            run = program.run(leaves, jnp.zeros(()), threefry(key), self.noise._entries, shifts)
             return run.outputs[0], (run.outputs[1:], run.records)
 
+        zeros = self._no_shifts(program, leaves, self._tail(program, floats))
         loss, pull, (aux, records) = jax.vjp(loss_of, zeros, has_aux=True)
-        (error,) = pull(jnp.ones_like(loss) if program.batch is not None else jnp.ones_like(loss) / loss.size)
+        errors = self._errors(program, pull, loss)
         _, aux = jax.tree.unflatten(program.out_tree, [loss, *aux])
-        return Perturbed(jnp.mean(loss), aux, jnp.zeros((0, program.batch or 1)), records, error, None)
+        return Perturbed(jnp.mean(loss), aux, jnp.zeros((0, program.batch or 1)), records, errors, None)
+
+    @staticmethod
+    def _no_shifts(program: Program, leaves: Sequence[Array], tail: Mapping[int, Any]) -> dict[int, Array]:
+        zeros = {i: jnp.zeros(value.shape, value.dtype) for i, value in tail.items()}
+        return jax.tree.map(lambda x: varying_like(x, *leaves, *program.arrays), zeros)
+
+    @staticmethod
+    def _errors(program: Program, pull: Callable, loss: Array) -> list[Array]:
+        (errors,) = pull(jnp.ones_like(loss) if program.batch is not None else jnp.ones_like(loss) / loss.size)
+        return list(errors.values())
 
     def from_noise(self, site: Site, directional: Array) -> Array:
         """1/(K B) sum_k d_k u_k: a site's cotangent of the mean loss, from directional derivatives [num_tangents, batch]."""
@@ -138,10 +146,9 @@ class SiteEstimator(Estimator):
     def from_cotangents(
         self, program: Program, run: Perturbed, floats: PyTree[Array], cotangents: Sequence[Array], state: PyTree
     ) -> Estimate:
-        """The estimate that follows from a cotangent of the mean loss at each site; that at an exact head is known."""
+        """The estimate that follows from a cotangent of the mean loss at each site; those of the tail are known."""
         leaves, treedef = jax.tree.flatten(floats)
-        if run.error is not None:
-            cotangents = [*cotangents, run.error / (program.batch or 1)]
+        cotangents = [*cotangents, *(error / (program.batch or 1) for error in run.errors)]
         grads = collect(with_cotangents(run.records, cotangents), leaves)
         grads = [g.astype(w.dtype) for g, w in zip(grads, leaves, strict=True)]
         directional = run.directional if program.batch is not None else run.directional[:, 0]
@@ -156,7 +163,8 @@ class SiteEstimator(Estimator):
         program.shapes = run.records
         return run.records
 
-    def _head(self, program: Program, floats: PyTree[Array]) -> tuple[int, Any]:
+    def _tail(self, program: Program, floats: PyTree[Array]) -> dict[int, Any]:
+        """The records that are exact, and shape and dtype of the value at each. The last one is the head."""
         records = self.shapes(program, floats)
         last = records[-1] if records else None
         if not isinstance(last, Site) or (program.batch is not None and last.axis is None):
@@ -164,7 +172,21 @@ class SiteEstimator(Estimator):
                 "head='exact', but the last weight that acts on the examples is inside a loop or acts on all of them together, "
                 "so what follows it is no function of its output alone. Pass head='perturbed'."
             )
-        return len(records) - 1, last.noise
+        count = self.num_exact
+        tail = {i: record.noise for i, record in list(enumerate(records))[-count:] if isinstance(record, Site)}
+        if len(tail) < count:
+            why = (
+                f"the function has only {len(tail)}"
+                if len(records) < count
+                else "one of its last weights is inside a loop"
+            )
+            raise ValueError(f"tail={count}, but {why}. Pass a smaller tail.")
+        return tail
+
+    @property
+    def num_exact(self) -> int:
+        """How many of the last sites have exact cotangents where the head is exact."""
+        return 1
 
 
 def _noise_axes(records: Sequence[Record]) -> Any:

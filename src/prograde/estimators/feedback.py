@@ -1,6 +1,7 @@
 """Learned feedback: matrices that carry the error at the output straight to every hidden unit."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Int, PyTree
 
 from prograde._inject import varying_like
 from prograde._sites import Program, Site, sites
+from prograde._sites.records import Record
 from prograde.estimators._estimator import Estimate, check_choice, check_key, check_positive, check_whole
 from prograde.estimators._on_sites import SiteEstimator, as_value, by_example
 
@@ -53,7 +55,10 @@ class LearnedFeedback(SiteEstimator):
     - `every`: on how many steps one is with noise, and F learns. The others cost a forward pass and the weight gradients alone;
       their `directional` is `None`, and a weight that is not at a site, and so only learns from noise, gets zero.
 
-    **State:** a `FeedbackState`: F for every site, [units, outputs] in float32 (one for each iteration of an enclosing loop), zero at
+    - `tail`: how many of the last sites have their exact cotangent, by reverse mode of them and what follows. With 1 no cotangent crosses a
+      weight. With 2 it crosses the last one, which is cheap where outputs are few, and only the sites before need a guess.
+
+    **State:** a `FeedbackState`: F for every site before the tail, [units, outputs] in float32 (one for each iteration of an enclosing loop), zero at
     first; and the number of the step.
 
     **Bias:** `"feedback"`: E[delta_i] - delta_i = phi' * (E F - J_i) e_i: the Jacobian of the average example stands for each one's
@@ -64,7 +69,8 @@ class LearnedFeedback(SiteEstimator):
 
     **Cost:** that of `ActivityPerturbation` on steps with noise, a third less on the others, and units x outputs multiply-adds per example and site, three times.
 
-    **Errors:** as `ActivityPerturbation`; `ValueError` for a rate outside (0, 1] or a state from another model.
+    **Errors:** as `ActivityPerturbation`; `ValueError` for a rate outside (0, 1], a state from another model, a tail longer
+    than there are sites outside of loops.
 
     **Source:** Bacho and Chu, arXiv 2212.07282 (FDFA), who average dy u^T; here the residual of the regression is averaged, which
     leaves out the noise that the other units make.
@@ -86,6 +92,7 @@ class LearnedFeedback(SiteEstimator):
     rate: float = 0.2
     use: Literal["feedback", "control_variate"] = "feedback"
     every: int = 1
+    tail: int = 1
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,6 +100,7 @@ class LearnedFeedback(SiteEstimator):
         check_positive("rate", self.rate, at_most=1)
         check_choice("use", self.use, ("feedback", "control_variate"))
         check_whole("every", self.every)
+        check_whole("tail", self.tail)
         if self.every > 1 and self.use == "control_variate":
             raise ValueError(
                 f"every={self.every} with use='control_variate', but that needs the noise of every step. Use every=1."
@@ -132,9 +140,8 @@ class LearnedFeedback(SiteEstimator):
     def _following(self, program: Program, floats: PyTree, key: Any, state: FeedbackState) -> Estimate:
         """A step with the feedback as it is: no noise, and no tangent."""
         run = self.plain_run(program, floats, key)
-        assert run.error is not None  # the head is exact
-        *hidden, head = sites(run.records)
-        error = by_example(run.error, head, 0)
+        *hidden, head = self._split(run.records)
+        error = by_example(run.errors[-1], head, 0)
         cotangents = [
             jnp.zeros_like(site.noise)
             if feedback is None
@@ -146,10 +153,9 @@ class LearnedFeedback(SiteEstimator):
     def _learning(self, program: Program, floats: PyTree, key: Any, state: FeedbackState) -> Estimate:
         """A step with noise at all sites, from which the feedback learns."""
         run = self.perturbed_run(program, floats, key)
-        assert run.error is not None  # the head is exact
-        assert run.at_head is not None
-        *hidden, head = sites(run.records)
-        error = by_example(run.error, head, 0)
+        assert run.at_head is not None  # the head is exact
+        *hidden, head = self._split(run.records)
+        error = by_example(run.errors[-1], head, 0)
         residual = by_example(run.at_head, head, 1).astype(jnp.float32)  # [num_tangents, batch, outputs]
 
         guesses, power = [], jnp.zeros(())
@@ -184,14 +190,23 @@ class LearnedFeedback(SiteEstimator):
             cotangents.append(cotangent)
         return self.from_cotangents(program, run, floats, cotangents, FeedbackState(learned, state.step + 1))
 
+    @property
+    def num_exact(self):
+        return self.tail
+
+    def _split(self, records: Sequence[Record]) -> list[Site]:
+        """The sites that are given feedback, and the head."""
+        every = sites(records)
+        return [*every[: -self.tail], every[-1]]
+
     def _guess(self, site: Site, feedback: Array, error: Array) -> Array:
         """phi'(z_i) * (F e_i), [*loops, batch, units]."""
         return jnp.einsum("...uo,bo->...bu", feedback, error.astype(feedback.dtype)) * _gain(site)
 
     def _feedback_shapes(self, program, floats):
         """The shape of each hidden site's feedback, `None` for sites that have no examples of their own."""
-        self._head(program, floats)  # refuses a program without one
-        *hidden, head = sites(self.shapes(program, floats))
+        self._tail(program, floats)  # refuses a program without one
+        *hidden, head = self._split(self.shapes(program, floats))
         batch = program.batch or 1
         whole = lambda site: program.batch is not None and site.axis is None  # noqa: E731
         units = lambda site: math.prod(site.noise.shape[site.depth :]) // batch  # noqa: E731
