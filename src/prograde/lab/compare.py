@@ -20,7 +20,7 @@ from prograde.lab import costs, models, records
 from prograde.lab.data import BATCH_SIZE, DataError, Dataset
 from prograde.lab.display import Display
 from prograde.lab.experiments import DECAY, Budget, Experiment, Reported
-from prograde.lab.train import OPTIMIZERS, SCHEDULES, SEARCH_GRID, Run, Trainer, search, train
+from prograde.lab.train import OPTIMIZERS, SEARCH_GRID, Run, Trainer, search, train
 
 ESTIMATORS: dict[str, pg.Estimator] = {
     "backprop": pg.Backprop(),
@@ -51,7 +51,7 @@ TRIALS = len(SEARCH_GRID) + 2
 JUDGED = 4  # of the eight parts of a trial: a rate that is good at one moment and bad at the next is not good
 LEAST_ESTIMATES = 8  # where nothing is random, and the least that `diagnose` takes
 EVAL_EXAMPLES = 2000
-_SCHEDULES = {
+SCHEDULES = {  # those of `train`, in words
     "exp": f"rate eta_0 exp(-{DECAY:g} t)",
     "cosine": "rate eta_0 (1 + cos(pi t / T)) / 2 over the T steps of a run",
 }
@@ -163,7 +163,7 @@ class Plan:
             "estimators": {name: repr(ESTIMATORS[name]) for name in self.estimators},
             "estimates": {name: self.num_estimates(name) for name in self.estimators},
             "optimizers": list(self.optimizers),
-            "schedule": _SCHEDULES[self.schedule],
+            "schedule": SCHEDULES[self.schedule],
             "steps": self.steps,
             "minutes": minutes,
             "seeds": self.seeds,

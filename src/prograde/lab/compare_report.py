@@ -39,6 +39,11 @@ the points of a curve. T is the time to reach the best held-out loss of backprop
 optimizer, over the time that the faster of the backprops compared takes, the median over the seeds; “> x” means that
 the median seed does not get there in x times backprop's time. A frontier joins what nothing else beats in both respects."""
 
+_UNEQUAL = (
+    "At equal time, runs of slower steps have not come to the end of their schedule; T and the losses after equal steps are "
+    "free of that."
+)
+
 # Okabe and Ito; backprop has the blue that it has everywhere
 _COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6F47", "#7F3C8D")
 _MARKERS = "osDv<>Ph"
@@ -165,6 +170,7 @@ def conclusion(comparison: Comparison) -> str:
             f"After {comparison.equal_seconds:.3g} s of steps each",
             [(r, r.at_equal_time) for r in comparison.results],
         ),
+        _UNEQUAL if comparison.falls_to_zero else "",
     ]
     biased = dict.fromkeys(r.entry.estimator for r in comparison.results if r.diagnosis["bias_detected"])
     said.append(f"Bias was seen in {', '.join(biased)}." if biased else "Bias was seen in none.")
@@ -317,5 +323,5 @@ def made_on(comparison: Comparison) -> str:
         )
     return (
         f"Made on {'; then on '.join(dict.fromkeys(places))}. Batches of {config['batch_size']}, {config['schedule']}, "
-        f"{config['trials']} trials of {comparison.steps} steps, {config['seeds']} seeds, {POINTS} points on a curve."
+        f"losses of {config['eval_examples']} examples at most, {config['trials']} trials of {comparison.steps} steps, {config['seeds']} seeds, {POINTS} points on a curve."
     )
