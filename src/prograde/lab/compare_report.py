@@ -210,6 +210,9 @@ def figure(comparison: Comparison) -> str | None:
             by_time, *_frontier(np.concatenate([c[0][1:] for c in curves]), np.concatenate([c[1][1:] for c in curves]))
         )
         _memory_panel(by_memory, comparison)
+        # the start, the same for all, would leave the curves no room
+        shown = np.concatenate([mean[1:] for _, mean in curves])
+        by_steps.set_ylim(shown.min() / 1.15, shown.max() * 1.15)
         by_steps.set(xlabel="steps", ylabel="held-out loss (nats), mean over seeds", yscale="log")
         by_time.set(xlabel="time (s)", xscale="log")
         by_time.axvline(comparison.equal_seconds, color="#888888", linewidth=0.8, linestyle=":")
@@ -231,11 +234,13 @@ def _style(comparison: Comparison, result: Result) -> dict[str, Any]:
     name = result.entry.estimator
     others = [e for e in comparison.manifest["config"]["estimators"] if e != "backprop" and e not in SAME_GRADIENT]
     i = others.index(name) if name in others else 0
+    several = len(comparison.manifest["config"]["optimizers"]) > 1
     reverse = name == "backprop" or name in SAME_GRADIENT
     return {
         "color": "#0072B2" if reverse else _COLOURS[i % len(_COLOURS)],
         "marker": "^" if reverse else _MARKERS[i % len(_MARKERS)],
-        "linestyle": (_DOTS if name in SAME_GRADIENT else _DASHES)[result.entry.optimizer],
+        "linestyle": (_DOTS if name in SAME_GRADIENT else _DASHES)[result.entry.optimizer if several else "sgd"],
+        "alpha": 0.55 if several and result.entry.optimizer == "adam" else 1,
         "hollow": name in SAME_GRADIENT,
         "label": comparison.label(result.entry),
     }
@@ -278,7 +283,7 @@ def _memory_panel(axes: Any, comparison: Comparison) -> None:
         face = "white" if style["hollow"] else style["color"]
         axes.errorbar(
             [memory], [loss.mean], yerr=spread, fmt=style["marker"], color=style["color"], markerfacecolor=face,
-            markersize=7, elinewidth=1, alpha=0.55 if result.entry.optimizer == "adam" else 1,
+            markersize=7, elinewidth=1, alpha=style["alpha"],
         )  # fmt: skip
     axes.axvline(comparison.costs["bare"]["temp_bytes"] / 2**20, color="#888888", linewidth=0.8, linestyle="--")
 
