@@ -219,7 +219,8 @@ def figure(comparison: Comparison) -> str | None:
         by_memory.set(xlabel="XLA temporary memory (MiB)", xscale="log")
         by_memory.set_title(f"after {comparison.equal_seconds:.3g} s; dashed: forward pass", loc="left", fontsize=9)
         for axis in (by_steps.yaxis, by_time.xaxis, by_memory.xaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            narrow = axis is by_steps.yaxis and shown.max() < 8 * shown.min()
+            axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if narrow else (1, 2, 5)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
         handles, labels = by_time.get_legend_handles_labels()
