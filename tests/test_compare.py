@@ -18,7 +18,7 @@ from rich.console import Console
 
 import prograde as pg
 from prograde.lab import compare, compare_report, compare_summary, models, records, train
-from prograde.lab.data import Dataset
+from prograde.lab.data import DataError, Dataset
 from prograde.lab.display import Display
 from prograde.lab.experiments import Budget, Experiment, Reported
 
@@ -183,7 +183,14 @@ def test_resumed_equals_uninterrupted(finished, small_data, tmp_path):
 
 def test_another_comparison_is_refused_and_nothing_changes(finished, small_data):
     files = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    for other in ({"seeds": 3}, {"steps": 5}, {"estimators": ("backprop", "weight")}, {"optimizers": ("adam",)}):
+    for other in (
+        {"seeds": 3},
+        {"steps": 5},
+        {"estimators": ("backprop", "weight")},
+        {"optimizers": ("adam",)},
+        {"batch_size": 32},
+        {"schedule": "cosine"},
+    ):
         for resume in (False, True):
             with pytest.raises(records.RecordError, match="another configuration"):
                 compare.run(plan(**other), small_data, finished, resume, silent())
@@ -239,6 +246,48 @@ def test_minutes_decide_the_steps_once(small_data, tmp_path):
     assert compare._steps(chosen, trainers, {name: 1.0 for name in seconds}, 0.0, tmp_path) == steps
 
 
+@dataclasses.dataclass(frozen=True)
+class Ones(pg.Estimator):
+    """Says that every derivative is 1, so that a step is the rate."""
+
+    def estimate(self, fun, key, state, params, *args, has_aux=False):
+        found = pg.Backprop().estimate(fun, key, None, params, *args, has_aux=has_aux)
+        return dataclasses.replace(found, grads=jax.tree.map(jnp.ones_like, found.grads))
+
+
+@pytest.mark.parametrize(("schedule", "total"), [("exp", sum(math.exp(-1e-4 * t) for t in range(4))), ("cosine", 2.5)])
+def test_rates_follow_the_schedule_and_batches_have_the_size_asked_for(small_data, schedule, total):
+    network = models.logreg()
+    experiment = Experiment("tiny", "", lambda _: network, (), Reported(), Budget(), Budget(), in_scan=False)
+    trainer = train.Trainer(experiment, Ones(), small_data, per_example=True, batch_size=48, schedule=schedule)
+    trainer.length = 4
+    rows = trainer.rows(0, 0, 4)
+    assert rows.shape == (4, 48)
+    assert len(set(rows[:2].ravel())) == 96  # two batches an epoch, no example twice
+    start = trainer.start(0)
+    before = np.asarray(start[0]["out"]["b"])
+    carry, _, _ = trainer.steps(start, 0.1, 0, rows)
+    np.testing.assert_allclose(before - carry[0]["out"]["b"], 0.1 * total, rtol=1e-5)
+
+
+def test_batch_schedule_and_evaluation_reach_the_runs(small_data, tmp_path):
+    changes = {"estimators": ("backprop",), "seeds": 1, "schedule": "cosine", "eval_examples": 7}
+    chosen = plan(batch_size=16, **changes)
+    compare.run(chosen, small_data, tmp_path, False, silent())
+    config = records.read_json(tmp_path / "manifest.json")["config"]
+    assert (config["batch_size"], config["eval_examples"]) == (16, 7)
+    assert "cos(pi t / T)" in config["schedule"]
+    (run,) = (records.read_lines(path) for path in (tmp_path / "runs").iterdir())
+    assert all(
+        p["test_accuracy"] * 7 == pytest.approx(round(p["test_accuracy"] * 7)) for p in run if "test_accuracy" in p
+    )
+    assert "Batches of 16, rate eta_0 (1 + cos" in compare_report.made_on(compare_report.read(tmp_path))
+    assert "end of their schedule" in compare_report.conclusion(compare_report.read(tmp_path))
+    with pytest.raises(DataError, match="--batch-size 129: small has 128 examples"):
+        compare.run(plan(batch_size=129, **changes), small_data, tmp_path / "none", False, silent())
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -253,6 +302,9 @@ def test_minutes_decide_the_steps_once(small_data, tmp_path):
         ({"steps": None, "minutes": -1.0}, "--minutes -1"),
         ({"seeds": 0}, "--seeds 0"),
         ({"estimates": 7}, "--estimates 7: at least 8"),
+        ({"batch_size": 0}, "--batch-size 0: at least 1"),
+        ({"schedule": "linear"}, "--schedule linear.*exp, cosine"),
+        ({"eval_examples": 0}, "--eval-examples 0: at least 1"),
     ],
 )
 def test_a_plan_that_cannot_be_carried_out_says_why(changes, words):

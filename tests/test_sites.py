@@ -416,6 +416,38 @@ def test_steps_without_noise_follow_the_feedback_and_leave_it(key):
         pg.LearnedFeedback(use="control_variate", every=2)
 
 
+def test_the_tail_is_reverse_mode_and_what_is_before_it_feedback(key):
+    """With all sites in it the tail is backprop; with two of three the first site alone is given feedback, and learns."""
+    k = jax.random.split(jax.random.fold_in(key, 1), 4)
+    params = {
+        name: site_models.normal(k[i], n, m) for i, (name, n, m) in enumerate([("a", 3, 6), ("b", 6, 5), ("c", 5, 2)])
+    }
+    x = jax.random.normal(k[3], (16, 3))
+
+    def losses(params, x):
+        h = jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"])
+        return jnp.sum(jnp.square(h @ params["c"] - 1), axis=-1)
+
+    true = true_gradient(losses, params, (x,))
+    for every in (1, 2):
+        for tail in (2, 3):
+            estimator = pg.LearnedFeedback(tail=tail, every=every)
+            state = estimator.init(losses, params, x)
+            assert [f.shape for f in state.feedback] == [(6, 2)] * (3 - tail)
+            state = eqx.tree_at(lambda s: s.step, state, jnp.asarray(1))  # with every=2 a step without noise
+            found = estimator.estimate(losses, key, state, params, x)
+            for name in ("a", "b", "c")[3 - tail :]:
+                np.testing.assert_allclose(found.grads[name], true[name], rtol=1e-4, atol=1e-5)
+            if tail == 2:
+                assert not jnp.any(found.grads["a"])  # F is zero
+                assert every == 2 or jnp.any(found.state.feedback[0])
+    with pytest.raises(ValueError, match=r"tail=4, but the function has only 3"):
+        pg.LearnedFeedback(tail=4).init(losses, params, x)
+    scanned, losses, args = site_models.scanned_layers(key)
+    with pytest.raises(ValueError, match=r"tail=2, but one of .* inside a loop"):
+        pg.LearnedFeedback(tail=2).init(losses, scanned, *args)
+
+
 def test_feedback_stays_bounded_with_many_more_units_than_examples(key):
     """At the largest rate, with 400 units and two examples: without the normalisation it grows without bound."""
     k = jax.random.split(jax.random.fold_in(key, 1), 3)

@@ -46,8 +46,8 @@ class Frame:
         self.key, self.s, self.entries, self.depth = key, s, entries, depth
         self.records: list[Record] = []
         self.drawn = 0
-        self.heads: dict[int, Array] = {}  # which records are those of heads, and what is added to their values
-        self.at_heads: list[Array] = []
+        self.exact: dict[int, Array] = {}  # which records are not perturbed, and what is added to their values
+        self.at_exact: list[Array] = []
 
     def next_key(self) -> Key[Array, ""]:
         self.drawn += 1
@@ -55,12 +55,12 @@ class Frame:
 
 
 class Run(eqx.Module):
-    """What one run gives: the losses and other outputs of the program, the records of its sites, the values at the heads."""
+    """What one run gives: the losses and other outputs of the program, the records of its sites, the values at the exact ones."""
 
     losses: list[Array]
     aux: list[Any]
     records: tuple[Record, ...]
-    at_heads: list[Array]
+    at_exact: list[Array]
 
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
@@ -121,21 +121,21 @@ class Program:
         s: Array,
         key: Key[Array, ""],
         entries: Entries,
-        heads: Mapping[int, Array] | None = None,
+        exact: Mapping[int, Array] | None = None,
     ) -> Run:
         """One run, every site perturbed by `s` times the `entries` drawn for it.
 
-        `heads` are the records of sites that are not perturbed, and what is added to their values instead.
+        `exact` are the records of sites that are not perturbed, and what is added to their values instead.
         """
         frame = Frame(key, s, entries)
-        frame.heads = dict(heads or {})
+        frame.exact = dict(exact or {})
         inputs = [*(Linear(w, (Use(i, (), ()),)) for i, w in enumerate(leaves)), *self.arrays]
         twin = None if self.twin is None else self.twin.jaxpr
         outputs = self._evaluate(self.closed.jaxpr, twin, self.closed.consts, inputs, frame)
         losses = [self._perturbed(loss, frame) for loss in outputs[: self.num_losses]]
         # auxiliary output is not perturbed
         aux = [x.value if isinstance(x, Linear) else x for x in outputs[self.num_losses :]]
-        return Run(losses, aux, tuple(frame.records), frame.at_heads)
+        return Run(losses, aux, tuple(frame.records), frame.at_exact)
 
     def _evaluate(
         self,
@@ -250,9 +250,9 @@ class Program:
         if not isinstance(value, Linear):
             return value
         z = value.value
-        if (shift := frame.heads.get(len(frame.records))) is not None:
+        if (shift := frame.exact.get(len(frame.records))) is not None:
             z = z + shift.astype(z.dtype)
-            frame.at_heads.append(z)
+            frame.at_exact.append(z)
             frame.records.append(
                 Site(value.uses, jnp.zeros_like(z), None, value.axis, frame.depth, z.ndim, value.place)
             )

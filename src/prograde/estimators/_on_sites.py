@@ -1,7 +1,7 @@
 """What estimators that perturb pre-activations have in common."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 from prograde._custom_vjp import inline_custom_vjp
 from prograde._inject import varying_like
 from prograde._sites import Program, Reach, Site, collect, reach_of, sites, with_cotangents
-from prograde._sites.records import Record
+from prograde._sites.records import Place, Record
 from prograde.estimators._estimator import (
     Estimate,
     Estimator,
@@ -31,8 +31,8 @@ class Perturbed(eqx.Module):
     """A run with all sites perturbed: what every estimator on sites starts from.
 
     `directional` has an array for each loss, [num_tangents, batch, ...], or [num_tangents, 1] for the loss of the whole batch. For
-    each exact head, by the place of its record, `errors` is the derivative of every example's loss by the value there, and
-    `at_heads` the derivative of that value along each tangent.
+    each exact site, by the number of its record, `errors` is the derivative of every example's loss by the value there, and
+    `at_exact` the derivative of that value along each tangent.
     """
 
     value: Array
@@ -40,7 +40,7 @@ class Perturbed(eqx.Module):
     directional: list[Array]
     records: tuple[Record, ...]
     errors: dict[int, Array]
-    at_heads: list[Array]
+    at_exact: list[Array]
 
 
 @dataclass(frozen=True)
@@ -87,28 +87,28 @@ class SiteEstimator(Estimator):
         """The loss, and its derivative along `num_tangents` perturbations of all sites."""
         leaves = jax.tree.leaves(floats)
         key = threefry(key)
-        heads = self.heads(program, floats) if self.head == "exact" else ()
+        exact = self.exact(program, floats) if self.head == "exact" else {}
 
         def one_tangent(index: Array) -> Perturbed:
             def along(s: Array, shifts: dict[int, Array]) -> Any:
                 run = program.run(leaves, s, jax.random.fold_in(key, index), self.noise._entries, shifts)
-                return (run.losses, run.at_heads), (run.aux, run.records)
+                return (run.losses, run.at_exact), (run.aux, run.records)
 
             def both(shifts: dict[int, Array]) -> Any:
                 primals = jnp.zeros(()), jnp.ones(())
                 out = jax.jvp(lambda s: along(s, shifts), primals[:1], primals[1:], has_aux=True)
-                (losses, _), (directional, at_heads), (aux, records) = out
-                return losses, (directional, at_heads, aux, records)
+                (losses, _), (directional, at_exact), (aux, records) = out
+                return losses, (directional, at_exact, aux, records)
 
-            if not heads:
-                (losses, (directional, at_heads, aux, records)), errors = both({}), {}
+            if not exact:
+                (losses, (directional, at_exact, aux, records)), errors = both({}), {}
             else:
-                losses, errors, (directional, at_heads, aux, records) = self._errors(program, floats, heads, both)
+                losses, errors, (directional, at_exact, aux, records) = self._errors(program, floats, exact, both)
             directional = [wide(d) for d in directional]
             if not self.per_example:
                 directional = [jnp.mean(d)[None] for d in directional]
             return Perturbed(
-                _mean(losses), jax.tree.unflatten(program.aux_tree, aux), directional, records, errors, at_heads
+                _mean(losses), jax.tree.unflatten(program.aux_tree, aux), directional, records, errors, at_exact
             )
 
         # the records are the same for all tangents but for the noise, which gets an axis for them
@@ -117,22 +117,22 @@ class SiteEstimator(Estimator):
         return jax.vmap(one_tangent, out_axes=axes)(jnp.arange(self.num_tangents))
 
     def plain_run(self, program: Program, floats: PyTree[Array], key: Any) -> Perturbed:
-        """The loss and its derivative at the exact heads, without tangents. The noise in the records is not used."""
+        """The loss and its derivatives at the exact sites, without tangents. The noise in the records is not used."""
         leaves = jax.tree.leaves(floats)
 
         def losses_of(shifts: dict[int, Array]) -> Any:
             run = program.run(leaves, jnp.zeros(()), threefry(key), self.noise._entries, shifts)
             return run.losses, (run.aux, run.records)
 
-        losses, errors, (aux, records) = self._errors(program, floats, self.heads(program, floats), losses_of)
+        losses, errors, (aux, records) = self._errors(program, floats, self.exact(program, floats), losses_of)
         directional = [jnp.zeros((0, *loss.shape) if self.per_example else (0, 1)) for loss in losses]
         return Perturbed(_mean(losses), jax.tree.unflatten(program.aux_tree, aux), directional, records, errors, [])
 
-    def _errors(self, program: Program, floats: PyTree[Array], heads: Sequence[int], losses_of: Any) -> Any:
-        """The losses, their derivatives by the values at the heads, by reverse mode of what follows them and nothing before."""
+    def _errors(self, program: Program, floats: PyTree[Array], exact: Mapping[int, int], losses_of: Any) -> Any:
+        """The losses, their derivatives by the values at the exact sites, by reverse mode of what follows and nothing before."""
         records = self.shapes(program, floats)
         origin = [*jax.tree.leaves(floats), *program.arrays]
-        values = {i: site.noise for i, site in enumerate(records) if i in heads and isinstance(site, Site)}
+        values = {i: site.noise for i, site in enumerate(records) if i in exact and isinstance(site, Site)}
         zeros = {i: varying_like(jnp.zeros(value.shape, value.dtype), *origin) for i, value in values.items()}
         losses, pull, others = jax.vjp(losses_of, zeros, has_aux=True)
         ones = [jnp.ones_like(x) if self.per_example else jnp.ones_like(x) / x.size for x in losses]
@@ -148,11 +148,10 @@ class SiteEstimator(Estimator):
     def from_cotangents(
         self, program: Program, run: Perturbed, floats: PyTree[Array], cotangents: Sequence[Array], state: PyTree
     ) -> Estimate:
-        """The estimate that follows from a cotangent of the mean loss at each site that is no exact head."""
+        """The estimate that follows from a cotangent of the mean loss at each site that is not exact."""
         leaves, treedef = jax.tree.flatten(floats)
         remaining = iter(cotangents)
-        heads = [run.records[i] for i in run.errors]
-        known = {id(record): error for record, error in zip(heads, run.errors.values(), strict=True)}
+        known = {id(run.records[i]): error for i, error in run.errors.items()}
         cotangents = [
             known[id(site)] / (program.batch or 1) if id(site) in known else next(remaining)
             for site in sites(run.records)
@@ -165,9 +164,9 @@ class SiteEstimator(Estimator):
         return Estimate(run.value, unpack(run.aux), treedef.unflatten(grads), directional, state)
 
     def hidden(self, run: Perturbed) -> list[Site]:
-        """The sites that are no exact heads."""
-        heads = [run.records[i] for i in run.errors]
-        return [site for site in sites(run.records) if not any(site is head for head in heads)]
+        """The sites that are not exact."""
+        exact = [run.records[i] for i in run.errors]
+        return [site for site in sites(run.records) if not any(site is other for other in exact)]
 
     def shapes(self, program: Program, floats: PyTree[Array]) -> tuple[Record, ...]:
         """The records of a run, traced and not run; their noise has no axis for the tangents."""
@@ -184,22 +183,35 @@ class SiteEstimator(Estimator):
             program.reach = reach_of(program.closed.jaxpr, program.num_losses, sites(self.shapes(program, floats)))
         return program.reach
 
-    def heads(self, program: Program, floats: PyTree[Array]) -> tuple[int, ...]:
-        """Which records are those of heads: sites that no other site follows."""
+    @property
+    def num_exact(self) -> int:
+        """How many sites in a row, from the loss, have exact cotangents where the head is exact."""
+        return 1
+
+    def exact(self, program: Program, floats: PyTree[Array]) -> dict[int, int]:
+        """Which records have exact cotangents, and how many sites in a row follow each: none follows a head."""
         records = self.shapes(program, floats)
-        followed = {id(s): bool(r.sites) for s, r in zip(sites(records), self.reach(program, floats), strict=True)}
-        found = tuple(
-            i
+        reach = dict(zip((site.place for site in sites(records)), self.reach(program, floats), strict=True))
+
+        ranks: dict[Place, int] = {}
+        for rank in range(self.num_exact):
+            due = [place for place in reach if place not in ranks and reach[place].sites <= ranks.keys()]
+            ranks |= dict.fromkeys(due, rank)
+        found = {
+            i: ranks[record.place]
             for i, record in enumerate(records)
-            if isinstance(record, Site)
-            and not followed[id(record)]
-            and (program.batch is None or record.axis is not None)
-        )
-        if not found:
+            if isinstance(record, Site) and record.place in ranks and (program.batch is None or record.axis is not None)
+        }
+        if 0 not in found.values():
             raise ValueError(
                 "head='exact', but the last weight that acts on the examples is inside a loop or acts on all of them together, "
                 "so what follows it is no function of its output alone. Pass head='perturbed'."
             )
+        if missing := [rank for rank in range(self.num_exact) if rank not in found.values()]:
+            why = f"the function has only {missing[0]}"
+            if len(ranks) < len(reach) or missing[0] in ranks.values():
+                why = "one of its last weights is inside a loop, or acts on all examples together"
+            raise ValueError(f"tail={self.num_exact}, but {why}. Pass a smaller tail.")
         return found
 
 

@@ -53,7 +53,11 @@ class LearnedFeedback(SiteEstimator):
     - `every`: on how many steps one is with noise, and F learns. The others cost a forward pass and the weight gradients alone;
       their `directional` is `None`, and a weight that is not at a site, and so only learns from noise, gets zero.
 
-    **State:** a `FeedbackState`: F for every site, [units, outputs] in float32 (one for each iteration of an enclosing loop), zero at
+    - `tail`: how many sites in a row, from the loss, have their exact cotangent, by reverse mode of them and what follows. With 1 no cotangent
+      crosses a weight. With 2 it crosses the last one, which is cheap where outputs are few, and only the sites before need a
+      guess.
+
+    **State:** a `FeedbackState`: F for every site before the tail, [units, outputs] in float32 (one for each iteration of an enclosing loop), zero at
     first; and the number of the step.
 
     **Bias:** `"feedback"`: E[delta_i] - delta_i = phi' * (E F - J_i) e_i: the Jacobian of the average example stands for each one's
@@ -64,7 +68,8 @@ class LearnedFeedback(SiteEstimator):
 
     **Cost:** that of `ActivityPerturbation` on steps with noise, a third less on the others, and units x outputs multiply-adds per example and site, three times.
 
-    **Errors:** as `ActivityPerturbation`; `ValueError` for a rate outside (0, 1] or a state from another model.
+    **Errors:** as `ActivityPerturbation`; `ValueError` for a rate outside (0, 1], a state from another model, a tail longer
+    than there are sites outside of loops.
 
     **Source:** Bacho and Chu, arXiv 2212.07282 (FDFA), who average dy u^T; here the residual of the regression is averaged, which
     leaves out the noise that the other units make.
@@ -86,6 +91,7 @@ class LearnedFeedback(SiteEstimator):
     rate: float = 0.2
     use: Literal["feedback", "control_variate"] = "feedback"
     every: int = 1
+    tail: int = 1
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,6 +99,7 @@ class LearnedFeedback(SiteEstimator):
         check_positive("rate", self.rate, at_most=1)
         check_choice("use", self.use, ("feedback", "control_variate"))
         check_whole("every", self.every)
+        check_whole("tail", self.tail)
         if self.every > 1 and self.use == "control_variate":
             raise ValueError(
                 f"every={self.every} with use='control_variate', but that needs the noise of every step. Use every=1."
@@ -132,7 +139,8 @@ class LearnedFeedback(SiteEstimator):
     def _following(self, program: Program, floats: PyTree, key: Any, state: FeedbackState) -> Estimate:
         """A step with the feedback as it is: no noise, and no tangent."""
         run = self.plain_run(program, floats, key)
-        hidden, error = self.hidden(run), self._at_heads(run, list(run.errors.values()), 0)
+        hidden = self.hidden(run)
+        error = self._at_heads(program, floats, run, list(run.errors.values()), 0)
         cotangents = [
             jnp.zeros_like(site.noise)
             if feedback is None
@@ -144,8 +152,11 @@ class LearnedFeedback(SiteEstimator):
     def _learning(self, program: Program, floats: PyTree, key: Any, state: FeedbackState) -> Estimate:
         """A step with noise at all sites, from which the feedback learns."""
         run = self.perturbed_run(program, floats, key)
-        hidden, error = self.hidden(run), self._at_heads(run, list(run.errors.values()), 0)
-        residual = self._at_heads(run, run.at_heads, 1).astype(jnp.float32)  # [num_tangents, batch, outputs]
+        hidden = self.hidden(run)
+        error = self._at_heads(program, floats, run, list(run.errors.values()), 0)
+        residual = self._at_heads(program, floats, run, run.at_exact, 1).astype(
+            jnp.float32
+        )  # [num_tangents, batch, outputs]
         directional = run.directional[0]
 
         guesses, power = [], jnp.zeros(())
@@ -180,10 +191,20 @@ class LearnedFeedback(SiteEstimator):
             cotangents.append(cotangent)
         return self.from_cotangents(program, run, floats, cotangents, FeedbackState(learned, state.step + 1))
 
-    def _at_heads(self, run: Perturbed, values: list[Array], lead: int) -> Array:
-        """Values at all heads, side by side: [..., batch, outputs]."""
-        heads = [run.records[i] for i in run.errors]
-        parts = [by_example(x, head, lead) for x, head in zip(values, heads, strict=True) if isinstance(head, Site)]
+    @property
+    def num_exact(self):
+        return self.tail
+
+    def _at_heads(
+        self, program: Program, floats: PyTree[Array], run: Perturbed, values: list[Array], lead: int
+    ) -> Array:
+        """Of values at all exact sites those at the heads, side by side: [..., batch, outputs]."""
+        ranks = self.exact(program, floats)
+        parts = []
+        for i, value in zip(run.errors, values, strict=True):
+            head = run.records[i]
+            if ranks[i] == 0 and isinstance(head, Site):
+                parts.append(by_example(value, head, lead))
         return jnp.concatenate(parts, axis=-1)
 
     def _guess(self, site: Site, feedback: Array, error: Array) -> Array:
@@ -193,8 +214,9 @@ class LearnedFeedback(SiteEstimator):
     def _feedback_shapes(self, program, floats):
         """The shape of each hidden site's feedback, `None` for sites that have no examples of their own."""
         records = self.shapes(program, floats)
-        heads = [records[i] for i in self.heads(program, floats)]
-        hidden = [site for site in sites(records) if not any(site is head for head in heads)]
+        ranks = self.exact(program, floats)
+        heads = [records[i] for i, rank in ranks.items() if rank == 0]
+        hidden = [site for site in sites(records) if not any(site is records[i] for i in ranks)]
         batch = program.batch or 1
         outputs = sum(head.noise.size // batch for head in heads if isinstance(head, Site))
         whole = lambda site: program.batch is not None and site.axis is None  # noqa: E731

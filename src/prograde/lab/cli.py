@@ -108,6 +108,12 @@ class Compare:
     """Runs of each estimator at the rate found."""
     estimates: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """How many gradients bias and variance are measured with; by default 100, and 24 for the CNN."""
+    batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 64
+    """Examples a step, of all steps that are timed, searched and trained."""
+    schedule: Annotated[str, tyro.conf.arg(metavar="exp|cosine")] = "exp"
+    """How the rate falls: by exp(-1e-4 t), the paper's, or along a cosine to zero at the end of a run; the same for all."""
+    eval_examples: Annotated[int, tyro.conf.arg(metavar="N")] = 2000
+    """Of how many test images, at most, held-out loss and accuracy are the mean; as many of the validation part judge a rate."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where the records and the report go; by default runs/DATE-TIME-compare-MODEL-DATA."""
     resume: bool = False

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 import prograde as pg
 from prograde.lab import costs, models, records
-from prograde.lab.data import BATCH_SIZE, Dataset
+from prograde.lab.data import BATCH_SIZE, DataError, Dataset
 from prograde.lab.display import Display
 from prograde.lab.experiments import DECAY, Budget, Experiment, Reported
 from prograde.lab.train import OPTIMIZERS, SEARCH_GRID, Run, Trainer, search, train
@@ -40,6 +40,7 @@ ESTIMATORS: dict[str, pg.Estimator] = {
     "local": pg.LocalLosses(head="exact"),
     "local-backprop": pg.Backprop(),
     "feedback": pg.LearnedFeedback(every=8),
+    "feedback-tail": pg.LearnedFeedback(rate=0.5, every=8, tail=2),
     "feedback-unbiased": pg.LearnedFeedback(use="control_variate"),
     "difference": pg.CentralDifference(pg.LowRank(rank=1)),
 }
@@ -58,7 +59,11 @@ ROUNDS = 15  # in which every step is timed
 TRIALS = len(SEARCH_GRID) + 2
 JUDGED = 4  # of the eight parts of a trial: a rate that is good at one moment and bad at the next is not good
 LEAST_ESTIMATES = 8  # where nothing is random, and the least that `diagnose` takes
-_EVAL_EXAMPLES = 2000
+EVAL_EXAMPLES = 2000
+SCHEDULES = {  # those of `train`, in words
+    "exp": f"rate eta_0 exp(-{DECAY:g} t)",
+    "cosine": "rate eta_0 (1 + cos(pi t / T)) / 2 over the T steps of a run",
+}
 _LEARNING_STEPS = 200  # for an estimator that learns, before its bias is measured
 _DIAGNOSIS_SEED = 2_000_000  # apart from those of the runs and of the search
 _RESERVED_SECONDS = 8  # of the minutes, for the report and for what the first step of each run takes
@@ -121,12 +126,16 @@ class Plan:
     steps: int | None = None
     seeds: int = 3
     estimates: int | None = None
+    batch_size: int = BATCH_SIZE
+    schedule: str = "exp"
+    eval_examples: int = EVAL_EXAMPLES
 
     def __post_init__(self):
         for name, given, known in (
             ("--model", (self.model,), MODELS),
             ("--estimators", self.estimators, ESTIMATORS),
             ("--optimizers", self.optimizers, OPTIMIZERS),
+            ("--schedule", (self.schedule,), SCHEDULES),
         ):
             if unknown := [x for x in given if x not in known]:
                 raise ValueError(f"{name} {' '.join(unknown)}: not known. Valid names: {', '.join(known)}.")
@@ -147,6 +156,8 @@ class Plan:
             ("--steps", self.steps, 1),
             ("--seeds", self.seeds, 1),
             ("--estimates", self.estimates, LEAST_ESTIMATES),
+            ("--batch-size", self.batch_size, 1),
+            ("--eval-examples", self.eval_examples, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} {value}: at least {least} needed.")
@@ -182,21 +193,25 @@ class Plan:
             "estimators": {name: repr(ESTIMATORS[name]) for name in self.estimators},
             "estimates": {name: self.num_estimates(name) for name in self.estimators},
             "optimizers": list(self.optimizers),
-            "schedule": f"rate eta_0 exp(-{DECAY:g} t)",
+            "schedule": SCHEDULES[self.schedule],
             "steps": self.steps,
             "minutes": minutes,
             "seeds": self.seeds,
             "trials": TRIALS,
             "judged": f"last {JUDGED} of 8 parts",
             "points": POINTS,
-            "eval_examples": _EVAL_EXAMPLES,
-            "batch_size": BATCH_SIZE,
+            "eval_examples": self.eval_examples,
+            "batch_size": self.batch_size,
         }
 
 
 def run(plan: Plan, data: Dataset, out: Path, resume: bool, display: Display) -> None:
     """Measures, searches and trains into `out`; what is recorded there already is not done again."""
     begin = time.monotonic()
+    if plan.batch_size > len(data.train[1]):
+        raise DataError(
+            f"--batch-size {plan.batch_size}: {data.name} has {len(data.train[1])} examples to train on. Pass a smaller one."
+        )
     records.claim({out: plan.config(data)}, resume)
     networks = {merged: MODELS[plan.model].build(merged) for merged in (False, True)}
 
@@ -208,13 +223,23 @@ def run(plan: Plan, data: Dataset, out: Path, resume: bool, display: Display) ->
             plan.model, "", lambda checkpointed: network, (), Reported(), Budget(), Budget(), in_scan=False
         )
         losses = "local" if estimator in LOCAL else "each"
-        return Trainer(experiment, found, data, optimizer=optimizer, losses=losses)
+        return Trainer(
+            experiment,
+            found,
+            data,
+            optimizer=optimizer,
+            losses=losses,
+            batch_size=plan.batch_size,
+            schedule=plan.schedule,
+        )
 
     trainers = {e.name: trainer(e.estimator, e.optimizer) for e in plan.entries}
     _measure_costs(plan, {"bare": trainer(None, plan.optimizers[0])} | trainers, out, display)
     seconds = {name: cost["seconds"]["median"] for name, cost in records.read_json(out / "costs.json").items()}
     _diagnose(plan, trainers, seconds, out, display)
-    budget = Budget(_steps(plan, trainers, seconds, begin, out), POINTS, plan.seeds, _EVAL_EXAMPLES)
+    budget = Budget(_steps(plan, trainers, seconds, begin, out), POINTS, plan.seeds, plan.eval_examples)
+    for each in trainers.values():
+        each.length = budget.steps
     rates = _search(plan, trainers, seconds, budget, out, display)
     _train(plan, trainers, seconds, rates, budget, out, display)
 
@@ -284,9 +309,9 @@ def _evaluation_seconds(plan: Plan, trainer: Trainer) -> float:
     params = trainer.start(0)[0]
 
     def measure(part: Any) -> float:
-        trainer.evaluate(params, part, _EVAL_EXAMPLES)  # compiles
+        trainer.evaluate(params, part, plan.eval_examples)  # compiles
         begin = time.monotonic()
-        trainer.evaluate(params, part, _EVAL_EXAMPLES)
+        trainer.evaluate(params, part, plan.eval_examples)
         return time.monotonic() - begin
 
     point = measure(trainer.data.test) + measure(trainer.data.train)

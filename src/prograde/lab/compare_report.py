@@ -39,6 +39,11 @@ the points of a curve. T is the time to reach the best held-out loss of backprop
 optimizer, over the time that the faster of the backprops compared takes, the median over the seeds; “> x” means that
 the median seed does not get there in x times backprop's time. A frontier joins what nothing else beats in both respects."""
 
+_UNEQUAL = (
+    "At equal time, runs of slower steps have not come to the end of their schedule; T and the losses after equal steps are "
+    "free of that."
+)
+
 # Okabe and Ito; backprop has the blue that it has everywhere
 _COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6F47", "#7F3C8D")
 _MARKERS = "osDv<>Ph"
@@ -165,6 +170,7 @@ def conclusion(comparison: Comparison) -> str:
             f"After {comparison.equal_seconds:.3g} s of steps each",
             [(r, r.at_equal_time) for r in comparison.results],
         ),
+        _UNEQUAL if comparison.falls_to_zero else "",
     ]
     biased = dict.fromkeys(r.entry.estimator for r in comparison.results if r.diagnosis["bias_detected"])
     said.append(f"Bias was seen in {', '.join(biased)}." if biased else "Bias was seen in none.")
@@ -204,13 +210,17 @@ def figure(comparison: Comparison) -> str | None:
             by_time, *_frontier(np.concatenate([c[0][1:] for c in curves]), np.concatenate([c[1][1:] for c in curves]))
         )
         _memory_panel(by_memory, comparison)
+        # the start, the same for all, would leave the curves no room
+        shown = np.concatenate([mean[1:] for _, mean in curves])
+        by_steps.set_ylim(shown.min() / 1.15, shown.max() * 1.15)
         by_steps.set(xlabel="steps", ylabel="held-out loss (nats), mean over seeds", yscale="log")
         by_time.set(xlabel="time (s)", xscale="log")
         by_time.axvline(comparison.equal_seconds, color="#888888", linewidth=0.8, linestyle=":")
         by_memory.set(xlabel="XLA temporary memory (MiB)", xscale="log")
         by_memory.set_title(f"after {comparison.equal_seconds:.3g} s; dashed: forward pass", loc="left", fontsize=9)
         for axis in (by_steps.yaxis, by_time.xaxis, by_memory.xaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            narrow = axis is by_steps.yaxis and shown.max() < 8 * shown.min()
+            axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if narrow else (1, 2, 5)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
         handles, labels = by_time.get_legend_handles_labels()
@@ -225,11 +235,13 @@ def _style(comparison: Comparison, result: Result) -> dict[str, Any]:
     name = result.entry.estimator
     others = [e for e in comparison.manifest["config"]["estimators"] if e != "backprop" and e not in SAME_GRADIENT]
     i = others.index(name) if name in others else 0
+    several = len(comparison.manifest["config"]["optimizers"]) > 1
     reverse = name == "backprop" or name in SAME_GRADIENT
     return {
         "color": "#0072B2" if reverse else _COLOURS[i % len(_COLOURS)],
         "marker": "^" if reverse else _MARKERS[i % len(_MARKERS)],
-        "linestyle": (_DOTS if name in SAME_GRADIENT else _DASHES)[result.entry.optimizer],
+        "linestyle": (_DOTS if name in SAME_GRADIENT else _DASHES)[result.entry.optimizer if several else "sgd"],
+        "alpha": 0.55 if several and result.entry.optimizer == "adam" else 1,
         "hollow": name in SAME_GRADIENT,
         "label": comparison.label(result.entry),
     }
@@ -272,7 +284,7 @@ def _memory_panel(axes: Any, comparison: Comparison) -> None:
         face = "white" if style["hollow"] else style["color"]
         axes.errorbar(
             [memory], [loss.mean], yerr=spread, fmt=style["marker"], color=style["color"], markerfacecolor=face,
-            markersize=7, elinewidth=1, alpha=0.55 if result.entry.optimizer == "adam" else 1,
+            markersize=7, elinewidth=1, alpha=style["alpha"],
         )  # fmt: skip
     axes.axvline(comparison.costs["bare"]["temp_bytes"] / 2**20, color="#888888", linewidth=0.8, linestyle="--")
 
@@ -317,5 +329,5 @@ def made_on(comparison: Comparison) -> str:
         )
     return (
         f"Made on {'; then on '.join(dict.fromkeys(places))}. Batches of {config['batch_size']}, {config['schedule']}, "
-        f"{config['trials']} trials of {comparison.steps} steps, {config['seeds']} seeds, {POINTS} points on a curve."
+        f"losses of {config['eval_examples']} examples at most, {config['trials']} trials of {comparison.steps} steps, {config['seeds']} seeds, {POINTS} points on a curve."
     )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from prograde.lab import records
-from prograde.lab.compare import MODELS, SAME_GRADIENT, Entry
+from prograde.lab.compare import MODELS, SAME_GRADIENT, SCHEDULES, Entry
 from prograde.lab.summary import Outcome, Spread, outcome_of, points, spread
 
 
@@ -50,6 +50,11 @@ class Comparison:
         """Those with runs of their own."""
         names = self.manifest["config"]["estimators"]
         return [r for r in self.results if SAME_GRADIENT.get(r.entry.estimator) not in names]
+
+    @property
+    def falls_to_zero(self) -> bool:
+        """Whether the rate comes to zero at the end of a run, so that a run that is broken off is another run."""
+        return self.manifest["config"]["schedule"] == SCHEDULES["cosine"]
 
     @property
     def title(self) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import prograde as pg
 from prograde.lab import experiments, models
 from prograde.lab.data import BATCH_SIZE, IMAGE_SIZE, NUM_CLASSES, Dataset
-from prograde.lab.train import Trainer
+from prograde.lab.train import Rate, Trainer
 
 _SCAN_STEPS = 20  # steps a measurement, where they run inside one scan
 
@@ -210,7 +210,7 @@ def step_memory(compiled: Any, carry: Any, *arguments: Any) -> dict[str, int | N
 def compiled_step(trainer: Trainer) -> tuple[Any, Any, tuple[Any, ...]]:
     """One step of a trainer, compiled by itself: `carry, _ = compiled(carry, *arguments)`; with a carry and the arguments."""
     carry, rows = trainer.start(0), jnp.asarray(trainer.rows(0, 0, 1)[0])
-    arguments = (jnp.float32(0.0), jax.random.key(0), trainer.train_data, rows)
+    arguments = (Rate(jnp.float32(0.0), jnp.float32(1.0)), jax.random.key(0), trainer.train_data, rows)
     return jax.jit(trainer._step, donate_argnums=0).lower(carry, *arguments).compile(), carry, arguments
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,21 @@ class Run:
 OPTIMIZERS: dict[str, Callable[[optax.Schedule], optax.GradientTransformation]] = {"sgd": optax.sgd, "adam": optax.adam}
 
 Losses = Literal["mean", "each", "local"]
+
+# the rate at step t of a run of `length` steps, over that at its start
+SCHEDULES: dict[str, Callable[[Any, Any], Array]] = {
+    "exp": lambda t, length: jnp.exp(-DECAY * t),
+    "cosine": lambda t, length: 0.5 * (1 + jnp.cos(math.pi * jnp.minimum(t / length, 1))),
+}
+
 Carry = tuple[PyTree, PyTree, Array, PyTree]  # parameters, state of the optimizer, step, state of the estimator
+
+
+class Rate(NamedTuple):
+    """The learning rate of the first step, and the steps of the run, over which it may fall."""
+
+    first: float | Array
+    length: float | Array
 
 
 class Trainer:
@@ -54,7 +68,8 @@ class Trainer:
 
     Data order and keys derive from seed and step, so that a resumed run repeats the bits of an uninterrupted one.
     `estimator=None` evaluates the loss on the same batches and changes nothing: the bare forward pass. `losses` is what estimators
-    are handed: the mean loss, that of each example, or the network's many local losses; `optimizer` is a name in `OPTIMIZERS`.
+    are handed: the mean loss, that of each example, or the network's many local losses; `optimizer` is a name in `OPTIMIZERS`,
+    `schedule` one in `SCHEDULES`. `length`, the steps of a run, may be set any time before training: only some schedules look at it.
     """
 
     def __init__(
@@ -65,6 +80,8 @@ class Trainer:
         checkpointed: bool = False,
         optimizer: str = "sgd",
         losses: Losses = "mean",
+        batch_size: int = BATCH_SIZE,
+        schedule: str = "exp",
     ):
         self.surface = experiment.subject if isinstance(experiment.subject, Surface) else None
         self.in_scan = experiment.in_scan
@@ -78,7 +95,10 @@ class Trainer:
             self.data = data
             self.train_data = jax.tree.map(jnp.asarray, data.train)
         self._estimator = estimator
+        self._batch_size = batch_size
         self._optimizer = OPTIMIZERS[optimizer]
+        self._schedule = SCHEDULES[schedule]
+        self.length = 1
         self._jitted = jax.jit(self._scan if self.in_scan else self._step, donate_argnums=0)
 
     def _losses(self, which: Losses, estimator: pg.Estimator | None) -> Callable[..., Any]:
@@ -97,14 +117,14 @@ class Trainer:
         if self._estimator is not None:
             batch = jax.tree.map(lambda x: x[self.rows(seed, 0, 1)[0]], self.train_data)
             estimator_state = self._estimator.init(self.loss, params, *batch)
-        return params, self._scheduled(0.0).init(params), jnp.zeros((), jnp.int32), estimator_state
+        return params, self._scheduled(Rate(0.0, 1.0)).init(params), jnp.zeros((), jnp.int32), estimator_state
 
     def steps(
         self, carry: Carry, learning_rate: float, seed: int, rows: Int[np.ndarray, "steps batch"]
     ) -> tuple[Carry, Float[Array, " steps"], PyTree]:
         """As many steps as there are rows: the new state, the loss of each step, the parameters where they are few."""
         _, key = self._keys(seed)
-        rate = jnp.float32(learning_rate)
+        rate = Rate(jnp.float32(learning_rate), jnp.float32(self.length))
         if self.in_scan:
             return self._jitted(carry, rate, key, self.train_data, jnp.asarray(rows))
         losses = []
@@ -117,12 +137,10 @@ class Trainer:
         """Which examples steps first, first + 1, ... see: every epoch its own permutation, what does not fill a batch left out."""
         if self.surface is not None:
             return np.zeros((count, 0), np.int32)
-        per_epoch = len(self.data.train[1]) // BATCH_SIZE
+        num_examples, size = len(self.data.train[1]), self._batch_size
+        per_epoch = num_examples // size
         return np.stack(
-            [
-                _epoch_order(seed, t // per_epoch, len(self.data.train[1]))[t % per_epoch]
-                for t in range(first, first + count)
-            ]
+            [_epoch_order(seed, t // per_epoch, num_examples, size)[t % per_epoch] for t in range(first, first + count)]
         )
 
     def evaluate(self, params: PyTree, part: tuple[np.ndarray, np.ndarray], limit: int) -> tuple[float, float]:
@@ -143,22 +161,22 @@ class Trainer:
         key_init, key_tangents = jax.random.split(jax.random.key(seed))
         return key_init, key_tangents
 
-    def _scan(self, carry, learning_rate, key, train_data, rows):
-        carry, (losses, visited) = lax.scan(lambda c, r: self._step(c, learning_rate, key, train_data, r), carry, rows)
+    def _scan(self, carry, rate, key, train_data, rows):
+        carry, (losses, visited) = lax.scan(lambda c, r: self._step(c, rate, key, train_data, r), carry, rows)
         return carry, losses, visited
 
-    def _step(self, carry, learning_rate, key, train_data, rows):
+    def _step(self, carry, rate, key, train_data, rows):
         params, opt_state, step, estimator_state = carry
         batch = jax.tree.map(lambda x: x[rows], train_data)
         if self._estimator is None:
             return (params, opt_state, step + 1, estimator_state), (jnp.mean(self.loss(params, *batch)), None)
         found = self._estimator.estimate(self.loss, jax.random.fold_in(key, step), estimator_state, params, *batch)
-        updates, opt_state = self._scheduled(learning_rate).update(found.grads, opt_state, params)
+        updates, opt_state = self._scheduled(rate).update(found.grads, opt_state, params)
         visited = params if self.surface is not None else None
         return (optax.apply_updates(params, updates), opt_state, step + 1, found.state), (found.value, visited)
 
-    def _scheduled(self, learning_rate: float | Array) -> optax.GradientTransformation:
-        return self._optimizer(lambda t: learning_rate * jnp.exp(-DECAY * t))
+    def _scheduled(self, rate: Rate) -> optax.GradientTransformation:
+        return self._optimizer(lambda t: rate.first * self._schedule(t, rate.length))
 
 
 @functools.lru_cache(maxsize=8)
@@ -168,9 +186,9 @@ def _evaluator(network: Network) -> Callable:
 
 
 @functools.lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, "batches batch"]:
+def _epoch_order(seed: int, epoch: int, num_examples: int, size: int) -> Int[np.ndarray, "batches batch"]:
     order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_examples)
-    return order[: num_examples // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE).astype(np.int32)
+    return order[: num_examples // size * size].reshape(-1, size).astype(np.int32)
 
 
 def train(
