@@ -26,7 +26,7 @@ ESTIMATORS = [
     pg.ActivityPerturbation(),
     pg.ActivityPerturbation(pg.Normal(), 2, head="exact"),
     pg.ActivityPerturbation(per_example=False),
-    pg.LocalLosses(pg.Normal(), 2, head="exact"),
+    pg.LocalLosses(pg.Normal(), 2, head="exact", scale="rms"),
     pg.LearnedFeedback(),
     pg.LearnedFeedback(every=2),
     pg.LearnedFeedback(num_tangents=2, use="control_variate"),

@@ -1,5 +1,7 @@
 """Local losses: what a perturbation is weighed by, first against exact Jacobians, then in the mean."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -287,6 +289,47 @@ def test_groups_divide_the_variance(key):
     for g in range(3):
         second = np.sum(np.square(grads[:, g]), axis=(1, 2)) / float(jnp.sum(h[g] ** 2))
         assert_mean(second / (units * sizes[g]), 1.0, effect=0.1)
+
+
+def test_noise_of_the_size_of_what_is_perturbed_does_not_see_its_units(key):
+    """Before a normalisation the size of a weight has no meaning: ten times the weight has a tenth of the estimate, draw by draw."""
+    params, _, (x, _) = grouped(key)
+    larger = params | {"w": 10 * params["w"]}
+
+    def losses(params, x):
+        z = x @ params["w"]
+        h = z * lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True))
+        return jnp.sum(
+            jnp.square(jnp.einsum("bgc,gcd->bgd", jnp.tanh(h.reshape(-1, 3, 4)), params["own"])), axis=(1, 2)
+        )
+
+    def estimates(estimator):
+        return [estimator.estimate(losses, key, None, p, x).grads for p in (params, larger)]
+
+    for estimator in (pg.LocalLosses(scale="rms"), pg.ActivityPerturbation(pg.Normal(), 3, scale="rms")):
+        small, large = estimates(estimator)
+        np.testing.assert_allclose(small["own"], large["own"], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(small["w"], 10 * large["w"], rtol=1e-4, atol=1e-6)
+        small, large = estimates(dataclasses.replace(estimator, scale="one"))
+        assert not np.allclose(small["own"], large["own"], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "estimator", [pg.LocalLosses(scale="rms"), pg.LocalLosses(scale="rms", head="exact")], ids=repr
+)
+def test_noise_of_any_size_is_unbiased(estimator, key):
+    params, losses, args = grouped(key)
+    assert_unbiased(estimator, losses, key, params, *args, effect=0.1)
+
+
+def test_nothing_to_measure_noise_by_is_no_division_by_zero(key):
+    """Weights that begin at zero: their pre-activations have no size."""
+    params, losses, args = relu_mlp(key)
+    params = jax.tree.map(jnp.zeros_like, params)
+    grads = pg.ActivityPerturbation(scale="rms").estimate(losses, key, None, params, *args).grads
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+    with pytest.raises(ValueError, match="scale='size', but it is one of 'one', 'rms'"):
+        pg.ActivityPerturbation(scale="size")
 
 
 @pytest.mark.parametrize("transformation", ["jit", "vmap", "scan"])

@@ -42,8 +42,8 @@ class Linear(NamedTuple):
 class Frame:
     """The sites of one body: of the program, or of a loop in it."""
 
-    def __init__(self, key: Key[Array, ""], s: Array, entries: Entries, depth: int = 0) -> None:
-        self.key, self.s, self.entries, self.depth = key, s, entries, depth
+    def __init__(self, key: Key[Array, ""], s: Array, entries: Entries, relative: bool, depth: int = 0) -> None:
+        self.key, self.s, self.entries, self.relative, self.depth = key, s, entries, relative, depth
         self.records: list[Record] = []
         self.drawn = 0
         self.exact: dict[int, Array] = {}  # which records are not perturbed, and what is added to their values
@@ -122,12 +122,13 @@ class Program:
         key: Key[Array, ""],
         entries: Entries,
         exact: Mapping[int, Array] | None = None,
+        relative: bool = False,
     ) -> Run:
-        """One run, every site perturbed by `s` times the `entries` drawn for it.
+        """One run, every site perturbed by `s` times the `entries` drawn for it; `relative`: to the size of what is perturbed.
 
         `exact` are the records of sites that are not perturbed, and what is added to their values instead.
         """
-        frame = Frame(key, s, entries)
+        frame = Frame(key, s, entries, relative)
         frame.exact = dict(exact or {})
         inputs = [*(Linear(w, (Use(i, (), ()),)) for i, w in enumerate(leaves)), *self.arrays]
         twin = None if self.twin is None else self.twin.jaxpr
@@ -254,13 +255,16 @@ class Program:
             z = z + shift.astype(z.dtype)
             frame.at_exact.append(z)
             frame.records.append(
-                Site(value.uses, jnp.zeros_like(z), None, value.axis, frame.depth, z.ndim, value.place)
+                Site(value.uses, jnp.zeros_like(z), None, None, value.axis, frame.depth, z.ndim, value.place)
             )
             return z
-        noise = frame.entries(frame.next_key(), z.shape, z.dtype)
+        noise, scale = frame.entries(frame.next_key(), z.shape, z.dtype), None
+        if frame.relative and value.active:
+            scale = _size(lax.stop_gradient(z), value.axis)
+            noise = noise * scale
         if gain is not None:  # a unit that is not active has no part in the loss
             noise = jnp.where(gain != 0, noise, jnp.zeros_like(noise))
-        frame.records.append(Site(value.uses, noise, gain, value.axis, frame.depth, z.ndim, value.place))
+        frame.records.append(Site(value.uses, noise, gain, scale, value.axis, frame.depth, z.ndim, value.place))
         return inject(frame.s, z, noise)
 
     def _scan(
@@ -284,7 +288,8 @@ class Program:
 
         def iteration(carry: list[Array], sliced: tuple[Array, list[Array]]) -> tuple[list[Array], Any]:
             index, slices = sliced
-            inner = Frame(jax.random.fold_in(key, index), frame.s, frame.entries, frame.depth + 1)
+            inner_key = jax.random.fold_in(key, index)
+            inner = Frame(inner_key, frame.s, frame.entries, frame.relative, frame.depth + 1)
             arrays = [*(v.value if isinstance(v, Linear) else v for v in consts), *carry, *slices]
             inputs = [Linear(x, (Use(weights.index(i), (), ()),)) if i in weights else x for i, x in enumerate(arrays)]
             out = self._evaluate(body.jaxpr, double, body.consts, inputs, inner, path)
@@ -301,6 +306,17 @@ class Program:
             entered = tuple(values[i].uses for i in weights)
             frame.records.append(Loop(inside, entered, tuple(i >= first_slice for i in weights), tuple(shapes)))
         return [*carry, *ys]
+
+
+_LEAST_SIZE = 1e-4  # any will do: the estimate is unbiased for every scale
+
+
+def _size(z: Array, axis: int | None) -> Array:
+    """The root mean square of each example's part of a value."""
+    others = tuple(i for i in range(z.ndim) if i != axis)
+    wide = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+    size = jnp.sqrt(jnp.mean(jnp.square(wide), axis=others, keepdims=True))
+    return jnp.maximum(size, _LEAST_SIZE).astype(z.dtype)
 
 
 def _is_elementwise(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:

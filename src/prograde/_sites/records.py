@@ -61,7 +61,8 @@ class Site(eqx.Module):
     """A value that was perturbed: a pre-activation, or a weight where it is used in another way.
 
     `noise` is the perturbation, with an axis for the tangents before those of the value, and one for each enclosing loop
-    before that; `gain` the derivative of the nonlinearity that follows, where one does, with the axes of loops and of the value.
+    before that; `gain` the derivative of the nonlinearity that follows, where one does, with the axes of loops and of the value;
+    `scale` the deviation of the noise, where it is not 1, with 1 for the axes along which it is the same.
     `axis` is that of the examples within the value, or `None` where it has none. After `with_cotangents` `noise` holds the
     cotangent instead, without an axis for the tangents. `place` tells where in the program the value is.
     """
@@ -69,6 +70,7 @@ class Site(eqx.Module):
     uses: tuple[Use, ...]
     noise: Array
     gain: Array | None
+    scale: Array | None
     axis: int | None = eqx.field(static=True)
     depth: int = eqx.field(static=True)
     ndim: int = eqx.field(static=True)

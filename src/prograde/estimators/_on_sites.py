@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 
 from prograde._custom_vjp import inline_custom_vjp
 from prograde._inject import varying_like
-from prograde._sites import Program, Reach, Site, collect, reach_of, sites, with_cotangents
+from prograde._sites import Program, Reach, Run, Site, collect, reach_of, sites, with_cotangents
 from prograde._sites.records import Place, Record
 from prograde.estimators._estimator import (
     Estimate,
@@ -51,6 +51,7 @@ class SiteEstimator(Estimator):
     num_tangents: int = 1
     head: Literal["perturbed", "exact"] = "perturbed"
     per_example: bool = True
+    scale: Literal["one", "rms"] = "one"
     custom_vjp: Literal["error", "inline"] = "error"
 
     def __post_init__(self):
@@ -58,6 +59,7 @@ class SiteEstimator(Estimator):
             raise TypeError(f"noise={self.noise!r}, but noise has independent entries: Rademacher() or Normal().")
         check_whole("num_tangents", self.num_tangents)
         check_choice("head", self.head, ("perturbed", "exact"))
+        check_choice("scale", self.scale, ("one", "rms"))
         check_choice("custom_vjp", self.custom_vjp, ("error", "inline"))
 
     def program(self, fun: Any, params: PyTree, args: tuple[Any, ...], has_aux: bool) -> tuple[Program, PyTree[Array]]:
@@ -91,7 +93,7 @@ class SiteEstimator(Estimator):
 
         def one_tangent(index: Array) -> Perturbed:
             def along(s: Array, shifts: dict[int, Array]) -> Any:
-                run = program.run(leaves, s, jax.random.fold_in(key, index), self.noise._entries, shifts)
+                run = self._run(program, leaves, s, jax.random.fold_in(key, index), shifts)
                 return (run.losses, run.at_exact), (run.aux, run.records)
 
             def both(shifts: dict[int, Array]) -> Any:
@@ -121,12 +123,15 @@ class SiteEstimator(Estimator):
         leaves = jax.tree.leaves(floats)
 
         def losses_of(shifts: dict[int, Array]) -> Any:
-            run = program.run(leaves, jnp.zeros(()), threefry(key), self.noise._entries, shifts)
+            run = self._run(program, leaves, jnp.zeros(()), threefry(key), shifts)
             return run.losses, (run.aux, run.records)
 
         losses, errors, (aux, records) = self._errors(program, floats, self.exact(program, floats), losses_of)
         directional = [jnp.zeros((0, *loss.shape) if self.per_example else (0, 1)) for loss in losses]
         return Perturbed(_mean(losses), jax.tree.unflatten(program.aux_tree, aux), directional, records, errors, [])
+
+    def _run(self, program: Program, leaves: list[Array], s: Array, key: Any, shifts: dict[int, Array]) -> Run:
+        return program.run(leaves, s, key, self.noise._entries, shifts, relative=self.scale == "rms")
 
     def _errors(self, program: Program, floats: PyTree[Array], exact: Mapping[int, int], losses_of: Any) -> Any:
         """The losses, their derivatives by the values at the exact sites, by reverse mode of what follows and nothing before."""
@@ -173,7 +178,7 @@ class SiteEstimator(Estimator):
         if program.shapes is not None:
             return program.shapes
         leaves = jax.tree.leaves(floats)
-        run = jax.eval_shape(lambda: program.run(leaves, jnp.zeros(()), jax.random.key(0), self.noise._entries))
+        run = jax.eval_shape(lambda: self._run(program, leaves, jnp.zeros(()), jax.random.key(0), {}))
         program.shapes = run.records
         return run.records
 
@@ -216,9 +221,11 @@ class SiteEstimator(Estimator):
 
 
 def weighed(site: Site, weights: Array) -> Array:
-    """1/K sum_k weights_k u_k, for weights with the axes of the tangents, of loops and of the value, or 1 in their place."""
-    noise = jnp.moveaxis(site.noise, site.depth, 0)
-    return jnp.mean(weights * noise.astype(weights.dtype), axis=0)
+    """1/K sum_k weights_k u_k / scale^2, for weights with the axes of the tangents, of loops and of the value, or 1 in their place."""
+    noise = jnp.moveaxis(site.noise, site.depth, 0).astype(weights.dtype)
+    if site.scale is not None:  # divided twice, for a square may be too small
+        noise = noise / site.scale / site.scale
+    return jnp.mean(weights * noise, axis=0)
 
 
 def _mean(losses: Sequence[Array]) -> Array:

@@ -10,8 +10,8 @@ from prograde.estimators._on_sites import SiteEstimator
 class ActivityPerturbation(SiteEstimator):
     """Forward gradients of the pre-activations, from which the gradients of the weights follow locally.
 
-        z = x W + b           is perturbed along u, independent for every example i and unit
-        delta_i = 1/K sum_k d_ik u_ik,   d_ik = grad loss_i . u_k      estimates the derivative of loss_i by z_i
+        z = x W + b           is perturbed along u, of deviation c, independent for every example i and unit
+        delta_i = 1/K sum_k d_ik u_ik / c^2,   d_ik = grad loss_i . u_k      estimates the derivative of loss_i by z_i
         g_W = 1/B sum_i x_i delta_i^T,   g_b = 1/B sum_i delta_i
 
     Sites are found wherever a weight acts on the examples, in any JAX function: products and convolutions (also inside
@@ -30,13 +30,16 @@ class ActivityPerturbation(SiteEstimator):
       then gone.
     - `per_example`: whether each example's perturbation is weighed by that example's loss. `False` takes a scalar loss, and
       losses in which the examples depend on each other (batch normalisation), and weighs by the mean loss.
+    - `scale`: the deviation of the noise, `"one"`, or `"rms"`: the root mean square of what is perturbed, for each example and site, so
+      that no site drowns the others where they differ in size, as before a normalisation.
     - `custom_vjp`: as in `WeightPerturbation`.
 
     The examples are along the first axis of those arguments whose first axis has as many elements as the loss.
 
     **Bias:** none.
 
-    **Variance:** with U perturbed units per example, E |delta_i|^2 = U |grad_z loss_i|^2 / K for signs and K = 1. The errors of
+    **Variance:** with U perturbed units per example, E |delta_i|^2 = U |grad_z loss_i|^2 for signs and K = 1; with deviations c_s, site s has
+    U_s / c_s^2 times the sum of c_t^2 |grad loss_i|^2 over all sites t. The errors of
     examples average out in the weight gradients: for weights shared by all B examples, about (fan-in x B) times fewer
     tangents are needed than by `WeightPerturbation` (arXiv 2210.03310, table 1).
 

@@ -36,8 +36,10 @@ ESTIMATORS: dict[str, pg.Estimator] = {
     "scaled-curvature": pg.Scaled(scales="curvature"),
     "preconditioned": pg.Scaled(scales="curvature", precondition=True),
     "preconditioned-one": pg.Scaled(scales="curvature", precondition=True, limit=1.0),
-    "activity": pg.ActivityPerturbation(head="exact"),
-    "local": pg.LocalLosses(head="exact"),
+    "activity": pg.ActivityPerturbation(head="exact", scale="rms"),
+    "activity-16": pg.ActivityPerturbation(num_tangents=16, head="exact", scale="rms"),
+    "local": pg.LocalLosses(head="exact", scale="rms"),
+    "local-4": pg.LocalLosses(num_tangents=4, head="exact", scale="rms"),
     "local-backprop": pg.Backprop(),
     "feedback": pg.LearnedFeedback(every=8),
     "feedback-tail": pg.LearnedFeedback(rate=0.5, every=8, tail=2),
@@ -46,7 +48,7 @@ ESTIMATORS: dict[str, pg.Estimator] = {
 }
 DEFAULT = ("backprop", "checkpointed", "weight", "weight-16", "activity", "feedback")
 # follow the sum of the network's local losses, and not its loss at the end
-LOCAL = ("local", "local-backprop")
+LOCAL = ("local", "local-4", "local-backprop")
 # the same gradient at another cost: measured, but not searched and trained a second time
 SAME_GRADIENT = {"checkpointed": "backprop"}
 
