@@ -48,7 +48,7 @@ OPTIMIZERS: dict[str, Callable[[optax.Schedule], optax.GradientTransformation]] 
 Losses = Literal["mean", "each", "local"]
 
 # the rate at step t of a run of `length` steps, over that at its start
-SCHEDULES: dict[str, Callable[[Any, Any], Array]] = {
+SCHEDULES: dict[str, Callable[[Any, Any], Any]] = {
     "exp": lambda t, length: jnp.exp(-DECAY * t),
     "cosine": lambda t, length: 0.5 * (1 + jnp.cos(math.pi * jnp.minimum(t / length, 1))),
 }
