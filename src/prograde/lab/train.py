@@ -46,7 +46,7 @@ class Run:
 OPTIMIZERS: dict[str, Callable[[optax.Schedule], optax.GradientTransformation]] = {"sgd": optax.sgd, "adam": optax.adam}
 
 # the rate at step t of a run of `length` steps, over that at its start
-SCHEDULES: dict[str, Callable[[Array, Array], Array]] = {
+SCHEDULES: dict[str, Callable[[Any, Any], Any]] = {
     "exp": lambda t, length: jnp.exp(-DECAY * t),
     "cosine": lambda t, length: 0.5 * (1 + jnp.cos(math.pi * jnp.minimum(t / length, 1))),
 }
