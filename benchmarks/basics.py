@@ -70,7 +70,7 @@ def loop_overhead(rounds: int, steps: int = 50) -> dict:
         bare = train.Trainer(dataclasses.replace(experiment, in_scan=False), experiments.METHODS[method], data)
         rows = looped.rows(0, 0, steps)
         ready = jax.numpy.asarray(rows[0])
-        rate, key = jax.numpy.float32(0), looped._keys(0)[1]
+        rate, key = train.Rate(jax.numpy.float32(0), jax.numpy.float32(steps)), looped._keys(0)[1]
         carries = [looped.start(0), bare.start(0)]
         ratios = []
         for i in range(rounds + 1):

@@ -98,7 +98,9 @@ def test_low_rank_step_memory_does_not_grow_with_depth():
         shapes = jax.eval_shape(lambda: trainer.start(0))
         rows = jax.ShapeDtypeStruct((64,), np.int32)
         step = jax.jit(trainer._step, donate_argnums=0)
-        lowered = step.lower(shapes, np.float32(0), jax.random.key(0), trainer.train_data, rows)
+        lowered = step.lower(
+            shapes, train.Rate(np.float32(0), np.float32(1)), jax.random.key(0), trainer.train_data, rows
+        )
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     factors = 4 * 2 * 1024  # bytes of one layer's tangent
