@@ -68,6 +68,23 @@ def interleaved(key):
     return grouped(key, interleaved=True)
 
 
+def before_the_groups(key, interleaved=False):
+    """The noise comes before the channels are split into groups, so that positions of a group are found within an axis."""
+    k = jax.random.split(jax.random.fold_in(key, 8), 4)
+    params = {"w": normal(k[0], 3, 12), "out": normal(k[1], 3, 4, 2)}
+
+    def losses(params, x, y):
+        h = jnp.tanh(x @ params["w"])
+        h = jnp.swapaxes(h.reshape(-1, 4, 3), 1, 2) if interleaved else h.reshape(-1, 3, 4)
+        return jnp.sum(jnp.square(jnp.einsum("bgc,gck->bgk", h, params["out"]) - y[:, None]), axis=-1)
+
+    return params, losses, (normal(k[2], 4, 3, scale=1), normal(k[3], 4, 2, scale=1))
+
+
+def interleaved_before_the_groups(key):
+    return before_the_groups(key, interleaved=True)
+
+
 def patches(key):
     """A loss for each patch; the first block mixes channels alone, the second patches as well."""
     k = jax.random.split(jax.random.fold_in(key, 3), 6)
@@ -169,7 +186,11 @@ def scanned_to_the_end(key):
     return params, losses, (x, y)
 
 
-MODELS = [blocks, grouped, interleaved, patches, moved, jitted, hand_made, scanned, scanned_to_the_end, relu_mlp]
+MODELS = [
+    blocks, grouped, interleaved, before_the_groups, interleaved_before_the_groups, patches, moved, jitted, hand_made, scanned,
+    scanned_to_the_end, relu_mlp,
+]  # fmt: skip
+APART = [blocks, grouped, interleaved, before_the_groups, interleaved_before_the_groups, jitted]
 
 
 def program_of(model, key):
@@ -215,7 +236,7 @@ def test_what_is_not_counted_has_no_derivative(model, key):
             assert not np.any(np.asarray(jacobian)[~mask])
 
 
-@pytest.mark.parametrize("model", [blocks, grouped, interleaved, jitted], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", APART, ids=lambda m: m.__name__)
 def test_what_is_counted_has_a_derivative(model, key):
     """Where nothing is mixed, not one product of losses and positions is counted in vain."""
     estimator, program, floats = program_of(model, key)

@@ -37,31 +37,29 @@ def _reach(walk: "_Reach", jaxpr: Jaxpr, num_losses: int, site: Site) -> Reach:
     lengths = {
         n for shape, label in zip(losses, reached, strict=True) for n in shape[1:] if label is not None and n > 1
     }
-    for start, length in _candidates(site, lengths):
-        for loss, label, pairs in zip(losses, walk.labels(jaxpr, num_losses, site.place, start), found, strict=True):
+    for start in _candidates(site, lengths):
+        for label, pairs in zip(walk.labels(jaxpr, num_losses, site.place, start), found, strict=True):
             if label is None or label == ANYWHERE or label.axis < 1 or label != Along(label.axis):
                 continue
             taken = {axis for axis, _ in pairs}, {where.axis for _, where in pairs}
-            if loss[label.axis] == length and label.axis not in taken[0] and start.axis not in taken[1]:
+            if label.axis not in taken[0] and start.axis not in taken[1]:
                 pairs.append((label.axis, start))
     return Reach(
         tuple(None if label is None else tuple(pairs) for label, pairs in zip(reached, found, strict=True)), others
     )
 
 
-def _candidates(site: Site, lengths: Collection[int]) -> list[tuple[Along, int]]:
+def _candidates(site: Site, lengths: Collection[int]) -> list[Along]:
     """Where positions of an axis of a loss may lie in a site: contiguous groups first, then interleaved ones."""
     loops, shape = site.noise.shape[: site.depth], site.noise.shape[site.noise.ndim - site.ndim :]
-    found = [(Along(-1), n) for n in lengths if loops and loops[-1] == n]
+    found = [Along(-1) for n in lengths if loops and loops[-1] == n]
     for axis, size in enumerate(shape):
         if axis == site.axis:
             continue
         for n in lengths:
             rest = size // n
             found += [
-                (Along(axis, rest // inner, inner), n)
-                for inner in range(rest, 0, -1)
-                if size % n == 0 and rest % inner == 0
+                Along(axis, rest // inner, inner) for inner in range(rest, 0, -1) if size % n == 0 and rest % inner == 0
             ]
     return found
 
