@@ -217,7 +217,7 @@ def test_estimators_that_learn_and_both_optimizers(small_data, tmp_path, monkeyp
 def test_the_state_of_an_estimator_goes_from_step_to_step_and_into_checkpoints(small_data, tmp_path):
     network = models.logreg()
     experiment = Experiment("tiny", "", lambda _: network, (), Reported(), Budget(), Budget(), in_scan=False)
-    trainer = train.Trainer(experiment, Counting(), small_data, per_example=True)
+    trainer = train.Trainer(experiment, Counting(), small_data, losses="each")
     carry, _, _ = trainer.steps(trainer.start(0), 0.0, 0, trainer.rows(0, 0, 3))
     assert float(carry[3]) == 4
     budget, run = Budget(steps=4, points=4, eval_examples=20), train.Run("counting", "sgd", 0.01, 0, 4)
@@ -237,7 +237,7 @@ def test_minutes_decide_the_steps_once(small_data, tmp_path):
     chosen = plan(steps=None, minutes=10.0, seeds=2)
     network = compare.MODELS["mlp"].build(False)
     experiment = Experiment("tiny", "", lambda _: network, (), Reported(), Budget(), Budget(), in_scan=False)
-    trainers = {"backprop-sgd": train.Trainer(experiment, pg.Backprop(), small_data, per_example=True)}
+    trainers = {"backprop-sgd": train.Trainer(experiment, pg.Backprop(), small_data, losses="each")}
     seconds = {"backprop-sgd": 0.01, "weight-sgd": 0.02, "checkpointed-sgd": 5.0}
     steps = compare._steps(chosen, trainers, seconds, compare.time.monotonic(), tmp_path)
     work = steps * 0.03 * (compare.TRIALS + 2)
@@ -259,7 +259,7 @@ class Ones(pg.Estimator):
 def test_rates_follow_the_schedule_and_batches_have_the_size_asked_for(small_data, schedule, total):
     network = models.logreg()
     experiment = Experiment("tiny", "", lambda _: network, (), Reported(), Budget(), Budget(), in_scan=False)
-    trainer = train.Trainer(experiment, Ones(), small_data, per_example=True, batch_size=48, schedule=schedule)
+    trainer = train.Trainer(experiment, Ones(), small_data, losses="each", batch_size=48, schedule=schedule)
     trainer.length = 4
     rows = trainer.rows(0, 0, 4)
     assert rows.shape == (4, 48)
