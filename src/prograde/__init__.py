@@ -4,7 +4,7 @@ grad_fn = prograde.value_and_grad(loss_fn, prograde.WeightPerturbation(prograde.
 loss, grads = grad_fn(key, params, batch)
 """
 
-from prograde import diagnostics
+from prograde import diagnostics, distributed, replay
 from prograde._check import CheckReport, check
 from prograde._inject import inject
 from prograde._value_and_grad import value_and_grad
@@ -20,6 +20,8 @@ from prograde.estimators import (
     LearnedFeedback,
     LocalLosses,
     Scaled,
+    SeededEstimator,
+    Share,
     WeightPerturbation,
     total_loss,
 )
@@ -55,14 +57,18 @@ __all__ = [
     "Orthogonal",
     "Rademacher",
     "Scaled",
+    "SeededEstimator",
     "Separable",
+    "Share",
     "Sparse",
     "Sphere",
     "TangentDistribution",
     "WeightPerturbation",
     "check",
     "diagnostics",
+    "distributed",
     "inject",
+    "replay",
     "total_loss",
     "value_and_grad",
 ]

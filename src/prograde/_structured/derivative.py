@@ -68,8 +68,8 @@ def inner_products(tangents: PyTree[Tangent]) -> Float[Array, "k k"]:
     def leaf(v: Tangent) -> Array:
         if isinstance(v, LowRankTangent):
             return v.inner_products()
-        v = v.reshape(len(v), -1)
-        return jnp.matmul(v, v.T, preferred_element_type=wider(v.dtype, jnp.float32))
+        along = tuple(range(1, v.ndim))  # not reshaped: what is sharded over devices would have to be gathered
+        return jnp.tensordot(v, v, (along, along), preferred_element_type=wider(v.dtype, jnp.float32))
 
     parts = jax.tree.leaves(jax.tree.map(leaf, tangents, is_leaf=is_structured))
     dtype = jnp.float64 if any(part.dtype == jnp.float64 for part in parts) else jnp.float32

@@ -1,6 +1,7 @@
 """Gradient estimators, one a file."""
 
 from prograde.estimators._estimator import Estimate, Estimator
+from prograde.estimators._seeded import SeededEstimator, Share
 from prograde.estimators.activity import ActivityPerturbation
 from prograde.estimators.backprop import Backprop, CheckpointedBackprop
 from prograde.estimators.exact import ForwardJacobian
@@ -23,6 +24,8 @@ __all__ = [
     "LearnedFeedback",
     "LocalLosses",
     "Scaled",
+    "SeededEstimator",
+    "Share",
     "WeightPerturbation",
     "total_loss",
 ]

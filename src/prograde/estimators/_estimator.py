@@ -158,12 +158,21 @@ def wide(x: Array) -> Array:
     return x.astype(wide_dtype(x.dtype))
 
 
+def _partitioned(params: PyTree) -> tuple[PyTree[Array], PyTree]:
+    params = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, params)
+    return eqx.partition(params, eqx.is_inexact_array)
+
+
+def float_leaves(params: PyTree) -> PyTree[Array]:
+    """The float arrays of `params`, and `None` in place of everything else."""
+    return _partitioned(params)[0]
+
+
 def split_params(
     fun: Callable[..., Any], params: PyTree, args: tuple[Any, ...], has_aux: bool
 ) -> tuple[Callable[[PyTree], tuple[Array, PyTree]], PyTree[Array]]:
     """(f, floats): the float arrays of `params`, and fun as a function of these that returns (checked loss, packed aux)."""
-    params = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, params)
-    floats, rest = eqx.partition(params, eqx.is_inexact_array)
+    floats, rest = _partitioned(params)
     leaves = jax.tree_util.tree_leaves_with_path(floats)
     if not leaves:
         raise ValueError(

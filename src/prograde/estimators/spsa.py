@@ -1,6 +1,8 @@
 """Central differences along random directions, for functions that cannot be differentiated at all."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,21 +13,22 @@ from jaxtyping import Array, PyTree
 from prograde._structured import is_structured, weighted_sum
 from prograde.estimators._estimator import (
     Estimate,
-    Estimator,
     check_key,
     check_positive,
     check_tangents,
     check_whole,
+    float_leaves,
     split_params,
     unpack,
     wide,
     wide_dtype,
 )
+from prograde.estimators._seeded import SeededEstimator, Share
 from prograde.tangents import Rademacher, TangentDistribution
 
 
 @dataclass(frozen=True)
-class CentralDifference(Estimator):
+class CentralDifference(SeededEstimator):
     """Simultaneous perturbation (SPSA, MeZO): a difference of two function values in place of a directional derivative.
 
         d_k = (f(theta + h v_k) - f(theta - h v_k)) / (2 h)          g = 1/K sum_k d_k v_k / w_k
@@ -82,41 +85,18 @@ class CentralDifference(Estimator):
             check_positive("curvature_power", self.curvature_power, at_most=1)
         check_positive("curvature_floor", self.curvature_floor)
 
+    @property
+    def num_numbers(self):
+        return 1 if self.curvature_power is None else 2  # the derivative, and the curvature
+
     def estimate(self, fun, key, state, params, *args, has_aux=False):
         check_key(key)
         f, floats = split_params(fun, params, args, has_aux)
-        for dtype in {w.dtype for w in jax.tree.leaves(floats)}:
-            if self.step < (resolution := float(jnp.finfo(dtype).eps)):
-                raise ValueError(
-                    f"step={self.step:g}, but parameters of dtype {dtype} resolve no less than {resolution:.2g} of their size: most would not "
-                    "move at all. Use a larger step, or float32 parameters."
-                )
-
-        def values_at(index, sign):
-            tangents = self.tangents.sample(key, floats, index, self.num_tangents)
-            value, aux = f(jax.tree.map(lambda w, v: _moved(w, v, sign * self.step), floats, tangents))
-            return wide(value), aux
-
-        def difference(index):
-            above, _ = values_at(index, 1)
-            below, aux = values_at(index, -1)
-            return above, below, aux
-
-        power = self.curvature_power
-        clean = None if power is None else f(floats)
+        run = self._runs(f, floats, key)
 
         def one_tangent(sums, index):
-            above, below, aux = difference(index)
-            directional = (above - below) / (2 * self.step)
-            weight = jnp.ones(())
-            if clean is not None and power is not None:
-                curvature = jnp.mean(above - 2 * wide(clean[0]) + below) / self.step**2
-                weight = jnp.maximum(jnp.abs(curvature) ** power, self.curvature_floor)
-            coefficient = jnp.mean(directional) / weight / self.num_tangents
-            tangents = self.tangents.sample(key, floats, index, self.num_tangents)
-            tangents = jax.tree.map(lambda x: x[None], eqx.filter(tangents, eqx.is_array))
-            sums = jax.tree.map(jnp.add, sums, weighted_sum(tangents, coefficient[None]))
-            return sums, (jnp.mean(above + below) / 2, directional, aux)
+            value, aux, directional, numbers = run(index)
+            return self._add(sums, floats, key, index, self._coefficient(numbers)), (value, directional, aux)
 
         sums = jax.tree.map(lambda w: jnp.zeros(w.shape, wide_dtype(w.dtype)), floats)
         # the first is not in the loop: inside `shard_map` zeros vary along other axes than what is added
@@ -127,9 +107,74 @@ class CentralDifference(Estimator):
             value, directional, aux = jax.tree.map(
                 lambda a, b: jnp.concatenate([a, b]), (value, directional, aux), rest
             )
-        value, aux = (jnp.mean(value), jax.tree.map(lambda x: x[-1], aux)) if clean is None else clean
+        aux = jax.tree.map(lambda x: x[-1], aux)
         grads = jax.tree.map(lambda g, w: g.astype(w.dtype), sums, floats)
         return Estimate(jnp.mean(value), unpack(aux), grads, directional, state)
+
+    def derivatives(self, fun, key, params, *args, has_aux=False, share=None):
+        check_key(key)
+        share = share or Share()
+        f, floats = split_params(fun, params, args, has_aux)
+        run, count = self._runs(f, floats, key), share.of_tangents(self.num_tangents)
+
+        def one_tangent(index):
+            value, aux, _, numbers = run(index)
+            return value, aux, numbers
+
+        value, aux, numbers = lax.map(one_tangent, share.tangent * count + jnp.arange(count))
+        return jnp.mean(value), unpack(jax.tree.map(lambda x: x[-1], aux)), numbers[:, None]
+
+    def gradient(self, key, params, derivatives):
+        check_key(key)
+        floats = float_leaves(params)
+        coefficients = jax.vmap(self._coefficient)(derivatives[:, 0])
+
+        def add(sums, index):
+            return self._add(sums, floats, key, index, coefficients[index]), None
+
+        sums = jax.tree.map(lambda w: jnp.zeros(w.shape, wide_dtype(w.dtype)), floats)
+        sums, _ = lax.scan(add, sums, jnp.arange(self.num_tangents))
+        return jax.tree.map(lambda g, w: g.astype(w.dtype), sums, floats)
+
+    def _runs(
+        self, f: Callable[[PyTree], tuple[Array, PyTree]], floats: PyTree[Array], key: Any
+    ) -> Callable[[int | Array], tuple[Array, PyTree, Array, Array]]:
+        """The runs along one tangent: (value, aux, directional, what the coefficient is made from)."""
+        for dtype in {w.dtype for w in jax.tree.leaves(floats)}:
+            if self.step < (resolution := float(jnp.finfo(dtype).eps)):
+                raise ValueError(
+                    f"step={self.step:g}, but parameters of dtype {dtype} resolve no less than {resolution:.2g} of their size: most would not "
+                    "move at all. Use a larger step, or float32 parameters."
+                )
+        clean = None if self.curvature_power is None else f(floats)
+
+        def value_at(index, sign):
+            tangents = self.tangents.sample(key, floats, index, self.num_tangents)
+            value, aux = f(jax.tree.map(lambda w, v: _moved(w, v, sign * self.step), floats, tangents))
+            return wide(value), aux
+
+        def run(index):
+            above, _ = value_at(index, 1)
+            below, aux = value_at(index, -1)
+            directional = (above - below) / (2 * self.step)
+            if clean is None:
+                return jnp.mean(above + below) / 2, aux, directional, jnp.mean(directional)[None]
+            curvature = jnp.mean(above - 2 * wide(clean[0]) + below) / self.step**2
+            return jnp.mean(clean[0]), clean[1], directional, jnp.stack([jnp.mean(directional), curvature])
+
+        return run
+
+    def _coefficient(self, numbers: Array) -> Array:
+        """What a tangent is multiplied by: its derivative, over K and over the weight of the measured curvature."""
+        weight = jnp.ones(())
+        if self.curvature_power is not None:
+            weight = jnp.maximum(jnp.abs(numbers[1]) ** self.curvature_power, self.curvature_floor)
+        return numbers[0] / weight / self.num_tangents
+
+    def _add(self, sums: PyTree[Array], floats: PyTree[Array], key: Any, index: int | Array, weight: Array) -> PyTree:
+        tangents = self.tangents.sample(key, floats, index, self.num_tangents)
+        tangents = jax.tree.map(lambda x: x[None], eqx.filter(tangents, eqx.is_array))
+        return jax.tree.map(jnp.add, sums, weighted_sum(tangents, weight[None]))
 
 
 def _moved(weight: Array, tangent: PyTree, step: float) -> Array:

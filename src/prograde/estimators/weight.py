@@ -1,5 +1,6 @@
 """Weight perturbation: the forward gradient."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,21 +15,22 @@ from prograde._structured import directional_derivative, inner_products, is_stru
 from prograde.estimators._chunks import in_groups, tangents_at_once
 from prograde.estimators._estimator import (
     Estimate,
-    Estimator,
     check_choice,
     check_key,
     check_tangents,
     check_whole,
+    float_leaves,
     split_params,
     unpack,
     wide,
     wide_dtype,
 )
+from prograde.estimators._seeded import SeededEstimator, Share
 from prograde.tangents import LowRank, TangentDistribution
 
 
 @dataclass(frozen=True)
-class WeightPerturbation(Estimator):
+class WeightPerturbation(SeededEstimator):
     """The forward gradient: random tangents of the weights, each weighed by its exact directional derivative.
 
         g = 1/K sum_k (grad f . v_k) v_k
@@ -112,53 +114,20 @@ class WeightPerturbation(Estimator):
             )
 
     def estimate(self, fun, key, state, params, *args, has_aux=False):
-        check_key(key)
         k, g = self.num_tangents, self.num_groups
-        _, floats = split_params(fun, params, args, has_aux)
-        arrays, rest = in_groups(args, g)
-
-        def of_group(arrays):
-            f, _ = split_params(fun, params, eqx.combine(arrays, rest), has_aux)
-            return inline_custom_vjp(f) if self.custom_vjp == "inline" else f
-
-        def one_tangent(index, arrays):
-            tangents = self.tangents.sample(key, floats, index, k * g)
-            value, directional, aux = directional_derivative(of_group(arrays), floats, tangents)
-            return jnp.mean(value), aux, wide(directional), tangents
-
-        def one_for_each_group(index):
-            """A tangent for each group, along a leading axis."""
-            if g == 1:
-                value, aux, directional, tangents = one_tangent(index, arrays)
-                return value, aux, *jax.tree.map(lambda x: x[None], (directional, tangents))
-            value, *others = jax.vmap(one_tangent)(index * g + jnp.arange(g), arrays)
-            return jnp.mean(value), *others
-
-        def one_chunk(indices):
-            if len(indices) == 1:
-                return one_for_each_group(indices[0])
-            value, aux, directional, tangents = jax.vmap(one_for_each_group)(indices)
-            value, aux = jax.tree.map(lambda x: x[0], (value, aux))  # the primal is the same for all of them
-            return value, aux, *jax.tree.map(_merged, (directional, tangents))
-
-        scale = self._scale(floats)
+        floats, one_chunk, chunks = self._runs(fun, key, params, args, has_aux, Share())
 
         def coefficients(directional, indices):
-            mean = directional.reshape(len(indices) * g, -1).mean(axis=1)
             # the last chunk may run over the number of tangents: what is over counts nothing
-            return jnp.where(jnp.repeat(indices < k, g), scale * mean, 0)
+            return jnp.where(jnp.repeat(indices < k, g), self._coefficients(floats, directional, len(indices)), 0)
 
         def combined(tangents, directional, indices):
             along = coefficients(directional, indices)
             return weighted_sum(tangents, _projected(tangents, along) if self.combine == "projection" else along)
 
-        whole = of_group(args) if g == 1 else of_group(jax.tree.map(lambda x: x[0], arrays))
-        num_chunks = -(-k // tangents_at_once(self.chunk, k, whole, floats, one_chunk))
-        size = -(-k // num_chunks)
-        indices = jnp.arange(num_chunks * size).reshape(num_chunks, size)
-        if num_chunks == 1:
-            value, aux, directional, tangents = one_chunk(indices[0])
-            grads = combined(tangents, directional, indices[0])
+        if len(chunks) == 1:
+            value, aux, directional, tangents = one_chunk(chunks[0])
+            grads = combined(tangents, directional, chunks[0])
         else:
             # dense tangents are summed chunk by chunk; structured ones are drawn again, from the same key, and summed at once,
             # and so are all where the weight of one depends on the others
@@ -173,8 +142,8 @@ class WeightPerturbation(Estimator):
 
             # the first chunk starts the sums: inside `shard_map` zeros vary along other axes than what is added
             start = jax.tree.map(lambda w: jnp.zeros(w.shape, wide_dtype(w.dtype)), in_chunks)
-            start, first = add_chunk((None, None, start), indices[0])
-            (value, aux, sums), rest_of_them = lax.scan(add_chunk, start, indices[1:])
+            start, first = add_chunk((None, None, start), chunks[0])
+            (value, aux, sums), rest_of_them = lax.scan(add_chunk, start, chunks[1:])
             directional = _merged(jnp.concatenate([first[None], rest_of_them]))[: k * g]
             grads = sums
             if jax.tree.leaves(at_the_end):
@@ -185,6 +154,93 @@ class WeightPerturbation(Estimator):
             directional = directional.reshape(k, -1)  # of the groups, or of all examples
         packed: Any = aux
         return Estimate(value, unpack(packed), grads, directional, state)
+
+    def derivatives(self, fun, key, params, *args, has_aux=False, share=None):
+        share = share or Share()
+        k, g = share.of_tangents(self.num_tangents), share.of_groups(self.num_groups)
+        _, one_chunk, chunks = self._runs(fun, key, params, args, has_aux, share)
+
+        def of_chunk(indices):
+            value, aux, directional, _ = one_chunk(indices)
+            return value, aux, directional.reshape(len(indices), g, -1).mean(axis=2)
+
+        value, aux, directional = of_chunk(chunks[0])
+        if len(chunks) > 1:
+            rest = lax.map(lambda indices: of_chunk(indices)[2], chunks[1:])
+            directional = jnp.concatenate([directional, _merged(rest)])[:k]
+        packed: Any = aux
+        return value, unpack(packed), directional[..., None]
+
+    def gradient(self, key, params, derivatives):
+        check_key(key)
+        floats = float_leaves(params)
+        total = self.num_tangents * self.num_groups
+        along = self._coefficients(floats, derivatives, self.num_tangents)
+        sample = lambda params, index: self.tangents.sample(key, params, index, total)  # noqa: E731
+        at_once, one_by_one = eqx.partition(floats, self._combined_last(key, floats))
+        sums = jax.tree.map(lambda w: jnp.zeros(w.shape, wide_dtype(w.dtype)), one_by_one)
+        if jax.tree.leaves(one_by_one):
+
+            def add(sums, index_and_weight):
+                index, weight = index_and_weight
+                tangent = jax.tree.map(lambda v: v[None], sample(one_by_one, index))
+                return jax.tree.map(jnp.add, sums, weighted_sum(tangent, weight[None])), None
+
+            sums, _ = lax.scan(add, sums, (jnp.arange(total), along))
+        if jax.tree.leaves(at_once):
+            tangents = jax.vmap(lambda index: sample(at_once, index))(jnp.arange(total))
+            if self.combine == "projection":
+                along = _projected(tangents, along)
+            sums = eqx.combine(sums, weighted_sum(tangents, along))
+        return jax.tree.map(lambda g, w: g.astype(w.dtype), sums, floats)
+
+    def _runs(
+        self, fun: Any, key: Any, params: Any, args: Any, has_aux: bool, share: Share
+    ) -> tuple[PyTree[Array], Callable[[Array], tuple], Array]:
+        """(floats, one_chunk, chunks): the runs along a share of the tangents, for a share of the groups.
+
+        `one_chunk(indices)` is (value, packed aux, directional, tangents) of the tangents with these numbers.
+        """
+        check_key(key)
+        total = self.num_tangents * self.num_groups
+        k, g = share.of_tangents(self.num_tangents), share.of_groups(self.num_groups)
+        groups = share.group * g + jnp.arange(g) if self.num_groups > 1 else jnp.zeros(1, jnp.int32)
+        _, floats = split_params(fun, params, args, has_aux)
+        arrays, rest = in_groups(args, g)
+
+        def of_group(arrays):
+            f, _ = split_params(fun, params, eqx.combine(arrays, rest), has_aux)
+            return inline_custom_vjp(f) if self.custom_vjp == "inline" else f
+
+        def one_tangent(index, arrays):
+            tangents = self.tangents.sample(key, floats, index, total)
+            value, directional, aux = directional_derivative(of_group(arrays), floats, tangents)
+            return jnp.mean(value), aux, wide(directional), tangents
+
+        def one_for_each_group(index):
+            """A tangent for each group, along a leading axis."""
+            if g == 1:
+                value, aux, directional, tangents = one_tangent(index * self.num_groups + groups[0], arrays)
+                return value, aux, *jax.tree.map(lambda x: x[None], (directional, tangents))
+            value, *others = jax.vmap(one_tangent)(index * self.num_groups + groups, arrays)
+            return jnp.mean(value), *others
+
+        def one_chunk(indices):
+            if len(indices) == 1:
+                return one_for_each_group(indices[0])
+            value, aux, directional, tangents = jax.vmap(one_for_each_group)(indices)
+            value, aux = jax.tree.map(lambda x: x[0], (value, aux))  # the primal is the same for all of them
+            return value, aux, *jax.tree.map(_merged, (directional, tangents))
+
+        whole = of_group(args) if g == 1 else of_group(jax.tree.map(lambda x: x[0], arrays))
+        num_chunks = -(-k // tangents_at_once(self.chunk, k, whole, floats, one_chunk))
+        size = -(-k // num_chunks)
+        chunks = share.tangent * k + jnp.arange(num_chunks * size).reshape(num_chunks, size)
+        return floats, one_chunk, chunks
+
+    def _coefficients(self, floats: PyTree[Array], directional: Array, num_tangents: int) -> Array:
+        """What each tangent of each group is multiplied by, before a projection."""
+        return self._scale(floats) * directional.reshape(num_tangents * self.num_groups, -1).mean(axis=1)
 
     def _scale(self, floats: PyTree[Array]) -> float:
         """What a directional derivative is multiplied by to weigh its tangent."""

@@ -43,7 +43,8 @@ def draw(
     zero = (
         jax.random.key_data(key)[0] >> 31
     ) >> 1  # of the key that all tangents share, so that `vmap` slices and not gathers
-    key = jax.random.fold_in(key, index)
+    # an index that varies over devices makes JAX take the key for used up
+    key = jax.random.fold_in(jax.random.clone(key), index)
     drawn: list[Array] = [jnp.zeros(())] * len(shapes)
     small: dict[jnp.dtype, list[int]] = {}
     for i, (shape, dtype) in enumerate(shapes):

@@ -1,0 +1,217 @@
+"""What many devices estimate together is what one estimates alone; and only a few numbers pass between them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import prograde as pg
+from prograde.distributed import Distributed, ReplicaError, agree, check_replicas, checksums, initialize, payload
+from prograde.estimators import Share
+
+COLLECTIVE = re.compile(r"= (.*) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+NUMBERS = re.compile(r"[a-z]+\d+\[([\d,]*)\]")
+
+
+def loss(params, x, y):
+    hidden = jax.nn.relu(x @ params["in"] + params["bias"])
+    return jnp.mean((hidden @ params["out"] - y) ** 2, axis=-1)
+
+
+@pytest.fixture
+def problem(key):
+    k1, k2, k3 = jax.random.split(key, 3)
+    params = {
+        "in": jax.random.normal(k1, (48, 256)) / 7,
+        "bias": jnp.ones(256),
+        "out": jax.random.normal(k2, (256, 64)) / 16,
+    }
+    x = jax.random.normal(k3, (16, 48))
+    return params, x, jnp.sin(x[:, :1]) * jnp.ones(64)
+
+
+def mesh_of(*shape, names=("workers", "more", "model")):
+    count = int(np.prod(shape))
+    if jax.device_count() < count:
+        pytest.skip(f"{jax.device_count()} devices, and {count} are needed")
+    return jax.make_mesh(shape, names[: len(shape)], devices=jax.devices()[:count])
+
+
+def estimated(estimator, key, problem, params=None):
+    """The estimate, and the sizes of all arrays that devices exchange for it."""
+    mine, x, y = problem
+    run = jax.jit(lambda params, x, y: estimator.estimate(loss, key, None, params, x, y))
+    program = run.lower(params or mine, x, y).compile().as_text()
+    found = [shape for line in COLLECTIVE.findall(program) for shape in NUMBERS.findall(line)]
+    sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in found]
+    return run(params or mine, x, y), sizes
+
+
+def assert_close(found, wanted, rtol):
+    np.testing.assert_allclose(found.value, wanted.value, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(found.grads), jax.tree.leaves(wanted.grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * float(jnp.abs(b).max()))
+
+
+SEEDED = {
+    "rank one": (pg.WeightPerturbation(num_tangents=8), 1e-5),
+    "dense": (pg.WeightPerturbation(pg.Rademacher(), num_tangents=8, chunk=2), 1e-5),
+    "groups": (pg.WeightPerturbation(num_tangents=8, num_groups=8), 1e-5),
+    "projection": (pg.WeightPerturbation(pg.Rademacher(), num_tangents=8, combine="projection"), 1e-5),
+    "1.5-spsa": (pg.CentralDifference(num_tangents=8, step=0.1, curvature_power=0.5), 1e-3),
+}
+MODES = {
+    "same tangents, batch cut": ((8,), {"data": "workers"}),
+    "own tangents, same batch": ((8,), {"tangents": "workers"}),
+    "both": ((2, 4), {"data": "workers", "tangents": "more"}),
+    "two axes of data": ((2, 4), {"data": ("workers", "more")}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [*(("rank one", m) for m in MODES), *((n, "both") for n in SEEDED if n != "rank one")]
+)
+def test_eight_devices_estimate_what_one_does_and_exchange_scalars(name, mode, key, problem):
+    estimator, rtol = SEEDED[name]
+    shape, axes = MODES[mode]
+    shared, sizes = estimated(Distributed(estimator, mesh_of(*shape), **axes), key, problem)
+    alone, _ = estimated(estimator, key, problem)
+    assert_close(shared, alone, rtol)
+    wanted = alone.directional.reshape(8, estimator.num_groups, -1).mean(axis=2)
+    np.testing.assert_allclose(shared.directional.reshape(8, -1), wanted, rtol=rtol, atol=rtol)
+    # one exchange, in which each worker has the loss and the derivatives of its share
+    workers = int(np.prod(shape))
+    assert len(sizes) <= len(shape)
+    assert sizes[-1] * 4 <= workers * payload(estimator, problem[0])
+
+
+@pytest.mark.parametrize("name", ["rank one", "dense", "groups", "projection"])
+def test_sharded_weights_get_the_same_tangents_shard_by_shard(name, key, problem):
+    estimator, rtol = SEEDED[name]
+    mesh = mesh_of(2, 2, 2)
+    layout = {"in": P(None, "model"), "bias": P("model"), "out": P("model")}
+    sharded = jax.tree.map(lambda w, s: jax.device_put(w, NamedSharding(mesh, s)), problem[0], layout)
+    shared, sizes = estimated(Distributed(estimator, mesh, data="workers", tangents="more"), key, problem, sharded)
+    alone, _ = estimated(estimator, key, problem)
+    assert_close(shared, alone, rtol)
+    assert {k: g.sharding.spec for k, g in shared.grads.items()} == layout
+    # activations and factors pass between the shards of a model, its weights and their tangents do not
+    assert max(sizes) < min(problem[0]["in"].size, problem[0]["out"].size)
+
+
+@pytest.mark.parametrize("estimator", [pg.Backprop(), pg.CheckpointedBackprop()])
+def test_reverse_mode_takes_the_mean_of_gradients(estimator, key, problem):
+    shared, sizes = estimated(Distributed(estimator, mesh_of(8), data="workers"), key, problem)
+    alone, _ = estimated(estimator, key, problem)
+    assert_close(shared, alone, 1e-5)
+    assert sum(sizes) >= payload(estimator, problem[0]) / 8
+
+
+def test_activity_perturbation_is_the_mean_of_estimates_with_keys_of_their_own(key, problem):
+    params, x, y = problem
+    estimator = pg.ActivityPerturbation()
+    shared, _ = estimated(Distributed(estimator, mesh_of(8), data="workers"), key, problem)
+    one = jax.jit(lambda key, x, y: estimator.estimate(loss, key, None, params, x, y).grads)
+    parts = [one(jax.random.fold_in(key, i), x[2 * i : 2 * i + 2], y[2 * i : 2 * i + 2]) for i in range(8)]
+    for name, found in shared.grads.items():
+        wanted = sum(part[name] for part in parts) / 8
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * float(jnp.abs(wanted).max()))
+
+
+def test_aux_stays_with_its_worker(key, problem):
+    params, x, y = problem
+    run = lambda params, x, y: (loss(params, x, y), {"first": x[0, 0], "rows": len(x)})
+    shared = pg.distributed.value_and_grad(run, pg.WeightPerturbation(), mesh_of(8), data="workers", has_aux=True)
+    (_, aux), _ = jax.jit(shared)(key, params, x, y)
+    assert aux["rows"] == 2
+    np.testing.assert_array_equal(aux["first"], x[::2, 0])
+
+
+def test_numbers_of_workers_do_not_depend_on_how_they_are_counted(key, problem):
+    """Shares by hand, without a mesh: what `Distributed` concatenates and averages."""
+    estimator = SEEDED["rank one"][0]
+    params, x, y = problem
+    _, _, whole = estimator.derivatives(loss, key, params, x, y)
+    parts = [
+        [estimator.derivatives(loss, key, params, x[j::2], y[j::2], share=Share(i, 4, j, 2))[2] for j in range(2)]
+        for i in range(4)
+    ]
+    found = jnp.concatenate([(a + b) / 2 for a, b in parts])
+    np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_replicas_that_differ_are_named(problem):
+    mesh = mesh_of(4)
+    params = problem[0]
+    check_replicas(params, mesh, step=10)
+
+    def replicas(which, change):
+        copies = [np.array(params["in"]) for _ in range(4)]
+        for i in which:
+            copies[i][5, 7] = change(copies[i][5, 7])
+        placed = [jax.device_put(c, d) for c, d in zip(copies, mesh.devices, strict=True)]
+        sharding = NamedSharding(mesh, P())
+        return params | {"in": jax.make_array_from_single_device_arrays(copies[0].shape, sharding, placed)}
+
+    check_replicas(replicas([2], lambda x: x), mesh, step=10)
+    one_bit = lambda x: np.nextafter(x, np.float32(np.inf))
+    with pytest.raises(
+        ReplicaError, match=r"after step 10 the parameters of worker 2 differ .* worker 0, 1, 3, in \['in'\]"
+    ):
+        check_replicas(replicas([2], one_bit), mesh, step=10)
+    with pytest.raises(ReplicaError, match="worker 0 differ from those of worker 1, 2, 3"):
+        check_replicas(replicas([0], lambda x: -x), mesh, step=10)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "complex64", "uint32"])
+def test_checksum_sees_every_bit_and_not_the_layout(dtype):
+    x = jnp.arange(60).reshape(5, 12).astype(dtype)
+    changed = x.at[3, 4].set(jnp.asarray(x[3, 5] if dtype != "bool" else ~x[3, 4]))
+    swapped = x[::-1]
+    sums = [tuple(checksums(v)[0].tolist()) for v in (x, changed, swapped, x.reshape(12, 5))]
+    assert sums[3] == sums[0]  # positions are counted along all axes
+    assert len(set(sums[:2])) == 2
+    if dtype != "bool":
+        assert len(set(sums[:3])) == 3
+    mesh = mesh_of(4)
+    laid_out = jax.device_put(x, NamedSharding(mesh, P(None, "workers")))
+    assert tuple(jax.jit(checksums)(laid_out)[0].tolist()) == sums[0]
+
+
+def test_payload_does_not_depend_on_the_model(problem):
+    small, large = problem[0], {"w": jax.ShapeDtypeStruct((10_000, 10_000), jnp.float32)}
+    for k in (1, 8, 64):
+        estimator = pg.WeightPerturbation(num_tangents=k)
+        assert payload(estimator, small) == payload(estimator, large) == 4 * k + 4 <= 8 * k + 64
+    assert payload(pg.CentralDifference(curvature_power=0.5), large) == 12
+    assert payload(pg.Backprop(), large) == 8 * 10**8 == payload(pg.ActivityPerturbation(), large)
+
+
+def test_what_cannot_be_shared_is_refused_by_name(key, problem):
+    mesh = mesh_of(4)
+    params, x, y = problem
+    with pytest.raises(ValueError, match=r"\['nodes'\] are not among those of the mesh, \['workers'\]"):
+        Distributed(pg.WeightPerturbation(), mesh, data="nodes")
+    with pytest.raises(ValueError, match="name an axis twice"):
+        Distributed(pg.WeightPerturbation(), mesh, data="workers", tangents="workers")
+    with pytest.raises(TypeError, match="an estimator is needed"):
+        Distributed("backprop", mesh)  # pyright: ignore
+    with pytest.raises(ValueError, match="num_tangents=6, but they are shared by 4 workers"):
+        Distributed(pg.WeightPerturbation(num_tangents=6), mesh, tangents="workers").estimate(
+            loss, key, None, params, x, y
+        )
+    with pytest.raises(ValueError, match="num_groups=2, but the batch is cut among 4 workers"):
+        Distributed(pg.WeightPerturbation(num_groups=2), mesh, data="workers").estimate(loss, key, None, params, x, y)
+    with pytest.raises(ValueError, match=r"\(15, 48\).* among 4 workers"):
+        Distributed(pg.WeightPerturbation(), mesh, data="workers").estimate(loss, key, None, params, x[:15], y[:15])
+    with pytest.raises(TypeError, match="learns from step to step"):
+        Distributed(pg.LearnedFeedback(), mesh, data="workers").init(loss, params, x, y)
+    with pytest.raises(TypeError, match="more than a seed and a few numbers"):
+        Distributed(pg.Backprop(), mesh, data="workers").derivatives(loss, key, params, x, y)
+    with pytest.raises(ValueError, match="HOST:PORT of the first process"):
+        initialize("no-port-here")
+    agree({"anything": 1})  # alone there is nobody to differ from
