@@ -38,12 +38,12 @@ def start(key):
 
 
 def run(log, update, params, batch, steps, seed=7):
-    derivatives_of = jax.jit(lambda key, params: update.estimator.derivatives(loss, key, params, *batch)[2])
+    derivatives_of = jax.jit(lambda key, params: update.estimator.derivatives(loss, key, params, *batch))
     state = update.init(params)
     for step in range(steps):
-        derivatives = derivatives_of(update.key(seed, step), state.params)
+        value, _, derivatives = derivatives_of(update.key(seed, step), state.params)
         rate = 0.01 / (1 + step)
-        log.append(step, seed, rate, derivatives)
+        log.append(step, seed, rate, value, derivatives)
         state = update(state, step, seed, rate, derivatives)
     return state
 
@@ -147,8 +147,8 @@ def test_a_continued_run_is_the_uninterrupted_one(key, tmp_path):
     with ReplayLog.open(tmp_path / "parts.log", append=True) as log:
         state = replay(log, update, params)
         for step in range(len(log), 6):
-            derivatives = update.estimator.derivatives(loss, update.key(7, step), state.params, *batch)[2]
-            log.append(step, 7, 0.01 / (1 + step), derivatives)
+            value, _, derivatives = update.estimator.derivatives(loss, update.key(7, step), state.params, *batch)
+            log.append(step, 7, 0.01 / (1 + step), value, derivatives)
             state = update(state, step, 7, 0.01 / (1 + step), derivatives)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(whole.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # the derivatives were not compiled here
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused_by_name(key, tmp_path):
     log = ReplayLog.open(path)
     assert log.header["config"] == {"data": "none"}
     with pytest.raises(LogError, match="opened for reading"):
-        log.append(4, 7, 0.1, jnp.ones((3, 1, 1)))
+        log.append(4, 7, 0.1, 2.5, jnp.ones((3, 1, 1)))
     with pytest.raises(LogError, match="fingerprint"):
         replay(log, update, params | {"bias": jnp.full(16, 1e-30)})
     with pytest.raises(LogError, match="is the log of WeightPerturbation"):
@@ -172,9 +172,9 @@ def test_what_does_not_fit_is_refused_by_name(key, tmp_path):
         Update(pg.Backprop(), optax.sgd(1.0))  # pyright: ignore
     with ReplayLog.open(path, append=True) as log:
         with pytest.raises(LogError, match="step 4 is next, not 3"):
-            log.append(3, 7, 0.1, jnp.ones((3, 1, 1)))
+            log.append(3, 7, 0.1, 2.5, jnp.ones((3, 1, 1)))
         with pytest.raises(LogError, match="shape"):
-            log.append(4, 7, 0.1, jnp.ones((2, 1, 1)))
+            log.append(4, 7, 0.1, 2.5, jnp.ones((2, 1, 1)))
 
 
 def test_fingerprint_sees_every_bit_and_every_name():

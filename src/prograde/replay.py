@@ -9,12 +9,12 @@ Examples:
     >>> update = pg.replay.Update(pg.WeightPerturbation(num_tangents=2), optax.adam(1.0))
     >>> @jax.jit
     ... def derivatives_of(key, params):
-    ...     return update.estimator.derivatives(lambda w: jnp.mean((x @ w) ** 2), key, params)[2]
+    ...     return update.estimator.derivatives(lambda w: jnp.mean((x @ w) ** 2), key, params)
     >>> state = update.init(base)
     >>> with pg.replay.ReplayLog.create(path, base, update) as log:
     ...     for step in range(5):
-    ...         derivatives = derivatives_of(update.key(7, step), state.params)
-    ...         log.append(step, 7, 0.01, derivatives)
+    ...         value, _, derivatives = derivatives_of(update.key(7, step), state.params)
+    ...         log.append(step, 7, 0.01, value, derivatives)
     ...         state = update(state, step, 7, 0.01, derivatives)
     >>> again = pg.replay.replay(pg.replay.ReplayLog.open(path), update, base)     # without the data
     >>> bool((again.params == state.params).all())
@@ -47,8 +47,11 @@ _DIGEST = 8  # bytes
 class Optimizer(Protocol):
     """What Optax calls a gradient transformation."""
 
-    init: Callable[..., Any]
-    update: Callable[..., Any]
+    @property
+    def init(self) -> Callable[..., Any]: ...
+
+    @property
+    def update(self) -> Callable[..., Any]: ...
 
 
 class TrainState(NamedTuple):
@@ -169,7 +172,7 @@ def fingerprint(params: PyTree) -> str:
 
 
 class ReplayLog:
-    """An append-only file with a checksummed record for each step: number, seed, learning rate, derivatives.
+    """An append-only file with a checksummed record for each step: number, seed, learning rate, loss, derivatives.
 
     Each record ends with a digest of itself and of the digest before it, so that none can be altered, left out or moved without all
     that follow being wrong. A record that was not written to its end (a machine that stopped) is cut off when the log is
@@ -180,9 +183,9 @@ class ReplayLog:
 
     **Fields:** `header`: what the log begins with, a dictionary: `base`, the `fingerprint` of the parameters it starts from; `shape` of the
     derivatives of a step; `estimator`, as text; `config`, whatever was given to `create`; `versions`. `records`: a NumPy array with the fields `step`,
-    `seed`, `rate` and `derivatives`.
+    `seed`, `rate`, `value` (the loss) and `derivatives`.
 
-    **Cost:** 28 bytes a step, and 4 for each derivative. Records are written together, after `flush_every` steps; what a killed
+    **Cost:** 32 bytes a step, and 4 for each derivative. Records are written together, after `flush_every` steps; what a killed
     process had not flushed is lost, and nothing else.
 
     **Source:** the log of seeds and scalars: MeZO, arXiv 2305.17333; digests in a chain, as in any append-only log.
@@ -192,7 +195,7 @@ class ReplayLog:
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.log"
         >>> update = pg.replay.Update(pg.WeightPerturbation(num_tangents=2), optax.sgd(1.0))
         >>> with pg.replay.ReplayLog.create(path, jnp.ones((8, 4)), update) as log:
-        ...     log.append(0, 7, 0.01, jnp.ones((2, 1, 1)))
+        ...     log.append(0, 7, 0.01, 2.5, jnp.ones((2, 1, 1)))
         >>> len(pg.replay.ReplayLog.open(path))
         1
     """
@@ -200,7 +203,7 @@ class ReplayLog:
     def __init__(self, path: Path, header: dict[str, Any], file: BinaryIO | None, records: np.ndarray, start: bytes):
         self.path, self.header, self.records = path, header, records
         self._file, self._digest = file, start
-        self._waiting: list[tuple[int, int, float, Array]] = []
+        self._waiting: list[tuple[int, int, float, float | Array, Array]] = []
         self.flush_every = 50
 
     @classmethod
@@ -266,7 +269,12 @@ class ReplayLog:
         self.close()
 
     def append(
-        self, step: int, seed: int, rate: float, derivatives: Float[Array, "num_tangents groups numbers"]
+        self,
+        step: int,
+        seed: int,
+        rate: float,
+        value: float | Float[Array, ""],
+        derivatives: Float[Array, "num_tangents groups numbers"],
     ) -> None:
         """Adds the record of a step; the first is step 0. Does not wait for the derivatives to be computed before they are flushed."""
         if self._file is None:
@@ -277,14 +285,20 @@ class ReplayLog:
             raise LogError(
                 f"{self.path} holds derivatives of shape {tuple(self.header['shape'])} for each step, not {derivatives.shape}."
             )
-        self._waiting.append((step, seed, rate, derivatives))
+        self._waiting.append((step, seed, rate, value, derivatives))
         if len(self._waiting) >= self.flush_every:
             self.flush()
 
     def extend(self, records: np.ndarray) -> None:
         """Adds records of the same run that another worker has."""
         for record in records:
-            self.append(int(record["step"]), int(record["seed"]), float(record["rate"]), record["derivatives"])
+            self.append(
+                int(record["step"]),
+                int(record["seed"]),
+                float(record["rate"]),
+                float(record["value"]),
+                record["derivatives"],
+            )
         self.flush()
 
     def flush(self) -> None:
@@ -292,9 +306,9 @@ class ReplayLog:
         if self._file is None or not self._waiting:
             return
         records = np.zeros(len(self._waiting), _record_type(self.header))
-        for record, (step, seed, rate, derivatives) in zip(records, self._waiting, strict=True):
+        for record, (step, seed, rate, value, derivatives) in zip(records, self._waiting, strict=True):
             record["step"], record["seed"], record["rate"] = step, seed, rate
-            record["derivatives"] = np.asarray(derivatives)
+            record["value"], record["derivatives"] = np.asarray(value), np.asarray(derivatives)
             self._digest = _digest(self._digest, record.tobytes()[:-_DIGEST])
             record["digest"] = np.frombuffer(self._digest, f"V{_DIGEST}")[0]
         self._file.write(records.tobytes())
@@ -345,8 +359,8 @@ def replay(log: ReplayLog, update: Update, base: PyTree, on_step: Callable[[int]
         >>> with pg.replay.ReplayLog.create(path, base, update) as log:
         ...     for step in range(5):
         ...         key = update.key(7, step)
-        ...         _, _, derivatives = update.estimator.derivatives(lambda w: jnp.sum(w ** 2), key, state.params)
-        ...         log.append(step, 7, 0.01, derivatives)
+        ...         value, _, derivatives = update.estimator.derivatives(lambda w: jnp.sum(w ** 2), key, state.params)
+        ...         log.append(step, 7, 0.01, value, derivatives)
         ...         state = update(state, step, 7, 0.01, derivatives)
         >>> again = pg.replay.replay(pg.replay.ReplayLog.open(path), update, base)
         >>> bool((again.params == state.params).all())
@@ -385,6 +399,7 @@ def _record_type(header: dict[str, Any]) -> np.dtype:
         ("step", "<u8"),
         ("seed", "<u8"),
         ("rate", "<f4"),
+        ("value", "<f4"),
         ("derivatives", "<f4", shape),
         ("digest", f"V{_DIGEST}"),
     ]

@@ -50,7 +50,7 @@ def initialize(
             coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator),
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=timeout,
-            shutdown_timeout_seconds=timeout,
+            shutdown_timeout_seconds=5 * timeout,  # the first may have a report to write
         )
     except RuntimeError as error:
         raise StartError(

@@ -34,6 +34,7 @@ beside backprop, on this machine.
   prograde report runs/NAME               the report again, from the records alone
   prograde compare --model transformer    estimators beside each other: cost, memory, bias, variance, what they reach
   prograde bench mlp transformer          what a step costs, beside backprop in JAX and in PyTorch
+  prograde launch --processes 2 -- reproduce mlp    in processes that share each batch and exchange scalars
   prograde list                           experiments, methods, and what the paper reports
 
 What is stopped, by Ctrl-C or otherwise, is continued by the same command with --out DIR --resume."""
@@ -67,6 +68,26 @@ class Reproduce:
     """Where the records and the report go; by default runs/DATE-TIME-DATA-LENGTH."""
     resume: bool = False
     """Continue what is in --out. The numbers are those of a run that was never stopped."""
+    distributed: bool = False
+    """Share each batch with the other processes of a group, found at JAX_COORDINATOR_ADDRESS; see `prograde launch`."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Run a command in several processes on this machine, which share each batch and exchange a few bytes a step.
+
+    - prograde launch --processes 2 -- reproduce mlp
+    - under SLURM, Open MPI or Kubernetes, start the command itself, with --distributed, in every process
+
+    When one is killed the others stop; the same command with --out DIR --resume goes on from the logs.
+    """
+
+    command: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="-- COMMAND ...")] = ()
+    """What to run: a command that takes --distributed, after two dashes."""
+    processes: Annotated[int, tyro.conf.arg(metavar="N")] = 2
+    """How many; each gets its share of the cores."""
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """What the first process listens at; by default a free port of 127.0.0.1. Whoever reaches it can join: private networks only."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +192,14 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"prograde {metadata.version('prograde')}")
         return
-    commands = {"reproduce": Reproduce, "report": Report, "compare": Compare, "bench": Bench, "list": List}
+    commands = {"reproduce": Reproduce, "report": Report, "compare": Compare, "bench": Bench, "launch": Launch}
+    arguments = sys.argv[1:]
+    # what follows two dashes is a command of its own
+    cut = arguments.index("--") if arguments[:1] == ["launch"] and "--" in arguments else len(arguments)
+    launched: tuple[str, ...] = tuple(arguments[cut + 1 :])
     command = tyro.extras.subcommand_cli_from_dict(
-        commands,
+        commands | {"list": List},
+        args=arguments[:cut],
         prog="prograde",
         description=_DESCRIPTION,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
@@ -185,6 +211,8 @@ def main() -> None:
     try:
         if isinstance(command, List):
             _list(console)
+        elif isinstance(command, Launch):
+            raise SystemExit(_launch(dataclasses.replace(command, command=command.command + launched), errors))
         elif isinstance(command, Report):
             _report(command, console)
         else:
@@ -199,6 +227,31 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
+def _launch(command: Launch, errors) -> int:
+    from prograde.lab.launch import launch
+
+    words = list(command.command)
+    if words[:1] != ["reproduce"]:
+        given = f"{shlex.join(words)!r}" if words else "nothing"
+        raise UsageError(
+            f"launch runs `reproduce`, and was given {given}: prograde launch --processes 2 -- reproduce mlp"
+        )
+    if command.processes < 1:
+        raise UsageError(f"--processes {command.processes}: at least 1 is needed.")
+    if not any(word == "--out" or word.startswith("--out=") for word in words):
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        words += ["--out", f"runs/{stamp}-{command.processes}-workers"]
+    program = [sys.executable, "-m", "prograde.lab.cli", *words, "--distributed"]
+    status = launch(program, command.processes, command.coordinator, lambda text: say(errors, f"prograde: {text}"))
+    if status not in (0, 2):
+        again = words if "--resume" in words else [*words, "--resume"]
+        options = ["--processes", str(command.processes)]
+        if command.coordinator is not None:
+            options += ["--coordinator", command.coordinator]
+        say(errors, f"To continue: {shlex.join([*_program(), 'launch', *options, '--', *again])}")
+    return status
+
+
 def _use_faster_convolutions() -> None:
     """Before jax is imported."""
     if metadata.version("jaxlib").startswith("0.10."):
@@ -207,29 +260,66 @@ def _use_faster_convolutions() -> None:
 
 def _reproduce(command: Reproduce, console, errors) -> None:
     _use_faster_convolutions()
+    from rich.console import Console
+
     from prograde.lab import report, reproduce
-    from prograde.lab.data import load
+    from prograde.lab.data import BATCH_SIZE, load
     from prograde.lab.display import Display
     from prograde.lab.experiments import EXPERIMENTS
 
+    possible = [name for name, e in EXPERIMENTS.items() if callable(e.subject) or not command.distributed]
     names = list(dict.fromkeys(command.experiments)) or ["all"]
     if "all" in names:
-        names = [name for name in names if name not in EXPERIMENTS and name != "all"] + list(EXPERIMENTS)
+        names = [name for name in names if name not in EXPERIMENTS and name != "all"] + possible
     if unknown := [name for name in names if name not in EXPERIMENTS]:
         raise UsageError(f"unknown experiment {', '.join(unknown)}. Valid names: all, {', '.join(EXPERIMENTS)}.")
     if command.seeds is not None and command.seeds < 1:
         raise UsageError(f"--seeds {command.seeds}: at least 1 is needed.")
     _check_common(command)
+    if alone := [name for name in names if name not in possible]:
+        raise UsageError(
+            f"{', '.join(alone)} has no batch that --distributed could share. Valid names: all, {', '.join(possible)}."
+        )
+    worker = 0
+    if command.distributed:
+        if command.out is None:
+            raise UsageError("--distributed needs --out DIR, the same for all processes.")
+        worker = _join(BATCH_SIZE)
+        console = Console(quiet=True) if worker else console
     chosen = [EXPERIMENTS[name] for name in names]
     data = load(command.data, command.data_dir) if any(callable(e.subject) for e in chosen) else None
     length = "full" if command.full else "quick"
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     out = command.out or Path("runs") / f"{stamp}-{data.name if data else 'functions'}-{length}"
+    if worker:  # each has its own records, of the same numbers
+        out = out / "workers" / str(worker)
     say(console, f"Records go to {out}.")
     with _continued(command, out, errors):
-        reproduce.run_all(chosen, data, command.full, command.seeds, out, command.resume, Display(console))
+        reproduce.run_all(
+            chosen, data, command.full, command.seeds, out, command.resume, Display(console), command.distributed
+        )
+    if worker:
+        return
     report.print_tables(report.find([out]), console)
     say(console, f"Report: {report.build([out], out)}")
+
+
+def _join(batch_size: int) -> int:
+    """Joins the other processes; the number of this one."""
+    import jax
+
+    import prograde as pg
+    from prograde.lab.workers import TIMEOUT
+
+    try:
+        pg.distributed.initialize(timeout=TIMEOUT)
+    except (ValueError, pg.distributed.StartError) as error:
+        raise UsageError(str(error)) from None
+    if batch_size % jax.device_count():
+        raise UsageError(
+            f"{jax.device_count()} devices do not divide a batch of {batch_size}. Start another number of processes."
+        )
+    return jax.process_index()
 
 
 def _check_common(command: Reproduce | Compare) -> None:
@@ -248,22 +338,30 @@ def _continued(command: Reproduce | Compare, out: Path, errors) -> Iterator[None
     try:
         yield
     except KeyboardInterrupt:
+        if getattr(command, "distributed", False):
+            os._exit(130)
         say(errors, f"\nStopped; the records are complete. To continue: {again}")
         raise SystemExit(130) from None
     except (OSError, RuntimeError) as error:
         if isinstance(error, RecordError):
             raise
+        if getattr(command, "distributed", False):
+            say(errors, f"prograde: this worker cannot go on: {error}")
+            os._exit(1)  # not waiting for one that is gone
         say(errors, f"prograde: {error}\nWhat was recorded before is complete. To continue: {again}")
         raise SystemExit(1) from None
 
 
-def _command_line(command: Reproduce | Compare) -> str:
+def _program() -> list[str]:
     if sys.argv[0].endswith(".py"):
-        program = [sys.executable, "-m", "prograde.lab.cli"]
-    else:  # as it was called: `make` calls a program that need not be on the path
-        found = shutil.which("prograde")
-        program = ["prograde" if found and Path(found).samefile(sys.argv[0]) else sys.argv[0]]
-    words = [*program, type(command).__name__.lower(), *getattr(command, "experiments", ())]
+        return [sys.executable, "-m", "prograde.lab.cli"]
+    # as it was called: `make` calls a program that need not be on the path
+    found = shutil.which("prograde")
+    return ["prograde" if found and Path(found).samefile(sys.argv[0]) else sys.argv[0]]
+
+
+def _command_line(command: Reproduce | Compare) -> str:
+    words = [*_program(), type(command).__name__.lower(), *getattr(command, "experiments", ())]
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
         if field.name != "experiments" and value not in (None, field.default):

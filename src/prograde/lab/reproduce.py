@@ -4,7 +4,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prograde.lab import costs, records
+import jax
+from jax.sharding import Mesh
+
+from prograde.lab import costs, records, workers
 from prograde.lab.data import Dataset
 from prograde.lab.display import Display
 from prograde.lab.experiments import METHODS, Budget, Experiment, describe, settings
@@ -20,10 +23,21 @@ def run_all(
     out: Path,
     resume: bool,
     display: Display,
+    shared: bool = False,
 ) -> None:
-    """Runs the experiments into `out`, one directory each. All directories are claimed before anything runs."""
+    """Runs the experiments into `out`, one directory each. All directories are claimed before anything runs.
+
+    `shared`: together with the other processes of a group, each of which has an `out` of its own.
+    """
     facts = None if data is None else {"name": data.name, "sha256": data.fingerprint()}
-    records.claim({out / e.name: describe(e, full, seeds, facts) for e in chosen}, resume)
+    configs = {e.name: describe(e, full, seeds, facts) for e in chosen}
+    mesh = None
+    if shared:
+        mesh = workers.agree({"the configuration": configs, "--resume": resume})
+        configs = {name: config | {"workers": mesh.size} for name, config in configs.items()}
+    records.claim({out / name: config for name, config in configs.items()}, resume)
+    if shared and resume:
+        workers.share_files(out)
     for i, experiment in enumerate(chosen):
         title = f"{experiment.name} ({i + 1} of {len(chosen)})"
         budget = experiment.budget(full)
@@ -31,7 +45,7 @@ def run_all(
         if experiment.subject is None:
             _run_depth(title, budget, directory, display)
         else:
-            _run_training(title, experiment, data, budget, seeds or budget.seeds, directory, display)
+            _run_training(title, experiment, data, budget, seeds or budget.seeds, directory, display, mesh)
 
 
 def _run_training(
@@ -42,9 +56,10 @@ def _run_training(
     seeds: int,
     directory: Path,
     display: Display,
+    mesh: Mesh | None,
 ) -> None:
     data = None if isinstance(experiment.subject, Surface) else data
-    trainers = {name: Trainer(experiment, estimator, data) for name, estimator in METHODS.items()}
+    trainers = {name: Trainer(experiment, estimator, data, mesh=mesh) for name, estimator in METHODS.items()}
     _measure_costs(title, experiment, trainers, data, budget, directory, display)
     step_seconds = {
         name: cost["seconds"]["median"] for name, cost in records.read_json(directory / "costs.json").items()
@@ -107,7 +122,8 @@ def _measure_costs(
             on_round = lambda i: display.advance(1, f"round {i} of {budget.timing_rounds}")  # noqa: E731
             measured = costs.experiment_costs(experiment, trainers, data, budget.timing_rounds, on_round)
         records.write_json(path, measured)
-    if data is not None and not (path := directory / "memory.json").exists():
+    first = not trainers["backprop"].shared or jax.process_index() == 0
+    if first and data is not None and not (path := directory / "memory.json").exists():
         with display.stage(f"{title}: memory", len(costs.variants(experiment))):
             found = costs.memory(experiment, 0, lambda method: display.advance(1, method))
         records.write_json(path, found)

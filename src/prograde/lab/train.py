@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 import prograde as pg
@@ -43,7 +44,10 @@ class Run:
         return f"{self.method}-{self.setting}-seed{self.seed}"
 
 
-OPTIMIZERS: dict[str, Callable[[optax.Schedule], optax.GradientTransformation]] = {"sgd": optax.sgd, "adam": optax.adam}
+OPTIMIZERS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "adam": optax.adam,
+}
 
 Losses = Literal["mean", "each", "local"]
 
@@ -68,7 +72,7 @@ class Trainer:
 
     Data order and keys derive from seed and step, so that a resumed run repeats the bits of an uninterrupted one.
     `estimator=None` evaluates the loss on the same batches and changes nothing: the bare forward pass. `losses` is what estimators
-    are handed: the mean loss, that of each example, or the network's many local losses; `optimizer` is a name in `OPTIMIZERS`,
+    are handed: the mean loss, that of each example, or the network's many local losses; on a `mesh` its devices share each batch; `optimizer` is a name in `OPTIMIZERS`,
     `schedule` one in `SCHEDULES`. `length`, the steps of a run, may be set any time before training: only some schedules look at it.
     """
 
@@ -82,6 +86,7 @@ class Trainer:
         losses: Losses = "mean",
         batch_size: int = BATCH_SIZE,
         schedule: str = "exp",
+        mesh: Mesh | None = None,
     ):
         self.surface = experiment.subject if isinstance(experiment.subject, Surface) else None
         self.in_scan = experiment.in_scan
@@ -94,7 +99,13 @@ class Trainer:
             self.loss = self._losses(losses, estimator)
             self.data = data
             self.train_data = jax.tree.map(jnp.asarray, data.train)
-        self._estimator = estimator
+        self.shared = mesh is not None
+        self._estimator, self.update = estimator, None
+        if mesh is not None and estimator is not None:
+            self._estimator = pg.distributed.Distributed(estimator, mesh, data=mesh.axis_names)
+            if isinstance(estimator, pg.SeededEstimator):
+                self.update = pg.replay.Update(estimator, OPTIMIZERS[optimizer](1.0))
+        self._derivatives = jax.jit(self._derivatives_of)
         self._batch_size = batch_size
         self._optimizer = OPTIMIZERS[optimizer]
         self._schedule = SCHEDULES[schedule]
@@ -132,6 +143,48 @@ class Trainer:
             carry, (loss, _) = self._jitted(carry, rate, key, self.train_data, batch)
             losses.append(loss)
         return carry, jnp.stack(losses), None
+
+    def logged_steps(
+        self,
+        state: pg.replay.TrainState,
+        log: pg.replay.ReplayLog,
+        learning_rate: float,
+        seed: int,
+        first: int,
+        rows: Int[np.ndarray, "steps batch"],
+    ) -> tuple[pg.replay.TrainState, Float[np.ndarray, " steps"]]:
+        """The steps from `first` on, each in two programs with the log between them: (state, losses).
+
+        Of a step that the log holds, only the second runs. A resumed run is one that begins with such steps.
+        """
+        assert self.update is not None
+        values = []
+        for step, batch in enumerate(rows, first):
+            rate = float(np.float32(learning_rate * float(self._schedule(step, self.length))))
+            if step < len(log.records):
+                value, derivatives = log.records["value"][step], jnp.asarray(log.records["derivatives"][step])
+            else:
+                key = self.update.key(seed, step)
+                value, derivatives = self._derivatives(state.params, key, self.train_data, batch)
+                log.append(step, seed, rate, value, derivatives)
+            values.append(value)
+            state = self.update(state, step, seed, rate, derivatives)
+        log.flush()
+        return state, np.asarray([np.asarray(value) for value in values])
+
+    def warm_up(self, seed: int) -> None:
+        """Compiles the programs of `logged_steps`."""
+        assert self.update is not None
+        state = self.update.init(self.start(seed)[0])
+        rows = jnp.asarray(self.rows(seed, 0, 1)[0])
+        _, derivatives = self._derivatives(state.params, self.update.key(seed, 0), self.train_data, rows)
+        jax.block_until_ready(self.update(state, 0, seed, 0.0, derivatives))
+
+    def _derivatives_of(self, params: PyTree, key: Array, train_data: PyTree, rows: Array) -> tuple[Array, Array]:
+        assert isinstance(self._estimator, pg.distributed.Distributed)
+        batch = jax.tree.map(lambda x: x[rows], train_data)
+        value, _, derivatives = self._estimator.derivatives(self.loss, key, params, *batch)
+        return value, derivatives
 
     def rows(self, seed: int, first: int, count: int) -> Int[np.ndarray, "count batch"]:
         """Which examples steps first, first + 1, ... see: every epoch its own permutation, what does not fill a batch left out."""
@@ -208,11 +261,16 @@ def train(
         if record[-1]["kind"] == "end":
             state_path.unlink(missing_ok=True)
             return record
-    carry, seconds = trainer.start(run.seed), 0.0
-    if state_path.exists():
+    carry: Any = trainer.start(run.seed)
+    seconds = 0.0
+    log = None
+    if trainer.update is not None:
+        log = _log(trainer.update, run, carry[0], directory / "logs" / f"{run.name}.log")
+        carry = trainer.update.init(carry[0])
+    elif state_path.exists():
         saved = records.load_state(state_path, {"carry": carry, "seconds": np.zeros(())})
         carry, seconds = jax.tree.map(jnp.asarray, saved["carry"]), float(saved["seconds"])
-    step = int(carry[2])
+    step = 0 if log is not None else int(carry[2])
     if step == 0:
         record = [record[0], {"kind": "point", "step": 0, "seconds": 0.0, **_measure(trainer, carry[0], budget)}]
     else:  # the state is saved after the record, so the record may be one point ahead of it
@@ -223,7 +281,11 @@ def train(
     while step < run.steps and status == "completed":
         rows = trainer.rows(run.seed, step, min(interval, run.steps - step))
         begin = time.perf_counter()
-        carry, losses, visited = trainer.steps(carry, run.learning_rate, run.seed, rows)
+        if log is None:
+            carry, losses, visited = trainer.steps(carry, run.learning_rate, run.seed, rows)
+        else:
+            carry, losses = trainer.logged_steps(carry, log, run.learning_rate, run.seed, step, rows)
+            visited = None
         losses = np.asarray(losses)  # waits for the steps
         seconds += time.perf_counter() - begin
         finite = np.isfinite(losses)
@@ -250,14 +312,29 @@ def train(
         records.write_lines(record_path, record)
         if record[-1]["kind"] == "end":
             state_path.unlink(missing_ok=True)
-        else:
+        elif not trainer.shared:  # the log is what a shared run goes on from, and without one it begins again
             records.save_state(state_path, {"carry": carry, "seconds": np.asarray(seconds)})
         on_point(run, record[-1] if status == "diverged" else point)
+    if log is not None:
+        log.close()
     return record
+
+
+def _log(update: pg.replay.Update, run: Run, base: PyTree, path: Path) -> pg.replay.ReplayLog:
+    """The log of a run, begun or continued."""
+    if not path.exists():
+        return pg.replay.ReplayLog.create(path, base, update, vars(run))
+    log = pg.replay.ReplayLog.open(path, append=True)
+    if log.header["config"] != vars(run) or log.header["base"] != pg.replay.fingerprint(base):
+        raise records.RecordError(f"{path} is the log of another run: {log.header['config']}.")
+    return log
 
 
 def _warm_up(trainer: Trainer, run: Run, lengths: set[int]) -> None:
     """Compiles before the clock runs."""
+    if trainer.update is not None:
+        trainer.warm_up(run.seed)
+        return
     for length in lengths if trainer.in_scan else {1}:
         jax.block_until_ready(trainer.steps(trainer.start(run.seed), 0.0, run.seed, trainer.rows(run.seed, 0, length)))
 

@@ -1,0 +1,71 @@
+"""Starts the processes of one command on this machine, and watches over them."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+
+_GRACE = 15.0  # seconds that the others have to end by themselves when one is gone
+
+
+def launch(program: list[str], processes: int, coordinator: str | None, say: Callable[[str], None]) -> int:
+    """Runs a program in so many processes, each on its share of the cores; returns the exit status.
+
+    The first has the terminal, of the others only errors are shown. When one ends with an error or is killed, the others
+    get some seconds to end, and are then stopped: nothing is left behind, and nothing waits forever.
+    """
+    address = coordinator or f"127.0.0.1:{_free_port()}"
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    workers = []
+    for i in range(processes):
+        environment = os.environ | {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(i),
+        }
+        worker = subprocess.Popen(program, env=environment, stdout=None if i == 0 else subprocess.DEVNULL)
+        if len(cores) >= processes:  # one shares no core with another
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(worker.pid, cores[i::processes])
+        workers.append(worker)
+    try:
+        return _watched(workers, say)
+    finally:
+        _stop(workers)
+
+
+def _watched(workers: list[subprocess.Popen], say: Callable[[str], None]) -> int:
+    while True:
+        ended = {i: code for i, worker in enumerate(workers) if (code := worker.poll()) is not None}
+        failed = {i: code for i, code in ended.items() if code != 0}
+        if failed:
+            break
+        if len(ended) == len(workers):
+            return 0
+        time.sleep(0.05)
+    # one that was killed may end at the same moment as those that lost it, which JAX aborts
+    first, code = min(failed.items(), key=lambda pair: (pair[1] == -signal.SIGABRT, pair[1]))
+    if code < 0:
+        say(f"worker {first} was ended by {signal.Signals(-code).name}; the others are stopped.")
+    elif code != 130:
+        say(f"worker {first} ended with status {code}; the others are stopped.")
+    deadline = time.monotonic() + _GRACE
+    while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
+        time.sleep(0.05)
+    return code if code > 0 else 128 - code
+
+
+def _stop(workers: list[subprocess.Popen]) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.kill()
+        worker.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

@@ -1,0 +1,70 @@
+"""One worker of a small training run, for tests that start several and kill some: python training_worker.py DIR STEPS [NAME=VALUE ...]
+
+It goes on from the logs that are there, and ends by writing the fingerprint of its parameters.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import prograde as pg
+from prograde.lab import workers
+
+
+def loss(params, x, y):
+    hidden = jnp.tanh(x @ params["in"] + params["bias"])
+    return jnp.mean((hidden @ params["out"] - y) ** 2, axis=-1)
+
+
+def main(directory, steps, options):
+    pg.distributed.initialize(timeout=20)
+    here = jax.process_index()
+    facts = {"steps": steps, "order of the data": int(options.get("order", 0))}
+    pg.distributed.agree(facts, timeout=20)
+    mesh = jax.make_mesh((jax.device_count(),), ("workers",))
+    estimator = pg.WeightPerturbation(num_tangents=4)
+    shared = pg.distributed.Distributed(estimator, mesh, data="workers")
+    update = pg.replay.Update(estimator, optax.adam(1.0))
+
+    k1, k2, k3 = jax.random.split(jax.random.key(1), 3)
+    base = {"in": jax.random.normal(k1, (16, 32)) / 4, "bias": jnp.zeros(32), "out": jax.random.normal(k2, (32, 4)) / 6}
+    examples = np.asarray(jax.random.normal(k3, (64, 16)))
+    path = directory / str(here) / "run.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / "pid").write_text(str(os.getpid()))
+    workers.share_files(path.parent)
+    if path.exists():  # of this worker, or of the one that got furthest
+        log = pg.replay.ReplayLog.open(path, append=True)
+    else:
+        log = pg.replay.ReplayLog.create(path, base, update)
+    log.flush_every = int(options.get("flush_every", 5))
+    (path.parent / "start.json").write_text(json.dumps({"from": len(log)}))
+
+    state = update.init(base)
+    derivatives_of = jax.jit(lambda params, key, x, y: shared.derivatives(loss, key, params, x, y)[::2])
+    for step in range(steps):
+        if step < len(log.records):
+            derivatives = jnp.asarray(log.records["derivatives"][step])
+        else:
+            x = np.roll(examples, step, axis=0)[:16]
+            value, derivatives = derivatives_of(state.params, update.key(7, step), x, np.sin(x[:, :4]))
+            log.append(step, 7, 0.01, value, derivatives)
+            time.sleep(float(options.get("sleep", 0)))
+        if step == int(options.get("spoil", -1)) and here == 1:
+            state = state._replace(params=state.params | {"bias": np.asarray(state.params["bias"]) + np.float32(1e-6)})
+        state = update(state, step, 7, 0.01, derivatives)
+        if step % 20 == 19:
+            pg.distributed.check_replicas(state.params, mesh, step + 1)
+    log.close()
+    (path.parent / "final").write_text(pg.replay.fingerprint(state.params))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), dict(option.split("=") for option in sys.argv[3:]))
