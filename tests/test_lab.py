@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import prograde as pg
 from prograde.lab import costs, experiments, records, report, reproduce, summary, train
 from prograde.lab.data import Dataset
 from prograde.lab.display import Display
@@ -139,6 +140,53 @@ def test_resumed_equals_uninterrupted(name, method, small_data, tmp_path):
     name = f"runs/{run.name}.jsonl"
     assert lines_without_time(tmp_path / "parts" / name) == lines_without_time(tmp_path / "whole" / name)
     assert not list((tmp_path / "parts" / "states").glob("*"))
+
+
+def test_a_shared_run_goes_on_from_its_log_and_is_the_run_of_one_worker(small_data, tmp_path):
+    """Interrupted at every point, and once more with the end of the log torn off: the same bits. By one worker alone: the same to rounding."""
+    experiment, budget = experiments.EXPERIMENTS["logreg"], experiments.Budget(steps=6, points=3, eval_examples=20)
+    mesh = jax.make_mesh((2,), ("workers",), devices=jax.devices()[:2])
+    trainer = train.Trainer(experiment, experiments.METHODS["low-rank"], small_data, mesh=mesh)
+    run = train.Run("low-rank", "paper", 1e-2, 3, budget.steps)
+    train.train(trainer, run, budget, tmp_path / "whole", lambda run, point: None)
+
+    class Stop(Exception):
+        pass
+
+    log = tmp_path / "parts" / "logs" / f"{run.name}.log"
+    for steps in (2, 4, 6):  # the points before are reached again, from the log
+
+        def stop(run, point, steps=steps):
+            if point["step"] == steps:
+                raise Stop
+
+        with pytest.raises(Stop):
+            train.train(trainer, run, budget, tmp_path / "parts", stop)
+        assert len(pg.replay.ReplayLog.open(log)) == steps
+    train.train(trainer, run, budget, tmp_path / "parts", lambda run, point: None)
+    name = f"runs/{run.name}.jsonl"
+    whole = lines_without_time(tmp_path / "whole" / name)
+    assert lines_without_time(tmp_path / "parts" / name) == whole
+    assert log.read_bytes() == (tmp_path / "whole" / "logs" / log.name).read_bytes()
+
+    (tmp_path / "parts" / name).unlink()
+    log.write_bytes(log.read_bytes()[:-50])
+    train.train(trainer, run, budget, tmp_path / "parts", lambda run, point: None)
+    assert lines_without_time(tmp_path / "parts" / name) == whole
+
+    alone = train.Trainer(experiment, pg.Backprop(), small_data)
+    shared = train.Trainer(experiment, pg.Backprop(), small_data, mesh=mesh)
+    curves = []
+    for i, trainer in enumerate((alone, shared)):
+        train.train(trainer, run, budget, tmp_path / str(i), lambda run, point: None)
+        lines = lines_without_time(tmp_path / str(i) / name)
+        curves.append([line["test_loss"] for line in lines if line["kind"] == "point"])
+    np.testing.assert_allclose(*curves, rtol=1e-5)
+
+    (tmp_path / "parts" / name).unlink()
+    low_rank = train.Trainer(experiment, experiments.METHODS["low-rank"], small_data, mesh=mesh)
+    with pytest.raises(records.RecordError, match="the log of another run"):
+        train.train(low_rank, dataclasses.replace(run, learning_rate=0.1), budget, tmp_path / "parts", stop)
 
 
 def test_a_record_ahead_of_its_state_is_cut_back(small_data, tmp_path):
@@ -326,6 +374,11 @@ def test_other_configuration_is_refused_and_nothing_changes(beale):
         (["report", "nowhere"], "no records"),
         (["report"], ""),
         (["reproduce", "--colour"], "colour"),
+        (["reproduce", "beale", "--distributed", "--out", "x"], "Valid names: all, logreg, mlp, cnn"),
+        (["reproduce", "mlp", "--distributed"], "--distributed needs --out"),
+        (["reproduce", "mlp", "--distributed", "--out", "x"], "JAX_COORDINATOR_ADDRESS"),
+        (["launch", "--processes", "2", "--", "bench"], "launch runs `reproduce`, and was given 'bench'"),
+        (["launch", "--processes", "0", "--", "reproduce", "mlp"], "--processes 0"),
         (["dance"], "dance"),
     ],
 )

@@ -156,15 +156,16 @@ class Distributed(Estimator):
             aux, static_aux = pack(aux)
             return jax.tree.map(lambda x: jnp.asarray(x)[None], (numbers, aux)), (same, static_aux)
 
-        (numbers, aux), (same, static_aux) = jax.shard_map(
+        shares = jax.shard_map(
             of_worker,
             mesh=self.mesh,
             in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(axis_names(self.data) or None)),
             out_specs=(PartitionSpec(axes), PartitionSpec()),
             axis_names=set(axes),
-        )(
-            None if key is None else jax.random.clone(key), shared, batch
-        )  # JAX takes a key given to `shard_map` for used up
+        )
+        key = None if key is None else jax.random.clone(key)  # JAX takes a key given to `shard_map` for used up
+        # jitted: JAX would run it primitive by primitive where the caller is not
+        (numbers, aux), (same, static_aux) = jax.jit(shares)(key, shared, batch)
         # the one exchange: the numbers of all workers, to all workers
         numbers = lax.with_sharding_constraint(numbers, NamedSharding(self.mesh, PartitionSpec()))
         return numbers, unpack((aux, static_aux)), same

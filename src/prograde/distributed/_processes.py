@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import time
 from typing import Any
 
 import jax
@@ -91,6 +92,7 @@ def agree(facts: dict[str, Any], *, timeout: int = 60) -> None:
             if own.get(name) != found.get(name)
         ]
         if differences:
+            time.sleep(1)  # so that the others find it too: the first takes the service with it
             raise StartError(f"the processes were not started alike: {'; '.join(differences)}.")
 
 

@@ -17,7 +17,7 @@ def launch(program: list[str], processes: int, coordinator: str | None, say: Cal
     The first has the terminal, of the others only errors are shown. When one ends with an error or is killed, the others
     get some seconds to end, and are then stopped: nothing is left behind, and nothing waits forever.
     """
-    address = coordinator or f"127.0.0.1:{_free_port()}"
+    address = coordinator or f"127.0.0.1:{free_port()}"
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     workers = []
     for i in range(processes):
@@ -65,7 +65,8 @@ def _stop(workers: list[subprocess.Popen]) -> None:
         worker.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens at."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]

@@ -1,5 +1,6 @@
 """The one training loop, with the estimator as a value, and the search of learning rates on top of it."""
 
+import contextlib
 import functools
 import math
 import time
@@ -278,45 +279,44 @@ def train(
     interval = math.ceil(run.steps / budget.points)
     _warm_up(trainer, run, {min(interval, run.steps), (run.steps - 1) % interval + 1})
     status = "completed"
-    while step < run.steps and status == "completed":
-        rows = trainer.rows(run.seed, step, min(interval, run.steps - step))
-        begin = time.perf_counter()
-        if log is None:
-            carry, losses, visited = trainer.steps(carry, run.learning_rate, run.seed, rows)
-        else:
-            carry, losses = trainer.logged_steps(carry, log, run.learning_rate, run.seed, step, rows)
-            visited = None
-        losses = np.asarray(losses)  # waits for the steps
-        seconds += time.perf_counter() - begin
-        finite = np.isfinite(losses)
-        point = {"kind": "point", "step": step + len(rows), "seconds": seconds, "batch_loss": float(losses.mean())}
-        if finite.all():
-            point |= _measure(trainer, carry[0], budget)
-        if not finite.all():
-            status, step = "diverged", step + int(np.argmin(finite))
-        elif not math.isfinite(point["test_loss"]):  # the last step left parameters that are not
-            status, step = "diverged", step + len(rows)
-        else:
-            step += len(rows)
-            if visited is not None:
-                every = math.ceil(run.steps / _TRAJECTORY_LENGTH)
-                kept = slice(every - 1, None, every)
-                point |= {
-                    "every": every,
-                    "losses": losses[kept].tolist(),
-                    "visited": np.asarray(visited)[kept].tolist(),
-                }
-            record.append(point)
-        if status == "diverged" or step == run.steps:
-            record.append({"kind": "end", "status": status, "step": step, "seconds": seconds})
-        records.write_lines(record_path, record)
-        if record[-1]["kind"] == "end":
-            state_path.unlink(missing_ok=True)
-        elif not trainer.shared:  # the log is what a shared run goes on from, and without one it begins again
-            records.save_state(state_path, {"carry": carry, "seconds": np.asarray(seconds)})
-        on_point(run, record[-1] if status == "diverged" else point)
-    if log is not None:
-        log.close()
+    with contextlib.nullcontext() if log is None else log:
+        while step < run.steps and status == "completed":
+            rows = trainer.rows(run.seed, step, min(interval, run.steps - step))
+            begin = time.perf_counter()
+            if log is None:
+                carry, losses, visited = trainer.steps(carry, run.learning_rate, run.seed, rows)
+            else:
+                carry, losses = trainer.logged_steps(carry, log, run.learning_rate, run.seed, step, rows)
+                visited = None
+            losses = np.asarray(losses)  # waits for the steps
+            seconds += time.perf_counter() - begin
+            finite = np.isfinite(losses)
+            point = {"kind": "point", "step": step + len(rows), "seconds": seconds, "batch_loss": float(losses.mean())}
+            if finite.all():
+                point |= _measure(trainer, carry[0], budget)
+            if not finite.all():
+                status, step = "diverged", step + int(np.argmin(finite))
+            elif not math.isfinite(point["test_loss"]):  # the last step left parameters that are not
+                status, step = "diverged", step + len(rows)
+            else:
+                step += len(rows)
+                if visited is not None:
+                    every = math.ceil(run.steps / _TRAJECTORY_LENGTH)
+                    kept = slice(every - 1, None, every)
+                    point |= {
+                        "every": every,
+                        "losses": losses[kept].tolist(),
+                        "visited": np.asarray(visited)[kept].tolist(),
+                    }
+                record.append(point)
+            if status == "diverged" or step == run.steps:
+                record.append({"kind": "end", "status": status, "step": step, "seconds": seconds})
+            records.write_lines(record_path, record)
+            if record[-1]["kind"] == "end":
+                state_path.unlink(missing_ok=True)
+            elif not trainer.shared:  # the log is what a shared run goes on from, and without one it begins again
+                records.save_state(state_path, {"carry": carry, "seconds": np.asarray(seconds)})
+            on_point(run, record[-1] if status == "diverged" else point)
     return record
 
 
@@ -326,6 +326,7 @@ def _log(update: pg.replay.Update, run: Run, base: PyTree, path: Path) -> pg.rep
         return pg.replay.ReplayLog.create(path, base, update, vars(run))
     log = pg.replay.ReplayLog.open(path, append=True)
     if log.header["config"] != vars(run) or log.header["base"] != pg.replay.fingerprint(base):
+        log.close()
         raise records.RecordError(f"{path} is the log of another run: {log.header['config']}.")
     return log
 

@@ -1,4 +1,4 @@
-"""One worker of a small training run, for tests that start several and kill some: python training_worker.py DIR STEPS [NAME=VALUE ...]
+"""One worker of a small training run, of which `kills.py` and the tests start several and kill some: training_worker.py DIR STEPS [NAME=VALUE ...]
 
 It goes on from the logs that are there, and ends by writing the fingerprint of its parameters.
 """
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import jax
@@ -67,4 +68,9 @@ def main(directory, steps, options):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), dict(option.split("=") for option in sys.argv[3:]))
+    try:
+        main(Path(sys.argv[1]), int(sys.argv[2]), dict(option.split("=") for option in sys.argv[3:]))
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # at the end of a process JAX waits for the others, of whom one may be gone
