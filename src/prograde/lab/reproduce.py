@@ -122,7 +122,7 @@ def _measure_costs(
             on_round = lambda i: display.advance(1, f"round {i} of {budget.timing_rounds}")  # noqa: E731
             measured = costs.experiment_costs(experiment, trainers, data, budget.timing_rounds, on_round)
         records.write_json(path, measured)
-    first = not trainers["backprop"].shared or jax.process_index() == 0
+    first = trainers["backprop"].mesh is None or jax.process_index() == 0
     if first and data is not None and not (path := directory / "memory.json").exists():
         with display.stage(f"{title}: memory", len(costs.variants(experiment))):
             found = costs.memory(experiment, 0, lambda method: display.advance(1, method))

@@ -100,7 +100,7 @@ class Trainer:
             self.loss = self._losses(losses, estimator)
             self.data = data
             self.train_data = jax.tree.map(jnp.asarray, data.train)
-        self.shared = mesh is not None
+        self.mesh = mesh
         self._estimator, self.update = estimator, None
         if mesh is not None and estimator is not None:
             self._estimator = pg.distributed.Distributed(estimator, mesh, data=mesh.axis_names)
@@ -290,6 +290,8 @@ def train(
                 visited = None
             losses = np.asarray(losses)  # waits for the steps
             seconds += time.perf_counter() - begin
+            if trainer.mesh is not None:
+                pg.distributed.check_replicas(carry[0], trainer.mesh, step + len(rows))
             finite = np.isfinite(losses)
             point = {"kind": "point", "step": step + len(rows), "seconds": seconds, "batch_loss": float(losses.mean())}
             if finite.all():
@@ -314,7 +316,7 @@ def train(
             records.write_lines(record_path, record)
             if record[-1]["kind"] == "end":
                 state_path.unlink(missing_ok=True)
-            elif not trainer.shared:  # the log is what a shared run goes on from, and without one it begins again
+            elif trainer.mesh is None:  # the log is what a shared run goes on from, and without one it begins again
                 records.save_state(state_path, {"carry": carry, "seconds": np.asarray(seconds)})
             on_point(run, record[-1] if status == "diverged" else point)
     return record
