@@ -177,6 +177,15 @@ def test_what_does_not_fit_is_refused_by_name(key, tmp_path):
             log.append(4, 7, 0.1, 2.5, jnp.ones((2, 1, 1)))
 
 
+def test_the_key_of_a_step_is_that_of_its_seed():
+    data = lambda key: jax.random.key_data(key).tolist()
+    assert data(Update.key(7, 3)) == data(jax.random.fold_in(jax.random.key(7), 3))
+    high, low = (int(word) for word in jax.random.key_data(jax.random.split(jax.random.key(1))[1]))
+    assert data(Update.key(high << 32 | low, 3)) == data(jax.random.fold_in(jax.random.split(jax.random.key(1))[1], 3))
+    with pytest.raises(ValueError, match="seed=-1"):
+        Update.key(-1, 0)
+
+
 def test_fingerprint_sees_every_bit_and_every_name():
     tree = {"a": jnp.zeros(3), "b": jnp.ones((2, 2), jnp.bfloat16), "c": "text"}
     others = [

@@ -109,9 +109,9 @@ class Update:
         return TrainState(params, self.optimizer.init(float_leaves(params)))
 
     @staticmethod
-    def key(seed: int | Array, step: int | Array) -> Key[Array, ""]:
-        """The key of a step."""
-        return jax.random.fold_in(jax.random.key(seed), step)
+    def key(seed: int, step: int) -> Key[Array, ""]:
+        """The key of a step: that of the seed, which may have 64 bits, folded with the step. Below 2^32 it is `jax.random.key(seed)`."""
+        return _key(_words(seed), np.uint32(step))
 
     def __call__(
         self,
@@ -122,21 +122,31 @@ class Update:
         derivatives: Float[Array, "num_tangents groups numbers"],
     ) -> TrainState:
         floats, rest = eqx.partition(state.params, eqx.is_inexact_array)
-        numbers = np.uint32(step), np.uint32(seed), np.float32(rate)
+        numbers = np.uint32(step), _words(seed), np.float32(rate)
         floats, opt_state = self._program(floats, state.opt_state, *numbers, derivatives)
         return TrainState(eqx.combine(floats, rest), opt_state)
 
     @functools.cached_property
     def _program(self) -> Callable[..., tuple[PyTree[Array], PyTree]]:
         def updated(
-            floats: PyTree[Array], opt_state: PyTree, step: Array, seed: Array, rate: Array, derivatives: Array
+            floats: PyTree[Array], opt_state: PyTree, step: Array, words: Array, rate: Array, derivatives: Array
         ) -> tuple[PyTree[Array], PyTree]:
             derivatives = derivatives.astype(jnp.float32)  # what the log holds
-            grads = self.estimator.gradient(self.key(seed, step), floats, derivatives)
+            grads = self.estimator.gradient(_key(words, step), floats, derivatives)
             updates, opt_state = self.optimizer.update(grads, opt_state, floats)
             return jax.tree.map(lambda w, u: (w + rate * u).astype(w.dtype), floats, updates), opt_state
 
         return jax.jit(updated, donate_argnums=(0, 1))
+
+
+def _words(seed: int) -> np.ndarray:
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed}, but a whole number from 0 to 2^64 - 1 is needed.")
+    return np.asarray([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+
+
+def _key(words: Array | np.ndarray, step: Array | np.uint32) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"), step)
 
 
 class LogError(RuntimeError):

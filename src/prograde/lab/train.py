@@ -159,7 +159,7 @@ class Trainer:
         Of a step that the log holds, only the second runs. A resumed run is one that begins with such steps.
         """
         assert self.update is not None
-        values = []
+        values, seed = [], self._tangent_seed(seed)
         for step, batch in enumerate(rows, first):
             rate = float(np.float32(learning_rate * float(self._schedule(step, self.length))))
             if step < len(log.records):
@@ -177,7 +177,7 @@ class Trainer:
         """Compiles the programs of `logged_steps`."""
         assert self.update is not None
         state = self.update.init(self.start(seed)[0])
-        rows = jnp.asarray(self.rows(seed, 0, 1)[0])
+        rows, seed = jnp.asarray(self.rows(seed, 0, 1)[0]), self._tangent_seed(seed)
         _, derivatives = self._derivatives(state.params, self.update.key(seed, 0), self.train_data, rows)
         jax.block_until_ready(self.update(state, 0, seed, 0.0, derivatives))
 
@@ -214,6 +214,11 @@ class Trainer:
     def _keys(seed: int) -> tuple[Array, Array]:
         key_init, key_tangents = jax.random.split(jax.random.key(seed))
         return key_init, key_tangents
+
+    def _tangent_seed(self, seed: int) -> int:
+        """The key of the tangents as a seed of 64 bits, for a log."""
+        high, low = np.asarray(jax.random.key_data(self._keys(seed)[1])).tolist()
+        return high << 32 | low
 
     def _scan(self, carry, rate, key, train_data, rows):
         carry, (losses, visited) = lax.scan(lambda c, r: self._step(c, rate, key, train_data, r), carry, rows)
