@@ -370,7 +370,9 @@ def test_a_frontier_is_what_nothing_beats_in_both(seed):
     assert kept == points - beaten
 
 
-@pytest.mark.parametrize("record", ["compare-mlp-mnist", "compare-scaled-mlp-mnist", "compare-local-mixer-m"])
+@pytest.mark.parametrize(
+    "record", ["compare-mlp-mnist", "compare-scaled-mlp-mnist", "compare-local-mixer-s", "compare-local-mixer-m"]
+)
 def test_the_page_in_the_docs_says_what_the_record_does(record):
     root = Path(__file__).parents[1]
     comparison = compare_summary.read(root / "records" / record)
