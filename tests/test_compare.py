@@ -371,7 +371,14 @@ def test_a_frontier_is_what_nothing_beats_in_both(seed):
 
 
 @pytest.mark.parametrize(
-    "record", ["compare-mlp-mnist", "compare-scaled-mlp-mnist", "compare-local-mixer-s", "compare-local-mixer-m"]
+    "record",
+    [
+        "compare-mlp-mnist",
+        "compare-scaled-mlp-mnist",
+        "compare-local-mixer-s",
+        "compare-local-mixer-m",
+        "compare-local-mixer-m-30",
+    ],
 )
 def test_the_page_in_the_docs_says_what_the_record_does(record):
     root = Path(__file__).parents[1]
