@@ -270,6 +270,18 @@ def test_rates_follow_the_schedule_and_batches_have_the_size_asked_for(small_dat
     np.testing.assert_allclose(before - carry[0]["out"]["b"], 0.1 * total, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("rates", "expected"), [((0.1,), (0.1, 0.1)), ((0.1, 0.2, 0.3), (0.1, 0.3))])
+def test_rates_that_are_given_are_not_searched(rates, expected, small_data, tmp_path):
+    compare.run(plan(rates=rates, seeds=1), small_data, tmp_path, False, silent())
+    assert not (tmp_path / "search").exists()
+    found = compare_report.read(tmp_path)
+    trained = [found.results[0], found.results[2]]  # the one between has the gradient of the first
+    assert tuple(r.outcome.learning_rate for r in trained) == expected
+    assert found.manifest["config"]["rates"] == list(rates)
+    assert "rates given, not searched" in compare_report.build(tmp_path).read_text()
+    assert "edge of the search" not in compare_report.conclusion(found)
+
+
 def test_batch_schedule_and_evaluation_reach_the_runs(small_data, tmp_path):
     changes = {"estimators": ("backprop",), "seeds": 1, "schedule": "cosine", "eval_examples": 7}
     chosen = plan(batch_size=16, **changes)
@@ -299,6 +311,8 @@ def test_batch_schedule_and_evaluation_reach_the_runs(small_data, tmp_path):
         ({"optimizers": ("lion",)}, "--optimizers lion.*sgd, adam"),
         ({"steps": 5, "minutes": 1.0}, "one of them"),
         ({"steps": 0}, "--steps 0: at least 1"),
+        ({"rates": (0.1, 0.0, 0.1)}, "--rates 0.1 0 0.1: more than 0"),
+        ({"rates": (0.1, 0.2)}, "--rates 0.1 0.2: one for all.*3 estimators"),
         ({"steps": None, "minutes": -1.0}, "--minutes -1"),
         ({"seeds": 0}, "--seeds 0"),
         ({"estimates": 7}, "--estimates 7: at least 8"),
@@ -356,7 +370,16 @@ def test_a_frontier_is_what_nothing_beats_in_both(seed):
     assert kept == points - beaten
 
 
-@pytest.mark.parametrize("record", ["compare-mlp-mnist", "compare-scaled-mlp-mnist", "compare-local-mixer-m"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        "compare-mlp-mnist",
+        "compare-scaled-mlp-mnist",
+        "compare-local-mixer-s",
+        "compare-local-mixer-m",
+        "compare-local-mixer-m-30",
+    ],
+)
 def test_the_page_in_the_docs_says_what_the_record_does(record):
     root = Path(__file__).parents[1]
     comparison = compare_summary.read(root / "records" / record)

@@ -121,6 +121,8 @@ class Compare:
     """Names of estimators (see `prograde list`), or all; by default backprop and weight perturbations."""
     optimizers: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[sgd|adam ...]")] = ("sgd",)
     """What follows the estimate, the same for all; with both, each estimator is tuned and trained with each."""
+    rates: Annotated[tuple[float, ...], tyro.conf.arg(metavar="[RATE ...]")] = ()
+    """Learning rates in place of the search, one for all or one for each of --estimators; searched for when not given."""
     minutes: Annotated[float | None, _DURATION, tyro.conf.arg(metavar="M")] = None
     """Runs and trials are as long as fits into so many minutes in all; 2.5 when neither this nor --steps is given."""
     steps: Annotated[int | None, _DURATION, tyro.conf.arg(metavar="N")] = None

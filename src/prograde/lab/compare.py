@@ -28,6 +28,7 @@ ESTIMATORS: dict[str, pg.Estimator] = {
     "weight": pg.WeightPerturbation(pg.LowRank(rank=1)),
     "weight-16": pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=16),
     "projection-16": pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=16, combine="projection"),
+    "weight-16-groups-16": pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=16, num_groups=16),
     "groups-8": pg.WeightPerturbation(pg.LowRank(rank=1), num_groups=8),
     "dense": pg.WeightPerturbation(pg.Normal()),
     "momentum": pg.Guided("momentum"),
@@ -37,6 +38,7 @@ ESTIMATORS: dict[str, pg.Estimator] = {
     "preconditioned": pg.Scaled(scales="curvature", precondition=True),
     "preconditioned-one": pg.Scaled(scales="curvature", precondition=True, limit=1.0),
     "activity": pg.ActivityPerturbation(head="exact", scale="rms"),
+    "activity-4": pg.ActivityPerturbation(num_tangents=4, head="exact", scale="rms"),
     "activity-16": pg.ActivityPerturbation(num_tangents=16, head="exact", scale="rms"),
     "local": pg.LocalLosses(head="exact", scale="rms"),
     "local-4": pg.LocalLosses(num_tangents=4, head="exact", scale="rms"),
@@ -118,6 +120,8 @@ class Entry:
 class Plan:
     """What is compared, and for how long: `steps` of each run and trial, or as many as fit into `minutes` in all.
 
+    `rates`, one for all or one for each estimator, take the place of the search.
+
     **Errors:** `ValueError` for a name that is not known, or numbers that make no sense.
     """
 
@@ -131,6 +135,7 @@ class Plan:
     batch_size: int = BATCH_SIZE
     schedule: str = "exp"
     eval_examples: int = EVAL_EXAMPLES
+    rates: tuple[float, ...] = ()
 
     def __post_init__(self):
         for name, given, known in (
@@ -163,6 +168,13 @@ class Plan:
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} {value}: at least {least} needed.")
+        given = f"--rates {' '.join(f'{rate:g}' for rate in self.rates)}"
+        if not all(0 < rate < math.inf for rate in self.rates):
+            raise ValueError(f"{given}: more than 0 are needed.")
+        if len(self.rates) not in (0, 1, len(self.estimators)):
+            raise ValueError(
+                f"{given}: one for all is needed, or one for each of the {len(self.estimators)} estimators."
+            )
 
     @staticmethod
     def every_estimator(model: str) -> tuple[str, ...]:
@@ -178,6 +190,15 @@ class Plan:
     def trained(self) -> list[Entry]:
         """What is searched for a rate and trained."""
         return [e for e in self.entries if SAME_GRADIENT.get(e.estimator) not in self.estimators]
+
+    @property
+    def trials(self) -> int:
+        """How many the search of a rate has."""
+        return 0 if self.rates else TRIALS
+
+    def rate(self, entry: Entry) -> float:
+        """The rate that was given for it."""
+        return self.rates[self.estimators.index(entry.estimator) if len(self.rates) > 1 else 0]
 
     def num_estimates(self, estimator: str) -> int:
         """How many gradients are drawn for the diagnosis."""
@@ -199,7 +220,8 @@ class Plan:
             "steps": self.steps,
             "minutes": minutes,
             "seeds": self.seeds,
-            "trials": TRIALS,
+            "trials": self.trials,
+            "rates": list(self.rates),
             "judged": f"last {JUDGED} of 8 parts",
             "points": POINTS,
             "eval_examples": self.eval_examples,
@@ -242,7 +264,10 @@ def run(plan: Plan, data: Dataset, out: Path, resume: bool, display: Display) ->
     budget = Budget(_steps(plan, trainers, seconds, begin, out), POINTS, plan.seeds, plan.eval_examples)
     for each in trainers.values():
         each.length = budget.steps
-    rates = _search(plan, trainers, seconds, budget, out, display)
+    if plan.rates:
+        rates = {e.name: plan.rate(e) for e in plan.trained}
+    else:
+        rates = _search(plan, trainers, seconds, budget, out, display)
     _train(plan, trainers, seconds, rates, budget, out, display)
 
 
@@ -300,7 +325,7 @@ def _steps(plan: Plan, trainers: dict[str, Trainer], seconds: dict[str, float], 
         evaluations = len(plan.trained) * _evaluation_seconds(plan, next(iter(trainers.values())))
         spent = time.monotonic() - begin + _RESERVED_SECONDS + evaluations
         left = 60 * (plan.minutes or DEFAULT_MINUTES) - spent
-        a_step = sum(seconds[e.name] for e in plan.trained) * (TRIALS + plan.seeds)
+        a_step = sum(seconds[e.name] for e in plan.trained) * (plan.trials + plan.seeds)
         steps = POINTS * max(1, int(left / a_step / POINTS))
     records.write_json(path, {"steps": steps, "evaluation_seconds": evaluations})
     return steps
@@ -317,7 +342,7 @@ def _evaluation_seconds(plan: Plan, trainer: Trainer) -> float:
         return time.monotonic() - begin
 
     point = measure(trainer.data.test) + measure(trainer.data.train)
-    return TRIALS * JUDGED * measure(trainer.data.validation) + plan.seeds * (POINTS + 1) * point
+    return plan.trials * JUDGED * measure(trainer.data.validation) + plan.seeds * (POINTS + 1) * point
 
 
 def _search(

@@ -31,7 +31,7 @@ estimates g of one gradient (of an estimator that learns, after it has learned a
 not be; variance is E |g − E g|² / |grad|²; the rate
 bound is the learning rate of SGD above which the expected loss no longer falls, to second order (an estimate of large variance
 is long, and leaves the range of the second order long before; “unclear” where noise hides the curvature). “± x” is one standard error.
-The rate is found for each by the same number of trials of the same length, by the mean loss over the second half of a trial on a
+Where no rates were given, the rate is found for each by the same number of trials of the same length, by the mean loss over the second half of a trial on a
 validation part of the training data.
 Losses are held-out, on the data's test part: means over seeds, with the least and the greatest. Time is steps times the measured
 median time of a step, evaluation left out; the equal time is that of the shortest run, and losses at it are interpolated between
@@ -327,7 +327,10 @@ def made_on(comparison: Comparison) -> str:
         places.append(
             f"{e['processor']}, {e['cores']} cores, jax {e['versions']['jax']}, {commit}, {e['started'][:10]}"
         )
+    search = (
+        f"{config['trials']} trials of {comparison.steps} steps" if config["trials"] else "rates given, not searched"
+    )
     return (
         f"Made on {'; then on '.join(dict.fromkeys(places))}. Batches of {config['batch_size']}, {config['schedule']}, "
-        f"losses of {config['eval_examples']} examples at most, {config['trials']} trials of {comparison.steps} steps, {config['seeds']} seeds, {POINTS} points on a curve."
+        f"losses of {config['eval_examples']} examples at most, {search}, {config['seeds']} seeds, {POINTS} points on a curve."
     )

@@ -32,7 +32,7 @@ class Result:
     def at_edge(self) -> bool:
         """Whether the rate that was found is the least or the greatest that was tried."""
         rates = [trial["learning_rate"] for trial in self.trials]
-        return self.outcome is not None and self.outcome.learning_rate in (min(rates), max(rates))
+        return self.outcome is not None and bool(rates) and self.outcome.learning_rate in (min(rates), max(rates))
 
 
 @dataclass(frozen=True)
