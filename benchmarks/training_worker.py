@@ -25,7 +25,7 @@ def loss(params, x, y):
 
 
 def main(directory, steps, options):
-    pg.distributed.initialize(timeout=20)
+    pg.distributed.initialize(timeout=int(options.get("timeout", 20)))
     here = jax.process_index()
     facts = {"steps": steps, "order of the data": int(options.get("order", 0))}
     pg.distributed.agree(facts, timeout=20)

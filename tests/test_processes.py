@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import socket
 import subprocess
 
 import pytest
 from kills import PROGRAM, STEPS, Group, finals, kill_at_random
 
+from prograde.distributed import StartError, initialize
 from prograde.lab.launch import free_port
 from prograde.replay import ReplayLog
 
@@ -77,6 +79,25 @@ def test_another_number_of_workers_is_refused_at_the_start(tmp_path):
     said = [text for text, status in started(tmp_path, (0, 2), (1, 3)) if status != 0]
     assert len(said) == 2
     assert any("number of processes is" in text and "3 on process 1" in text for text in said)
+
+
+def test_who_waits_for_one_that_never_comes_says_so_and_ends(tmp_path):
+    for number in (0, 1):
+        ((said, status),) = started(tmp_path, (number, 2, "timeout=3"))
+        assert status != 0
+        assert f"process {number} of 2 did not find all the others at 127.0.0.1" in said
+
+
+def test_an_address_that_is_taken_or_not_of_this_machine_is_refused(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(StartError, match=f"cannot listen at 127.0.0.1:{port}"):
+            initialize(f"127.0.0.1:{port}", 2, 0)
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "192.0.2.1:12345")  # kept for examples, by RFC 5737
+    with pytest.raises(StartError, match=r"cannot listen at 192\.0\.2\.1"):
+        initialize("127.0.0.1:12345", 2, 0)
 
 
 def test_replicas_that_came_apart_stop_the_run(tmp_path):

@@ -1,8 +1,12 @@
 """Processes that find each other, and agree on what they are about to run."""
 
+import contextlib
 import itertools
 import json
 import os
+import socket
+import sys
+import threading
 import time
 from typing import Any
 
@@ -23,15 +27,16 @@ def initialize(
     """`jax.distributed.initialize`, with an address that is bound as given, and times after which a lost worker is noticed.
 
     **Arguments:** what is `None` is taken from the environment variables `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID`; the last two also from SLURM, Open MPI or Kubernetes, which JAX detects.
+    `JAX_PROCESS_ID`; the last two also from Open MPI, and from SLURM or Kubernetes where JAX detects them.
 
-    - `coordinator`: HOST:PORT of the first process, which it binds and the others connect to. The service asks nobody who they
-      are: choose an address of a private network. JAX by itself would bind every address of the machine.
+    - `coordinator`: HOST:PORT of the first process, which it binds (or what `JAX_COORDINATOR_BIND_ADDRESS` says) and the others connect to.
+      The service asks nobody who they are: choose an address of a private network. JAX by itself would bind every address of the machine.
     - `num_processes`, `process_id`: how many there are, and which this one is, from 0.
     - `timeout`: seconds that a process waits for the others at the start, and about as many until it is noticed later that one is gone
       without closing its connections. One that is killed is noticed at once.
 
-    **Errors:** `ValueError` without an address; `StartError` when the others do not come, or differ in their number.
+    **Errors:** `ValueError` without an address or a number; `StartError` where the address cannot be bound, or the numbers of processes differ. Where the
+    others do not come JAX ends the process; before it does, a line on the error output says who was waited for.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     if not coordinator or ":" not in coordinator:
@@ -39,26 +44,61 @@ def initialize(
             f"coordinator={coordinator!r}, but HOST:PORT of the first process is needed, or the environment variable "
             "JAX_COORDINATOR_ADDRESS. The port is open to whoever reaches it: use an address of a private network."
         )
-    if num_processes is None and "JAX_NUM_PROCESSES" in os.environ:
-        num_processes = int(os.environ["JAX_NUM_PROCESSES"])
-    if process_id is None and "JAX_PROCESS_ID" in os.environ:
-        process_id = int(os.environ["JAX_PROCESS_ID"])
+    num_processes = _number(num_processes, "JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE")
+    process_id = _number(process_id, "JAX_PROCESS_ID", "OMPI_COMM_WORLD_RANK")
+    bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator)
+    if process_id == 0:
+        _check_free(bound)
+    with contextlib.suppress(AttributeError):  # it would catch SIGTERM, and the process go on
+        jax.config.update("jax_enable_preemption_service", False)
+    who = "this process" if process_id is None else f"process {process_id} of {num_processes}"
+    missing = (
+        f"prograde: {who} did not find all the others at {coordinator} within {timeout} s. All need the same address and number of "
+        "processes, and a number of their own from 0."
+    )
+    waiting = threading.Timer(timeout - 0.5, lambda: print(missing, file=sys.stderr, flush=True))
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
-            coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator),
+            cluster_detection_method=None if None in (num_processes, process_id) else "deactivate",
+            coordinator_bind_address=bound,
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=timeout,
             shutdown_timeout_seconds=5 * timeout,  # the first may have a report to write
         )
-    except RuntimeError as error:
-        raise StartError(
-            f"process {process_id} of {num_processes} found no group at {coordinator} within {timeout} s: all of them need the same "
-            f"address and number of processes, and a number of their own from 0. JAX says: {error}"
+    except ValueError as error:
+        raise ValueError(
+            f"num_processes={num_processes}, process_id={process_id}: {error} Set JAX_NUM_PROCESSES and JAX_PROCESS_ID."
         ) from error
-    agree({"number of processes": num_processes or _service().num_processes}, timeout=timeout)
+    except RuntimeError as error:
+        raise StartError(f"{missing.removeprefix('prograde: ')} JAX says: {error}") from error
+    finally:
+        waiting.cancel()
+    agree({"number of processes": _service().num_processes}, timeout=timeout)
+
+
+def _number(given: int | None, *names: str) -> int | None:
+    found = [os.environ[name] for name in names if name in os.environ]
+    return int(found[0]) if given is None and found else given
+
+
+def _check_free(address: str) -> None:
+    """JAX would crash where the address is not this machine's, and take over a port that another run listens at."""
+    host, port = address.rsplit(":", 1)
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(place)
+    except (OSError, ValueError) as error:
+        raise StartError(
+            f"the first process cannot listen at {address} ({error}). Give an address of this machine and a port that is free, or another "
+            "address to bind in JAX_COORDINATOR_BIND_ADDRESS."
+        ) from error
 
 
 def agree(facts: dict[str, Any], *, timeout: int = 60) -> None:
