@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
+import sys
 
 import pytest
 from kills import PROGRAM, STEPS, Group, finals, kill_at_random
@@ -43,6 +45,28 @@ def test_a_run_with_killed_workers_ends_as_one_without(undisturbed, tmp_path, se
     begun = json.loads((tmp_path / "0" / "start.json").read_text())["from"]
     assert begun == flushed[-1] > 0  # no flushed step was lost
     assert (tmp_path / "1" / "run.log").read_bytes() == (undisturbed / "1" / "run.log").read_bytes()
+
+
+def test_ctrl_c_ends_all_and_says_how_to_go_on(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "prograde.lab.cli",
+        "launch",
+        "--",
+        "reproduce",
+        "logreg",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "Records go to" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"launch --processes 2 -- reproduce logreg --out {tmp_path / 'out'} --resume" in said
+    assert "Traceback" not in said
 
 
 def test_a_worker_that_lost_everything_catches_up_from_the_log_of_another(undisturbed, tmp_path):

@@ -33,8 +33,16 @@ def launch(program: list[str], processes: int, coordinator: str | None, say: Cal
         workers.append(worker)
     try:
         return _watched(workers, say)
+    except KeyboardInterrupt:
+        for worker in workers:  # from a terminal they have it already, from elsewhere not
+            worker.send_signal(signal.SIGINT)
+        _ended(workers)
+        return 130
     finally:
-        _stop(workers)
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+            worker.wait()
 
 
 def _watched(workers: list[subprocess.Popen], say: Callable[[str], None]) -> int:
@@ -52,17 +60,15 @@ def _watched(workers: list[subprocess.Popen], say: Callable[[str], None]) -> int
         say(f"worker {first} was ended by {signal.Signals(-code).name}; the others are stopped.")
     elif code != 130:
         say(f"worker {first} ended with status {code}; the others are stopped.")
-    deadline = time.monotonic() + _GRACE
-    while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
-        time.sleep(0.05)
+    _ended(workers)
     return code if code > 0 else 128 - code
 
 
-def _stop(workers: list[subprocess.Popen]) -> None:
-    for worker in workers:
-        if worker.poll() is None:
-            worker.kill()
-        worker.wait()
+def _ended(workers: list[subprocess.Popen]) -> None:
+    """Waits until all have ended, but not for long."""
+    deadline = time.monotonic() + _GRACE
+    while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
+        time.sleep(0.05)
 
 
 def free_port() -> int:
