@@ -8,6 +8,7 @@ machines hang on a bridge instead, which takes no time that a step would notice.
 import collections
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import select
@@ -39,6 +40,9 @@ class Link:
         return "unlimited" if self.rate is None else f"{self.rate / 1e6:g} Mbit/s, {2e3 * self.delay:g} ms"
 
 
+_networks = itertools.count()
+
+
 def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
@@ -52,8 +56,8 @@ class Network(contextlib.AbstractContextManager):
 
     def __init__(self, link: Link, machines: int):
         self.link, self.machines, self.relay = link, machines, None
-        self.names = [f"{PREFIX}-{os.getpid()}-{i}" for i in range(machines)]
-        self.hub = f"{PREFIX}-{os.getpid()}-hub"
+        own = f"{PREFIX}-{os.getpid()}-{next(_networks)}"
+        self.names, self.hub = [f"{own}-{i}" for i in range(machines)], f"{own}-hub"
 
     def __enter__(self) -> "Network":
         try:

@@ -115,6 +115,8 @@ def _projected(workload: str, source: dict, updates: dict, workers: int, around:
 
 
 def _seconds(value: float) -> str:
+    if value >= 1e5:
+        return f"{value / 86400:,.0f} days"
     if value >= 100:
         return f"{value:,.0f} s"
     return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
@@ -225,6 +227,7 @@ def _projection_blocks(record: dict) -> list[str]:
         rows.append(
             [TITLES[p["workload"]], f"{p['workers']:,}", p["link"], _seconds(ours["compute"]) + extrapolated]
             + [_seconds(x) for x in (ours["ring"], ours["doubling"], theirs["ring"], theirs["doubling"])]
+            + [_seconds(ours["doubling"] / rate_factor(p["parameters"], p["workers"]))]
         )
     head = [
         "workload",
@@ -235,8 +238,9 @@ def _projection_blocks(record: dict) -> list[str]:
         "ours, doubling",
         "backprop, ring",
         "backprop, doubling",
+        "ours, doubling, for the progress of a step of backprop",
     ]
-    blocks = ["**Projected**, each worker with a tangent of its own (K = 1):", _table(head, rows)]
+    blocks = ["**Projected**, each worker with a tangent of its own (K = 1, so K W = W):", _table(head, rows)]
     sizes = {p["workload"]: p["parameters"] for p in record["model"]["projected"]}
     rows = [
         [f"{w:,}", str(k), f"{k * w:,}", *(f"1/{1 / rate_factor(n, k * w):,.0f}" for n in sizes.values())]

@@ -31,7 +31,7 @@ def sent() -> int:
 
 def settled() -> int:
     """The same, when what is on its way has been acknowledged."""
-    time.sleep(0.3)
+    time.sleep(SETTINGS["settle"])
     return sent()
 
 

@@ -25,7 +25,7 @@ from prograde.lab import costs, records
 WORKER = Path(__file__).with_name("link_worker.py")
 CORES = sorted(os.sched_getaffinity(0))[:2]
 LINKS = {link.name: link for link in (Link(10e6, 0.025), Link(100e6, 0.025), Link())}
-PARTS = ("link", "updates", "smollm2", "mlp", "scaling")
+PARTS = ("scaling", "smollm2", "mlp", "updates", "link")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Group:
         self.network, self.size, self.workers = network, processes, []
         for i in range(processes):
             settings: dict[str, Any] = {"cores": [CORES[i % len(CORES)]], "processes": 1}
+            settings["settle"] = 0.02 if network is None else 0.02 + 8 * network.link.delay
             if network is not None and processes > 1:
                 settings |= {"processes": processes, "process": i, "coordinator": f"{address(0)}:7777"}
             program = [sys.executable, str(WORKER), json.dumps(settings)]
@@ -168,7 +169,7 @@ def updates(quick: bool) -> dict:
     with group(1) as alone:
         for workload, counts in {"mlp": (1, 64, 512, 4096), "smollm2": (1, 64)}.items():
             found[workload] = {}
-            for tangents in counts[:2] if quick else counts:
+            for tangents in counts:
                 (answer,) = alone.ask(
                     do="update", workload=workload, tangents=tangents, steps=3 if tangents > 64 else 7
                 )
@@ -191,7 +192,7 @@ def smollm2(quick: bool) -> dict:
     for name in names:
         with group(2, LINKS[name]) as joined:
             pair = [Measured(joined, each) for each in (ours, theirs)]
-            for _ in range(3):
+            for _ in range(2):
                 pair[0].visit(2 if quick else 5)
                 pair[1].visit(1 if name != "unlimited" else 3)
             found[name] = {name_of(m.job): m.record() for m in pair}
@@ -202,7 +203,7 @@ def smollm2(quick: bool) -> dict:
 
 def mlp(quick: bool) -> dict:
     """The MLP at batch 64: one to sixty-four tangents and backprop, on each link with two workers, and with four on one of them."""
-    jobs = [job("mlp", 64, "weight", k) for k in ((1, 8) if quick else (1, 8, 64))] + [job("mlp", 64, "backprop")]
+    jobs = [job("mlp", 64, "weight", k) for k in (1, 8, 64)] + [job("mlp", 64, "backprop")]
     steps = 3 if quick else 20
     few = [jobs[0], jobs[-1]]
     found: dict[str, dict] = {"1": {}, "2": {}, "4": {}}
@@ -234,17 +235,15 @@ def scaling(quick: bool) -> dict:
         "transformer, 8 x 128 tokens": job("transformer", 8, "weight"),
         "transformer, 32 x 128 tokens": job("transformer", 32, "weight"),
     }
-    if quick:
-        jobs = {name: jobs[name] for name in list(jobs)[:2]}
     found = {}
     with group(1) as one, group(2, Link()) as two, group(4, Link()) as four, group(2) as apart:
         for name, each in jobs.items():
             kinds = {"1": one, "2": two, "4": four, "2 apart": apart}
             measured = {kind: Measured(g, each) for kind, g in kinds.items()}
             once = measured["1"].group.ask(do="run", job=measured["1"].job, steps=1)[0]["seconds"][0]
-            steps = max(1, min(20, int(0.5 / once)))
+            steps = max(1, min(20, int(0.4 / once)))
             rounds: dict[str, list[float]] = {kind: [] for kind in kinds}
-            for _ in range(2 if quick else 7):
+            for _ in range(2 if quick else 5):
                 for kind, m in measured.items():
                     before = len(m.seconds)
                     m.visit(steps)
