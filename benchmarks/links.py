@@ -7,6 +7,7 @@ part, and prints its tables. `--from-record FILE --markdown PAGE` writes them in
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -289,4 +290,7 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
+    # however it is ended, what it made on this machine goes with it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     main(tyro.cli(Arguments))
