@@ -198,8 +198,7 @@ def markdown(record: dict) -> str:
         rows = [row for w in ("2", "4") for row in step_rows(record, "mlp", mlp[w], int(w))]
         blocks += ["**MLP 784-1024-1024-10**, batch 64 in all:", _table(head, rows)]
         blocks.append(
-            f"Gloo and TCP put {record['model']['bytes_around_a_message']:,.0f} bytes around the message of one round. The processes' coordination service sends "
-            f"{mlp['idle_bytes_a_second']:,.0f} bytes a second beside it."
+            f"Gloo and TCP put {record['model']['bytes_around_a_message']:,.0f} bytes around the message of one round."
         )
     if "scaling" in record["parts"]:
         kinds = {"2": "2 processes", "2 apart": "2 that exchange nothing", "4": "4 processes"}
