@@ -6,15 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import link_network
+import link_report
 import pytest
 
 from prograde.lab import records
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import link_network  # noqa: E402
-import link_report  # noqa: E402
 
 GATHER, SUM = "all-gather f32[4,3]{1,0}", "all-reduce (f32[10,100]{1,0}, /*index=5*/f32[])"
 
