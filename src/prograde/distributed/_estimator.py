@@ -27,6 +27,7 @@ class Distributed(Estimator):
 
     - `estimator`: what is estimated, as on one device. `num_tangents` and `num_groups` count the tangents of all workers together.
     - `mesh`: the devices, with named axes; `jax.make_mesh((jax.device_count(),), ("workers",))` is one axis over all.
+      Where parameters are placed on a mesh by hand, its axes must be of type `jax.sharding.AxisType.Auto`, as those of the estimate are.
     - `data`: the axis, or axes, along which the batch is cut. Arrays in the arguments of the function have the examples along their
       first axis; arrays without axes (and keys) are the same for all.
     - `tangents`: the axis, or axes, along which the tangents are cut.
