@@ -121,7 +121,7 @@ class CentralDifference(SeededEstimator):
             value, aux, _, numbers = run(index)
             return value, aux, numbers
 
-        value, aux, numbers = lax.map(one_tangent, share.tangent * count + jnp.arange(count))
+        value, aux, numbers = lax.map(one_tangent, share.tangent * count + jnp.arange(count, dtype=jnp.int32))
         return jnp.mean(value), unpack(jax.tree.map(lambda x: x[-1], aux)), numbers[:, None]
 
     def gradient(self, key, params, derivatives):

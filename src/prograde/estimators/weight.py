@@ -204,7 +204,8 @@ class WeightPerturbation(SeededEstimator):
         check_key(key)
         total = self.num_tangents * self.num_groups
         k, g = share.of_tangents(self.num_tangents), share.of_groups(self.num_groups)
-        groups = share.group * g + jnp.arange(g) if self.num_groups > 1 else jnp.zeros(1, jnp.int32)
+        # of the type of `lax.axis_index`, so that nothing has to be promoted where integers have 64 bits
+        groups = (share.group * g if self.num_groups > 1 else 0) + jnp.arange(g, dtype=jnp.int32)
         _, floats = split_params(fun, params, args, has_aux)
         arrays, rest = in_groups(args, g)
 
@@ -235,7 +236,7 @@ class WeightPerturbation(SeededEstimator):
         whole = of_group(args) if g == 1 else of_group(jax.tree.map(lambda x: x[0], arrays))
         num_chunks = -(-k // tangents_at_once(self.chunk, k, whole, floats, one_chunk))
         size = -(-k // num_chunks)
-        chunks = share.tangent * k + jnp.arange(num_chunks * size).reshape(num_chunks, size)
+        chunks = share.tangent * k + jnp.arange(num_chunks * size, dtype=jnp.int32).reshape(num_chunks, size)
         return floats, one_chunk, chunks
 
     def _coefficients(self, floats: PyTree[Array], directional: Array, num_tangents: int) -> Array:
