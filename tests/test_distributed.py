@@ -122,6 +122,16 @@ def test_activity_perturbation_is_the_mean_of_estimates_with_keys_of_their_own(k
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * float(jnp.abs(wanted).max()))
 
 
+def test_shares_need_no_promotion_of_their_indices(key, strict):
+    estimator = pg.WeightPerturbation(num_tangents=2, num_groups=4)
+    with jax.enable_x64(True):
+        shared = Distributed(estimator, mesh_of(2, 2), data="workers", tangents="more")
+        w, x = jnp.ones((6, 5)), jnp.linspace(0, 1, 48).reshape(8, 6)
+        squares = lambda w, x: jnp.mean((x @ w) ** 2)
+        run = lambda e: jax.jit(lambda w, x: e.estimate(squares, jax.random.clone(key), None, w, x).grads)(w, x)
+        np.testing.assert_allclose(run(shared), run(estimator), rtol=1e-12)
+
+
 def test_aux_stays_with_its_worker(key, problem):
     params, x, y = problem
     run = lambda params, x, y: (loss(params, x, y), {"first": x[0, 0], "rows": len(x)})

@@ -24,7 +24,7 @@ def tangents_at_once(
     if chunk is not None or num_tangents == 1:
         return min(chunk or 1, num_tangents)
     bare = live_bytes(jax.make_jaxpr(fun)(params).jaxpr)
-    together = live_bytes(jax.make_jaxpr(along_all)(jnp.arange(num_tangents)).jaxpr) - bare
+    together = live_bytes(jax.make_jaxpr(along_all)(jnp.arange(num_tangents, dtype=jnp.int32)).jaxpr) - bare
     budget = max(_CHUNK_BYTES, sum(w.nbytes for w in jax.tree.leaves(params)))
     return min(num_tangents, max(1, budget * num_tangents // max(1, together)))
 
