@@ -145,7 +145,7 @@ def test_jit_vmap_and_scan_change_nothing(key):
 
 def test_shard_map_over_the_batch(key):
     """Each device its part of the batch, the same tangent on all: the mean of the parts is the whole."""
-    assert jax.device_count() == 4
+    assert jax.device_count() >= 4
     params, loss, args = models.mlp(key)
     grad_fn = pg.value_and_grad(loss, LOW_RANK)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
