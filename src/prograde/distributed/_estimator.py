@@ -9,12 +9,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree
 
 from prograde._value_and_grad import value_and_grad as _value_and_grad
-from prograde.distributed._mesh import Axes, axis_names, is_array, is_key, of_the_compiler
+from prograde.distributed._mesh import Axes, axis_names, is_array, is_key, laid_out_as, of_the_compiler
 from prograde.estimators import Estimate, Estimator, SeededEstimator, Share
 from prograde.estimators._estimator import float_leaves, pack, unpack, wide
 
@@ -27,7 +26,6 @@ class Distributed(Estimator):
 
     - `estimator`: what is estimated, as on one device. `num_tangents` and `num_groups` count the tangents of all workers together.
     - `mesh`: the devices, with named axes; `jax.make_mesh((jax.device_count(),), ("workers",))` is one axis over all.
-      Where parameters are placed on a mesh by hand, its axes must be of type `jax.sharding.AxisType.Auto`, as those of the estimate are.
     - `data`: the axis, or axes, along which the batch is cut. Arrays in the arguments of the function have the examples along their
       first axis; arrays without axes (and keys) are the same for all.
     - `tangents`: the axis, or axes, along which the tangents are cut.
@@ -99,8 +97,7 @@ class Distributed(Estimator):
         if isinstance(estimator, SeededEstimator):
             value, aux, derivatives = self.derivatives(fun, key, params, *args, has_aux=has_aux)
             grads = estimator.gradient(key, params, derivatives)
-            # where a parameter is sharded along an axis of the compiler's, so is its gradient
-            grads = jax.tree.map(lambda g, w: shard_alike(g, w)[0], grads, float_leaves(params))
+            grads = jax.tree.map(laid_out_as, grads, float_leaves(params))
             directional = derivatives[:, :, 0] if estimator.num_groups > 1 else derivatives[:, 0, 0]
             return Estimate(value, aux, grads, directional, state)
 
