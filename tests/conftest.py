@@ -1,10 +1,20 @@
 """Fixtures that every test shares. Seeds are fixed; `--vary-seed` draws a new one, prints it, and uses it throughout."""
 
+import atexit
 import os
 import random
+import shutil
 import signal
+import tempfile
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # the processes that tests start compile the same programs again and again: one cache for all of them, and none left behind
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="prograde-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell that runs the tests in the background lets all of their processes ignore Ctrl-C
