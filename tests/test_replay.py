@@ -1,5 +1,7 @@
 """A replayed run is the run, bit by bit; and no damage to a log is ever taken for a record."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,60 +83,211 @@ def test_gradient_of_derivatives_is_the_estimate(estimator, key):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()))
 
 
-def written(tmp_path, key, steps=4):
-    params, batch = start(key)
-    update = Update(ESTIMATORS["rank one"], optax.sgd(1.0))
-    path = tmp_path / "run.log"
-    with ReplayLog.create(path, params, update, {"data": "none"}) as log:
-        run(log, update, params, batch, steps)
-    return path, params, update, batch
+BASE = {"bias": jnp.zeros(16)}
+SGD = {n: Update(pg.WeightPerturbation(num_tangents=n), optax.sgd(1.0)) for n in (1, 3)}
 
 
-def test_cut_at_every_byte_a_log_keeps_its_whole_records_and_goes_on(key, tmp_path):
-    path, *_ = written(tmp_path, key)
+def steps(count, rates="constant", seeds="constant", num_tangents=3):
+    """Arguments of `append`, with any bits for floats: among them are NaNs, infinities and numbers that are not normal."""
+    bits = np.random.default_rng(0).integers(0, 2**32, (count, 1 + num_tangents), np.uint32)
+    bits[:2, 0] = 0x7F800001, 0x00000001  # a signaling NaN, and the smallest number
+    floats = bits.view(np.float32)
+    rate = {"constant": lambda i: 0.01, "steps": lambda i: 0.1 ** (1 + i // 3), "schedule": lambda i: 0.01 / (1 + i)}
+    seed = {"constant": lambda i: 2**64 - 1, "steps": lambda i: 7 + i // 4, "each": lambda i: 2**40 * i}
+    return [
+        (i, seed[seeds](i), rate[rates](i), floats[i, 0], floats[i, 1:].reshape(num_tangents, 1, 1))
+        for i in range(count)
+    ]
+
+
+def written(path, entries, blocks, num_tangents=3):
+    """Writes blocks of so many steps each: where the header and each of the blocks end in the file."""
+    assert sum(blocks) == len(entries)
+    entries = iter(entries)
+    with ReplayLog.create(path, BASE, SGD[num_tangents], {"data": "none"}) as log:
+        ends = [path.stat().st_size]
+        for count in blocks:
+            for _ in range(count):
+                log.append(*next(entries))
+            log.flush()
+            ends.append(path.stat().st_size)
+    return ends
+
+
+@pytest.mark.parametrize("seeds", ["constant", "steps", "each"])
+@pytest.mark.parametrize("rates", ["constant", "steps", "schedule"])
+def test_what_is_read_is_what_was_appended_bit_by_bit(rates, seeds, tmp_path):
+    entries = steps(120, rates, seeds)
+    with ReplayLog.create(tmp_path / "run.log", BASE, SGD[3]) as log:
+        for entry in entries:
+            log.append(*entry)
+    found = ReplayLog.open(tmp_path / "run.log")
+    assert found.records.tobytes() == log.records.tobytes()
+    for i, (step, seed, rate, value, derivatives) in enumerate(entries):
+        record = found.records[i]
+        assert (record["step"], record["seed"]) == (step, seed)
+        floats = np.asarray([record["rate"], record["value"], *record["derivatives"].ravel()], np.float32)
+        assert floats.tobytes() == np.asarray([rate, value, *derivatives.ravel()], np.float32).tobytes()
+
+
+def test_a_rate_that_changes_its_sign_only_is_not_the_same(tmp_path):
+    entries = [(step, 7, rate, 1.0, np.ones((3, 1, 1), np.float32)) for step, rate in enumerate([0.0, -0.0, 0.0])]
+    written(tmp_path / "run.log", entries, (3,))
+    assert np.signbit(ReplayLog.open(tmp_path / "run.log").records["rate"]).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("rates", "size", "bound"), [("constant", 8_800, 10_000), ("schedule", 12_720, 14_000)])
+def test_a_thousand_steps_of_one_derivative_take_what_is_said(rates, size, bound, tmp_path):
+    with ReplayLog.create(tmp_path / "run.log", BASE, SGD[1], {"run": "low-rank-paper-seed0"}) as log:
+        header = log.path.stat().st_size
+        for entry in steps(1000, rates, num_tangents=1):
+            log.append(*entry)
+    assert log.path.stat().st_size - header == size  # the figures in the documentation
+    assert log.path.stat().st_size <= bound
+
+
+def test_digests_and_records_do_not_depend_on_the_blocks(tmp_path):
+    entries = steps(10, "steps", "steps")
+    for name, blocks in {"one": (10,), "few": (3, 6, 1), "each": (1,) * 10}.items():
+        written(tmp_path / name, entries, blocks)
+    one, few, each = (ReplayLog.open(tmp_path / name) for name in ("one", "few", "each"))
+    assert len({log.path.stat().st_size for log in (one, few, each)}) == 3
+    assert one.records.tobytes() == few.records.tobytes() == each.records.tobytes()
+    assert len({one.digest(i) for i in range(11)}) == 11
+    for i in range(11):
+        assert one.digest(i) == few.digest(i) == each.digest(i)
+    # a worker that was behind takes the rest from another
+    written(tmp_path / "behind", entries[:4], (4,))
+    with ReplayLog.open(tmp_path / "behind", append=True) as behind:
+        behind.extend(few.records[4:])
+        assert behind.digest(10) == few.digest(10)
+    assert ReplayLog.open(tmp_path / "behind").records.tobytes() == one.records.tobytes()
+
+
+def test_each_digest_is_of_all_a_record_holds(tmp_path):
+    entries = steps(3)
+    written(tmp_path / "run.log", entries, (3,))
+    digests = {ReplayLog.open(tmp_path / "run.log").digest(3)}
+    step, seed, rate, value, derivatives = entries[1]
+    others = [
+        (step, seed - 1, rate, value, derivatives),
+        (step, seed, -rate, value, derivatives),
+        (step, seed, rate, -value, derivatives),
+        (step, seed, rate, value, -derivatives),
+    ]
+    for i, other in enumerate(others):
+        written(tmp_path / f"{i}.log", [entries[0], other, entries[2]], (3,))
+        digests.add(ReplayLog.open(tmp_path / f"{i}.log").digest(3))
+    assert len(digests) == 5
+
+
+BLOCKS = (3, 1, 2, 4)
+KINDS = pytest.mark.parametrize(("rates", "seeds"), [("constant", "constant"), ("schedule", "each")])
+
+
+@KINDS
+def test_cut_at_every_byte_a_log_keeps_its_whole_blocks_and_goes_on(rates, seeds, tmp_path):
+    path, entries = tmp_path / "run.log", steps(10, rates, seeds)
+    ends = written(path, entries, BLOCKS)
     content, whole = path.read_bytes(), ReplayLog.open(path)
-    size = whole.records.dtype.itemsize
-    first = len(content) - 4 * size
     for length in range(len(content)):
         path.write_bytes(content[:length])
-        if length < first:
+        if length < ends[0]:
             with pytest.raises(LogError, match="does not begin as a replay log"):
                 ReplayLog.open(path)
             continue
+        blocks = sum(end <= length for end in ends[1:])
+        kept = sum(BLOCKS[:blocks])
+        assert ReplayLog.open(path).records.tobytes() == whole.records[:kept].tobytes()
+        assert path.stat().st_size == length  # read only: left as it is
         log = ReplayLog.open(path, append=True)
-        kept = (length - first) // size
         assert len(log) == kept
-        assert log.records.tobytes() == whole.records[:kept].tobytes()
-        log.extend(whole.records[kept:])
+        assert path.read_bytes() == content[: ends[blocks]]  # the torn part is gone
+        if length == len(content) - 1 or length % 7 == 0:  # waiting for the disk takes a while
+            log.extend(whole.records[kept:])
+            assert ReplayLog.open(path).records.tobytes() == whole.records.tobytes()
         log.close()
-        assert path.read_bytes() == content  # the torn part is gone, and the same log comes out
 
 
-def test_no_flipped_bit_is_ever_taken_for_what_was_written(key, tmp_path):
-    path, *_ = written(tmp_path, key)
+@KINDS
+def test_no_flipped_bit_is_ever_taken_for_what_was_written(rates, seeds, tmp_path):
+    path = tmp_path / "run.log"
+    ends = written(path, steps(10, rates, seeds), BLOCKS)
     content, whole = path.read_bytes(), ReplayLog.open(path)
-    for i in range(len(content)):
+    head = ends[-2] + 20  # of the last block: says where it ends, and so that it is the last
+    for i, bits in itertools.product(range(len(content)), (0x01, 0x10, 0x80, 0xFF)):
         altered = bytearray(content)
-        altered[i] ^= 1 << (i % 8)
+        altered[i] ^= bits
         path.write_bytes(altered)
-        try:
-            log = ReplayLog.open(path)
-        except LogError:
+        if i >= head:  # as if it had not been written to its end
+            assert ReplayLog.open(path).records.tobytes() == whole.records[: -BLOCKS[-1]].tobytes()
             continue
-        # only the last record may be taken for one that was being written
-        assert len(log) == len(whole) - 1
-        assert i >= len(content) - whole.records.dtype.itemsize
-        assert log.records.tobytes() == whole.records[:-1].tobytes()
-
-
-def test_records_that_are_swapped_or_left_out_are_found(key, tmp_path):
-    path, *_ = written(tmp_path, key)
-    content, size = path.read_bytes(), ReplayLog.open(path).records.dtype.itemsize
-    head, records = content[: -4 * size], [content[len(content) - (4 - i) * size :][:size] for i in range(4)]
-    for order in ([1, 0, 2, 3], [0, 2, 3], [0, 0, 1, 2, 3], [0, 1, 1, 3]):
-        path.write_bytes(head + b"".join(records[i] for i in order))
-        with pytest.raises(LogError, match=f"record of step {next(i for i, j in enumerate(order) if i != j)} of"):
+        with pytest.raises(LogError) as error:
             ReplayLog.open(path)
+        if i < ends[0]:
+            continue
+        # the message says which steps, and how to keep those before
+        block = sum(end <= i for end in ends[1:])
+        first, last = sum(BLOCKS[:block]), sum(BLOCKS[: block + 1]) - 1
+        until = "and following" if i < ends[block] + 20 else f"to {last}"
+        assert f"block of steps {first} {until} was altered" in str(error.value)
+        assert f"The first {first} steps are whole" in str(error.value)
+        assert f"its first {ends[block]} bytes" in str(error.value)
+    path.write_bytes(content[: ends[2]])
+    assert ReplayLog.open(path).records.tobytes() == whole.records[: sum(BLOCKS[:2])].tobytes()
+
+
+def test_blocks_that_are_swapped_or_left_out_are_found(tmp_path):
+    path = tmp_path / "run.log"
+    ends = written(path, steps(8), (2, 2, 2, 2))
+    content = path.read_bytes()
+    blocks = [content[a:b] for a, b in itertools.pairwise(ends)]
+    for order in ([1, 0, 2, 3], [0, 2, 3], [0, 0, 1, 2, 3], [0, 1, 1, 3], [0, 1, 3]):
+        path.write_bytes(content[: ends[0]] + b"".join(blocks[i] for i in order))
+        first = 2 * next(i for i, j in enumerate(order) if i != j)
+        with pytest.raises(LogError, match=f"block of steps {first} and following"):
+            ReplayLog.open(path)
+
+
+def test_a_block_of_another_run_is_found(tmp_path):
+    ends = written(tmp_path / "run.log", steps(4), (2, 2))
+    written(tmp_path / "other.log", steps(4, "steps", "each"), (2, 2))
+    content, other = (tmp_path / "run.log").read_bytes(), (tmp_path / "other.log").read_bytes()
+    (tmp_path / "run.log").write_bytes(content[: ends[1]] + other[-(len(content) - ends[1]) :])
+    with pytest.raises(LogError, match="block of steps 2 and following"):
+        ReplayLog.open(tmp_path / "run.log")
+
+
+def test_a_log_of_another_format_is_refused_by_its_number(tmp_path):
+    path = tmp_path / "run.log"
+    written(path, steps(4), (4,))
+    path.write_bytes(path.read_bytes().replace(b"replay log 2\n", b"replay log 1\n"))
+    for append in (False, True):
+        with pytest.raises(
+            LogError, match="is a replay log of format 1, and this version of prograde knows only format 2"
+        ):
+            ReplayLog.open(path, append)
+
+
+def test_a_loss_that_failed_leaves_the_log_whole(tmp_path):
+    class Failed:
+        def __array__(self, *_, **__):
+            raise RuntimeError("a worker is gone")
+
+    entries = steps(4)
+    log = ReplayLog.create(tmp_path / "run.log", BASE, SGD[3], {"data": "none"})
+    for entry in entries[:2]:
+        log.append(*entry)
+    log.append(2, 7, 0.1, Failed(), entries[2][-1])  # pyright: ignore[reportArgumentType]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a worker is gone"):
+            log.flush()
+    log._waiting.pop()
+    for entry in entries[2:]:
+        log.append(*entry)
+    log.close()
+    written(tmp_path / "undisturbed.log", entries, (4,))
+    assert ReplayLog.open(log.path).digest(4) == ReplayLog.open(tmp_path / "undisturbed.log").digest(4)
 
 
 def test_a_continued_run_is_the_uninterrupted_one(key, tmp_path):
@@ -155,7 +308,10 @@ def test_a_continued_run_is_the_uninterrupted_one(key, tmp_path):
 
 
 def test_what_does_not_fit_is_refused_by_name(key, tmp_path):
-    path, params, update, _ = written(tmp_path, key)
+    params, batch = start(key)
+    update, path = SGD[3], tmp_path / "run.log"
+    with ReplayLog.create(path, params, update, {"data": "none"}) as log:
+        run(log, update, params, batch, 4)
     with pytest.raises(LogError, match="exists"):
         ReplayLog.create(path, params, update)
     with pytest.raises(LogError, match="no replay log"):
