@@ -1,0 +1,80 @@
+"""Weights that stay as GGUF has them, a few bits each, and are made numbers a layer at a time, where they are used."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+BLOCK = 32  # weights that share a scale
+
+# bytes a block: a scale of two bytes, for Q4_1 a minimum of two more, then the weights
+BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+
+
+class Quantized(eqx.Module):
+    """A matrix [inputs, outputs] of 4 or 8 bits a weight, in blocks of 32 inputs with a scale each.
+
+        W[32 i + j, o] = scale[o, i] * q[o, i, j] + offset[o, i]
+
+    **Fields:** `codes`, the weights, two to a byte where they have 4 bits; `scale` and `offset` in float16; `kind`, one of Q4_0, Q4_1, Q8_0.
+
+    **Cost:** 0.56 to 1.06 bytes a weight at rest, and the dense matrix for as long as it is used. It has no float leaf that an optimizer would
+    update: give it a `LowRankUpdate`, or train what is beside it.
+
+    **Errors:** `ValueError` for an unknown kind.
+
+    **Source:** the GGUF format of the ggml project.
+
+    Examples:
+        >>> import numpy as np
+        >>> from gguf import GGMLQuantizationType, quantize
+        >>> from prograde.lm import Quantized
+        >>> w = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)          # [outputs, inputs]
+        >>> q = Quantized.from_gguf(quantize(w, GGMLQuantizationType.Q8_0), "Q8_0")
+        >>> bool(abs(np.asarray(q.dense()) - w.T).max() < 0.02)
+        True
+    """
+
+    codes: UInt8[Array, "*layers outputs blocks bytes"] | Int[Array, "*layers outputs blocks bytes"]
+    scale: UInt8[Array, "*layers outputs blocks 2"]
+    offset: UInt8[Array, "*layers outputs blocks 2"] | None
+    kind: str = eqx.field(static=True)
+
+    @classmethod
+    def from_gguf(cls, data: UInt8[np.ndarray, "*layers outputs bytes"], kind: str) -> "Quantized":
+        """From the bytes of a tensor [outputs, inputs] in a GGUF file."""
+        if kind not in BYTES:
+            raise ValueError(f"kind={kind!r}, but one of {', '.join(BYTES)} is needed.")
+        blocks = data.reshape(*data.shape[:-1], -1, BYTES[kind])
+        start = 4 if kind == "Q4_1" else 2
+        offset = blocks[..., 2:4] if kind == "Q4_1" else None
+        codes, scale = blocks[..., start:], blocks[..., :2]
+        return cls(jnp.asarray(codes), jnp.asarray(scale), None if offset is None else jnp.asarray(offset), kind)
+
+    def dense(self, dtype: Any = jnp.float32) -> Float[Array, "*layers inputs outputs"]:
+        """The matrix as numbers."""
+        return self._numbers(self.codes, self.scale, self.offset).astype(dtype).mT
+
+    def rows(self, outputs: Int[Array, "*batch"]) -> Float[Array, "*batch inputs"]:
+        """The weights of some outputs: of an embedding, those of some tokens."""
+        offset = None if self.offset is None else self.offset[outputs]
+        return self._numbers(self.codes[outputs], self.scale[outputs], offset)
+
+    def _numbers(self, codes: Array, scale: Array, offset: Array | None) -> Array:
+        """[..., outputs, inputs] in float32."""
+        if self.kind == "Q8_0":
+            weights = jax.lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.float32)
+        else:
+            weights = jnp.concatenate([codes & 0xF, codes >> 4], axis=-1).astype(jnp.float32)
+            weights = weights - 8 if self.kind == "Q4_0" else weights
+        weights = weights * _half(scale)
+        weights = weights if offset is None else weights + _half(offset)
+        return weights.reshape(*weights.shape[:-2], -1)
+
+
+def _half(x: Array) -> Array:
+    """Two bytes as the float16 they are, [..., 1] in float32."""
+    return jax.lax.bitcast_convert_type(x, jnp.float16).astype(jnp.float32)[..., None]
