@@ -20,6 +20,8 @@ except ImportError as error:  # installed without the extra
         f"prograde: the command line needs more packages ({error.name}). pip install 'prograde[lab]'"
     ) from None
 
+from prograde.lab import cli_finetune
+
 # XLA hands single convolutions on a CPU to a library whose backward pass is slow; without it backprop of the CNN is
 # much faster. Every comparison gives backprop the faster setting. The option is known to exist in jaxlib 0.10 only,
 # and XLA ends the process on an option it does not know.
@@ -33,6 +35,8 @@ beside backprop, on this machine.
   prograde reproduce --data mnist --full  the real thing, on MNIST; hours
   prograde report runs/NAME               the report again, from the records alone
   prograde compare --model transformer    estimators beside each other: cost, memory, bias, variance, what they reach
+  prograde finetune --model smollm2 --data reviews.csv   a language model learns, at the memory of inference
+  prograde replay smollm2 replay.log -o DIR   its weights again, from a log of a few kilobytes; inspect shows the log
   prograde bench mlp transformer          what a step costs, beside backprop in JAX and in PyTorch
   prograde launch --processes 2 -- reproduce mlp    in processes that share each batch and exchange scalars
   prograde list                           experiments, methods, and what the paper reports
@@ -195,12 +199,13 @@ def main() -> None:
         print(f"prograde {metadata.version('prograde')}")
         return
     commands = {"reproduce": Reproduce, "report": Report, "compare": Compare, "bench": Bench, "launch": Launch}
+    language = {"finetune": cli_finetune.Finetune, "replay": cli_finetune.Replay, "inspect": cli_finetune.Inspect}
     arguments = sys.argv[1:]
     # what follows two dashes is a command of its own
     cut = arguments.index("--") if arguments[:1] == ["launch"] and "--" in arguments else len(arguments)
     launched: tuple[str, ...] = tuple(arguments[cut + 1 :])
     command = tyro.extras.subcommand_cli_from_dict(
-        commands | {"list": List},
+        commands | language | {"list": List},
         args=arguments[:cut],
         prog="prograde",
         description=_DESCRIPTION,
@@ -217,6 +222,8 @@ def main() -> None:
             raise SystemExit(_launch(dataclasses.replace(command, command=command.command + launched), errors))
         elif isinstance(command, Report):
             _report(command, console)
+        elif isinstance(command, tuple(language.values())):
+            _language(command, console, errors)
         else:
             {Reproduce: _reproduce, Compare: _compare, Bench: _bench}[type(command)](command, console, errors)
     except (DataError, RecordError, UsageError) as error:
@@ -252,6 +259,37 @@ def _launch(command: Launch, errors) -> int:
             options += ["--coordinator", command.coordinator]
         say(errors, f"To continue: {shlex.join([*_program(), 'launch', *options, '--', *again])}")
     return status
+
+
+def _language(command: cli_finetune.Finetune | cli_finetune.Replay | cli_finetune.Inspect, console, errors) -> None:
+    try:
+        from prograde import lm
+    except ImportError as error:
+        raise UsageError(f"language models need more packages ({error.name}). pip install 'prograde[lm]'") from None
+    from prograde.lab.display import Display
+    from prograde.lab.finetune_run import DivergedError, MemoryLimitError
+    from prograde.replay import LogError
+
+    @contextlib.contextmanager
+    def refusals() -> Iterator[None]:
+        try:
+            yield
+        except (lm.ModelError, LogError, MemoryLimitError, DivergedError, ValueError) as error:
+            raise UsageError(str(error)) from None
+
+    if isinstance(command, cli_finetune.Inspect):
+        with refusals():
+            cli_finetune.inspect(command, console)
+    elif isinstance(command, cli_finetune.Replay):
+        with refusals():
+            cli_finetune.replay(command, Display(console))
+    else:
+        out = command.out
+        if out is None:
+            out = Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-finetune-{Path(command.model).stem}"
+        say(console, f"Records go to {out}.")
+        with _continued(command, out, errors), refusals():
+            cli_finetune.finetune(command, out, Display(console))
 
 
 def _use_faster_convolutions() -> None:
@@ -332,7 +370,7 @@ def _check_common(command: Reproduce | Compare) -> None:
 
 
 @contextlib.contextmanager
-def _continued(command: Reproduce | Compare, out: Path, errors) -> Iterator[None]:
+def _continued(command: Reproduce | Compare | cli_finetune.Finetune, out: Path, errors) -> Iterator[None]:
     """Says how to continue what is stopped."""
     from prograde.lab.records import RecordError
 
@@ -345,7 +383,7 @@ def _continued(command: Reproduce | Compare, out: Path, errors) -> Iterator[None
         say(errors, f"\nStopped; the records are complete. To continue: {again}")
         raise SystemExit(130) from None
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RecordError):
+        if isinstance(error, RecordError) or (type(error).__module__ != "builtins" and not isinstance(error, OSError)):
             raise
         if getattr(command, "distributed", False):
             say(errors, f"prograde: this worker cannot go on: {error}")
@@ -362,7 +400,7 @@ def _program() -> list[str]:
     return ["prograde" if found and Path(found).samefile(sys.argv[0]) else sys.argv[0]]
 
 
-def _command_line(command: Reproduce | Compare) -> str:
+def _command_line(command: Reproduce | Compare | cli_finetune.Finetune) -> str:
     words = [*_program(), type(command).__name__.lower(), *getattr(command, "experiments", ())]
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)

@@ -36,6 +36,7 @@ class Table:
     title: str
     columns: list[str]
     rows: list[list[str]]
+    unbroken: int = 2  # columns whose cells stay on a line of a terminal
 
 
 def spread_text(spread: Spread | None, percent: bool = False) -> str:
@@ -300,7 +301,7 @@ def print_table(table: Table, console: Console) -> None:
         title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     for i, column in enumerate(table.columns):
-        rich_table.add_column(column, overflow="fold", no_wrap=i < 2)
+        rich_table.add_column(column, overflow="fold", no_wrap=i < table.unbroken)
     for row in table.rows:
         rich_table.add_row(*row)
     console.print(rich_table)

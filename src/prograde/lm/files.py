@@ -344,6 +344,36 @@ def save(directory: str | Path, model: Decoder, tokenizer: Tokenizer) -> None:
         whole.rename(directory)
 
 
+def save_weights(path: str | Path, model: Decoder) -> None:
+    """The tensors of `save` alone, as one .safetensors file with the names of Hugging Face.
+
+    **Arguments:** `path`, which must not exist; `model`.
+
+    **Errors:** `ModelError` for a path that exists; `OSError` from the disk, which leaves nothing behind.
+
+    **Source:** the safetensors format.
+
+    Examples:
+        >>> import pathlib, tempfile, jax
+        >>> from prograde import lm
+        >>> tiny = lm.Architecture(vocab_size=256, width=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden=128)
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "tiny.safetensors"
+        >>> lm.save_weights(path, lm.Decoder.create(jax.random.key(0), tiny))
+        >>> path.exists()
+        True
+    """
+    path = Path(path)
+    if path.exists():
+        raise ModelError(f"{path} exists. Choose another, or remove it; nothing was changed.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        whole = Path(temporary) / path.name
+        _write_tensors(whole, model)
+        with open(whole, "rb") as file:
+            os.fsync(file.fileno())
+        whole.rename(path)
+
+
 def _write_tensors(path: Path, model: Decoder) -> None:
     from safetensors.numpy import save_file
 
@@ -360,6 +390,7 @@ def _write_tensors(path: Path, model: Decoder) -> None:
             # a quantized embedding is a matrix whose outputs are the tokens
             tensors[name] = plain.T.copy() if part == "embedding" and not isinstance(value, Quantized) else plain
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # which the library makes readable by its owner alone
 
 
 def _plain(weight: Any, dtype: Any) -> np.ndarray:
