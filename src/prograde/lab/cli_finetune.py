@@ -57,6 +57,8 @@ class Finetune:
     """How often subspace draws new directions."""
     estimator: Literal["weight", "activity", "mezo", "spsa", "backprop", "checkpointed"] = "weight"
     """Forward gradients (weight, activity), central differences (mezo, spsa), or reverse mode for comparison."""
+    directions: Literal["default", "normal", "rademacher", "low-rank"] = "default"
+    """Of what the directions are: by default of rank one in matrices, of signs elsewhere, and normal for mezo and spsa."""
     tangents: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Directions a step; by default 32 for norm, and 1 otherwise."""
     groups: Annotated[int, tyro.conf.arg(metavar="N")] = 1
@@ -188,6 +190,7 @@ def _job_and_plan(command: Finetune) -> Any:
         rank=command.rank,
         refresh=command.refresh,
         estimator=command.estimator,
+        directions=command.directions,
         tangents=command.tangents or (1 if backward else tangents),
         groups=command.groups,
         optimizer=command.optimizer,

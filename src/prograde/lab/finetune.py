@@ -38,6 +38,11 @@ ESTIMATORS = {
     "backprop": "reverse mode",
     "checkpointed": "reverse mode that stores each layer's input only",
 }
+DIRECTIONS: dict[str, pg.TangentDistribution] = {
+    "normal": pg.Normal(),
+    "rademacher": pg.Rademacher(),
+    "low-rank": pg.LowRank(rank=1),
+}
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": lambda: optax.sgd(1.0),
     "momentum": lambda: optax.chain(optax.ema(0.9, debias=True), optax.sgd(1.0)),
@@ -58,6 +63,7 @@ class Plan:
     rank: int = 1
     refresh: int = 50
     estimator: str = "weight"
+    directions: str = "default"
     tangents: int = 1
     groups: int = 1
     optimizer: str = "adam"
@@ -71,7 +77,12 @@ class Plan:
     label_tokens: tuple[int, ...] | None = None  # none: every next token
 
     def __post_init__(self):
-        for name, table in (("train", TRAIN), ("estimator", ESTIMATORS), ("optimizer", OPTIMIZERS)):
+        for name, table in (
+            ("train", TRAIN),
+            ("estimator", ESTIMATORS),
+            ("optimizer", OPTIMIZERS),
+            ("directions", {"default": None, **DIRECTIONS}),
+        ):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name}={getattr(self, name)!r}, but one of {', '.join(table)} is needed.")
         for name in ("rank", "refresh", "tangents", "groups", "steps", "batch_size"):
@@ -94,7 +105,8 @@ class Plan:
     def make_estimator(self) -> pg.Estimator:
         """The estimator that the plan names."""
         thin = self.train in ("lora", "readout", "subspace", "norm", "norms")  # a few numbers: each has its own
-        tangents = pg.Rademacher() if thin else pg.LowRank(rank=1)
+        default = "normal" if self.estimator in ("mezo", "spsa") else "rademacher" if thin else "low-rank"
+        tangents = DIRECTIONS[default if self.directions == "default" else self.directions]
         count = self.tangents
         match self.estimator:
             case "weight":
@@ -102,9 +114,9 @@ class Plan:
             case "activity":
                 return pg.ActivityPerturbation(num_tangents=count)
             case "mezo":
-                return pg.CentralDifference(pg.Normal(), num_tangents=count, step=self.difference)
+                return pg.CentralDifference(tangents, num_tangents=count, step=self.difference)
             case "spsa":
-                return pg.CentralDifference(pg.Normal(), num_tangents=count, step=self.difference, curvature_power=0.5)
+                return pg.CentralDifference(tangents, num_tangents=count, step=self.difference, curvature_power=0.5)
             case "backprop":
                 return pg.Backprop()
         return pg.CheckpointedBackprop()
