@@ -65,7 +65,7 @@ CURVES: dict[str, dict[str, Any]] = {
     "forward gradient, LOZO factors": {"train": "subspace", **MIDDLE, "rank": 4, "optimizer": "momentum", "rate": 0.1},
 }
 ALL = "the same with all 2,878 examples"
-HELD_OUT = 500
+TRAIN, HELD_OUT = 1000, 1000
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Curves:
     """A table with the columns text and label, which are positive and negative."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("runs/bench/finetune-curves.json")
     """The record."""
-    minutes: float = 1.25
+    minutes: float = 1.0
     """Of steps, for each run of methods that have no number of steps."""
     seeds: int = 3
     """Runs of each method, on other splits of the data."""
@@ -198,66 +198,74 @@ def measure_curves(arguments: Curves) -> None:
         record = records.read_json(arguments.out)
     record["environments"].append(records.environment())
     have = {(run["method"], run["seed"]) for run in record["runs"]}
+    examples = texts.examples(rows, words, tokenizer, "{text} It was", 32)
+    plan = Plan(train="norm", label_tokens=tuple(int(i) for i in examples.label_tokens))
+    states = Tuning(plan, model).prepare(examples)  # before the last norm, of all
     for seed in range(arguments.seeds):
-        train, held_out = texts.split_rows(rows, 1000, seed)
-        parts = [
-            texts.examples(r, words, tokenizer, "{text} It was", 32) for r in (train[:1000], held_out[:HELD_OUT], train)
-        ]
-        plan = Plan(train="norm", seed=seed, label_tokens=tuple(int(i) for i in parts[0].label_tokens))
-        prepared: dict[Any, Any] = {}
+        order = np.random.default_rng(seed).permutation(len(rows))
+        held_out, train = order[:HELD_OUT], order[HELD_OUT:]
+        start = Tuning(dataclasses.replace(plan, seed=seed), model)
+        of = lambda index: tuple(x[index] for x in states)
+        offsets = calibration(start.logits(of(train[:TRAIN])), examples.labels[train[:TRAIN]])
+        figures = {"raw": start.evaluate(of(held_out))}
+        start.calibrate(offsets)
+        record["zero_shot"][str(seed)] = figures | {"calibrated": start.evaluate(of(held_out))}
+        middle: Any = None
         for method, settings in CURVES.items():
             if (method, seed) in have or (arguments.methods and method not in arguments.methods):
                 continue
-            if "offsets" not in prepared:
-                start = Tuning(plan, model)
-                prepared[None] = [start.prepare(part) for part in parts[:2]]
-                prepared["offsets"] = calibration(start.logits(prepared[None][0]), parts[0].labels)
-                figures = {"raw": start.evaluate(prepared[None][1])}
-                start.calibrate(prepared["offsets"])
-                record["zero_shot"][str(seed)] = figures | {"calibrated": start.evaluate(prepared[None][1])}
-            mine = dataclasses.replace(plan, **{"tangents": 1, "steps": 10**6} | settings, offsets=prepared["offsets"])
+            mine = dataclasses.replace(start.plan, **{"tangents": 1, "steps": 10**6} | settings)
             tuning = Tuning(mine, jax.tree.map(jnp.array, model) if mine.train in ("all", "matrices") else model)
-            place = (mine.train == "norm", mine.layers) if tuning.prefix else "tokens"
-            place = None if mine.train == "norm" else place
-            if place not in prepared:
-                prepared[place] = [tuning.prepare(part) for part in parts]
-            run = {
-                "method": method,
-                "seed": seed,
-                **train_for(tuning, *prepared[place], arguments.minutes, "steps" in settings),
-            }
-            record["runs"].append(run)
+            few = mine.train != "norm"  # they are slow to evaluate
+            mine_train, mine_held_out = train if method == ALL else train[:TRAIN], held_out[: HELD_OUT // (1 + few)]
+            if mine.train == "norm":
+                parts = of(mine_train), of(mine_held_out)
+            else:
+                chosen = [_subset(examples, index) for index in (mine_train, mine_held_out)]
+                if not tuning.prefix or middle is None:
+                    parts = [tuning.prepare(part) for part in chosen]
+                    middle = parts if tuning.prefix else middle
+                else:
+                    parts = middle
+            found = train_for(tuning, *parts, arguments.minutes, "steps" in settings)
+            sizes = {"examples": len(mine_train), "held_out": len(mine_held_out)}
+            record["runs"].append({"method": method, "seed": seed, **sizes, **found})
             records.write_json(arguments.out, record)
-            print(seed, method, run["curve"][-1], flush=True)
+            print(seed, method, found["curve"][-1], flush=True)
+
+
+def _subset(examples: texts.Examples, index: np.ndarray) -> texts.Examples:
+    arrays = {name: getattr(examples, name)[index] for name in ("tokens", "valid", "labels")}
+    return dataclasses.replace(examples, **arrays, texts=tuple(examples.texts[i] for i in index))
 
 
 def train_for(tuning: Tuning, train: Any, held_out: Any, minutes: float, counted: bool) -> dict[str, Any]:
-    """Trains for a number of steps, or of minutes of steps, and evaluates at four times."""
+    """Trains for a number of steps, evaluated at four times, or for minutes of steps, evaluated at the end."""
     first = tuple(x[: tuning.plan.batch_size] for x in train)
     each = tuning.rehearse(first, 2)
-    steps = tuning.plan.steps if counted else max(4, int(60 * minutes / each))
+    steps = tuning.plan.steps if counted else max(8, int(60 * minutes / each))
     tuning.plan = dataclasses.replace(tuning.plan, steps=steps)
     curve: list[dict[str, Any]] = []  # it begins with the zero-shot figures, calibrated
-    seconds = 0.0
-    marks = (
-        {round(steps * part) for part in (0.25, 0.5, 0.75, 1)}
-        if counted
-        else {round(steps * part) for part in (0.5, 1)}
-    )
+    losses: list[Any] = []
+    parts = 4 if counted else 8
+    marks, seconds = {round(steps * part / parts) for part in range(1, parts + 1)}, 0.0
     begin = time.perf_counter()
     for step, rows in enumerate(tuning.order(len(train[0]), 0, steps)):
         batch = tuple(x[rows] for x in train)
         if tuning.update is not None:
-            tuning.apply(step, tuning.derivatives(step, batch)[1])
+            value, derivatives = tuning.derivatives(step, batch)
+            tuning.apply(step, derivatives)
         else:
-            tuning.step(step, batch)
+            value = tuning.step(step, batch)
+        losses.append(value)
         if step % 20 == 0:
             jax.block_until_ready(tuning.state.params)  # those ahead must not pile up
         if step + 1 in marks:
             jax.block_until_ready(tuning.state.params)
             seconds += time.perf_counter() - begin
-            curve.append({"step": step + 1, "seconds": seconds, **tuning.evaluate(held_out)})
-            begin = time.perf_counter()
+            point = {"step": step + 1, "seconds": seconds, "train_loss": float(np.mean([float(x) for x in losses]))}
+            curve.append(point | (tuning.evaluate(held_out) if counted or step + 1 == steps else {}))
+            losses, begin = [], time.perf_counter()
     return {"trained": tuning.num_trained, "step_seconds": each, "curve": curve}
 
 
