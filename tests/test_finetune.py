@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import signal
 import subprocess
@@ -78,7 +79,7 @@ def trained(plan, model, examples, steps=6):
 
 
 def quiet():
-    return Display(Console(file=open("/dev/null", "w")))
+    return Display(Console(file=io.StringIO()))
 
 
 PARTS = {
@@ -170,7 +171,7 @@ def test_estimators_agree_on_the_gradient_to_their_noise(estimator, model, examp
 def test_lozo_merges_and_redraws(model, examples):
     plan = plan_of(examples, train="subspace", layers=(0, 3), refresh=2, rate=0.1, rank=2, optimizer="momentum")
     tuning, data = trained(plan, model, examples, steps=2)
-    before, logits = tuning.model.segments[0].gate, tuning.logits(data)
+    before, logits = jax.tree.map(np.array, tuning.model.segments[0].gate), tuning.logits(data)
     rows = next(iter(tuning.order(len(examples), 2, 1)))
     derivatives = jnp.zeros((1, 1, 1))
     tuning.apply(2, derivatives)
@@ -354,10 +355,14 @@ def test_plain_text_is_learned(directory, tmp_path):
         ("text,label\na,no\nb,no\n", {}, "Two labels"),
         ("text,label\na,no\nb,maybe\n", {}, "'maybe'"),
         ("words,label\na,no\nb,yes\n", {}, "'words'"),
-        ("text,label\na,no\nb,yes\n", {"labels": {"no": "never", "yes": "y"}, "first_token": False}, "--first-token"),
-        ("text,label\na,no\nb,yes\n", {"labels": {"no": "n", "yes": "no"}}, "same token"),
-        ("text,label\na,no\nb,yes\n", {"template": "no place"}, "{text}"),
-        ("text,label\na,no\nb,yes\n", {"max_length": 3}, "--max-length"),
+        (
+            "text,label\n" + "a,no\nb,yes\n" * 8,
+            {"labels": {"no": "never", "yes": "y"}, "first_token": False},
+            "--first-token",
+        ),
+        ("text,label\n" + "a,no\nb,yes\n" * 8, {"labels": {"no": "n", "yes": "no"}}, "same token"),
+        ("text,label\n" + "a,no\nb,yes\n" * 8, {"template": "no place"}, "{text}"),
+        ("text,label\n" + "a,no\nb,yes\n" * 8, {"max_length": 3}, "--max-length"),
     ],
 )
 def test_bad_tables_are_refused(content, settings, message, directory, tmp_path):
@@ -429,8 +434,8 @@ def test_the_command_from_files_to_files(directory, table, tmp_path):
         "--template",
         "{text} =>",
         "--labels",
-        "no= n",
-        "yes= y",
+        "no=n",
+        "yes=y",
         "--first-token",
         "--held-out",
         8,
@@ -462,7 +467,19 @@ def test_the_command_from_files_to_files(directory, table, tmp_path):
 
 def test_ctrl_c_keeps_the_run_and_says_how_to_go_on(directory, table, tmp_path):
     out = tmp_path / "run"
-    words = ["--template", "{text} =>", "--first-token", "--held-out", "8", "--max-length", "24", "--batch-size", "8"]
+    words = [
+        "--template",
+        "{text} =>",
+        "--labels",
+        "no=n",
+        "yes=y",
+        "--held-out",
+        "8",
+        "--max-length",
+        "24",
+        "--batch-size",
+        "8",
+    ]
     words = [
         "finetune",
         "--model",

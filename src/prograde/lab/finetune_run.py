@@ -263,7 +263,7 @@ def _steps(
         records.write_lines(out / CURVE, curve)
     interval = math.ceil(plan.steps / POINTS)
     count = len(train[0])
-    with display.stage("training", plan.steps), log or _nothing():
+    with display.stage("training", plan.steps), _nothing() if log is None else log:
         display.reach(done)
         losses: list[Any] = []
         shown = done
@@ -277,31 +277,32 @@ def _steps(
             else:
                 value = tuning.step(step, batch)
             losses.append(value)
-            if step % 10 == 9 or (step + 1) % interval == 0:  # waits for the steps: those ahead of it must not pile up
-                latest = float(value)
-                speed = summary["tokens"] * len(losses) / max(time.perf_counter() - begin, 1e-9)
-                facts = f"loss {latest:.3f}, {in_words(curve[-1])}, {speed:,.0f} tokens/s, {_peak_rss() / 1e9:.2f} GB"
-                display.advance(step + 1 - shown, facts)
-                shown = step + 1
-                if not math.isfinite(latest):
-                    break
-            if (step + 1) % interval == 0 or step + 1 == plan.steps:
-                seconds += time.perf_counter() - begin
-                point = {"step": step + 1, "seconds": seconds, **tuning.evaluate(held_out)}
-                point |= {"train_loss": float(np.mean([float(x) for x in losses[-interval:]])), "rss": _peak_rss()}
+            due = (step + 1) % interval == 0 or step + 1 == plan.steps
+            if not (due or step % 10 == 9):
+                continue
+            latest = float(value)  # waits for the steps: those ahead of it must not pile up
+            speed = summary["tokens"] * len(losses) / max(time.perf_counter() - begin, 1e-9)
+            facts = f"loss {latest:.3f}, {in_words(curve[-1])}, {speed:,.0f} tokens/s, {_peak_rss() / 1e9:.2f} GB"
+            display.advance(step + 1 - shown, facts)
+            shown = step + 1
+            point: dict[str, Any] = {"step": step + 1, "seconds": seconds + time.perf_counter() - begin}
+            if due and math.isfinite(latest):
+                point |= {**tuning.evaluate(held_out), "rss": _peak_rss()}
+                point["train_loss"] = float(np.mean([float(x) for x in losses]))
+                latest = point["loss"]
+            if not math.isfinite(latest):
+                raise DivergedError(
+                    f"the loss at step {step + 1} is {latest}. Try a smaller --rate than {plan.rate:g}; {out} holds the run up to "
+                    "there."
+                )
+            if due:
                 curve.append(point)
                 if log is not None:
                     log.flush()
                 else:
                     records.save_state(out / STATE, {"state": tuning.state, "step": np.asarray(step + 1)})
                 records.write_lines(out / CURVE, curve)
-                losses, begin = [], time.perf_counter()
-                if not math.isfinite(point["loss"]):
-                    break
-        if losses and not math.isfinite(float(losses[-1])):
-            raise pg.replay.LogError(
-                f"the loss at step {step} is {float(losses[-1])}. A smaller --rate than {plan.rate:g} may do."
-            )
+                seconds, losses, begin = point["seconds"], [], time.perf_counter()
 
 
 def _log(tuning: Tuning, path: Path, config: dict[str, Any]) -> pg.replay.ReplayLog:
