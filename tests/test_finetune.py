@@ -328,7 +328,7 @@ def test_too_little_memory_is_said_before_anything_is_run(directory, table, tmp_
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_its_records(directory, table, tmp_path):
-    plan = Plan(train="all", optimizer="sgd", batch_size=8, steps=40, rate=1e30, decay=False)
+    plan = Plan(train="norm", optimizer="sgd", batch_size=8, steps=40, rate=3e38, decay=False)
     with pytest.raises(finetune_run.DivergedError, match="--rate"):
         finetune_run.run(job_of(directory, table), plan, tmp_path / "run", False, quiet())
     assert records.read_lines(tmp_path / "run" / finetune_run.CURVE)[0]["step"] == 0
