@@ -532,6 +532,12 @@ def _list(console) -> None:
     console.print("\nEstimators of prograde compare\n")
     for name, estimator in ESTIMATORS.items():
         entry(name, "", repr(estimator))
+    with contextlib.suppress(ImportError):  # installed without the extra
+        from prograde.lab import finetune
+
+        console.print("\nWhat prograde finetune trains, and by which estimators\n")
+        for name, title in (finetune.TRAIN | finetune.ESTIMATORS).items():
+            entry(name, title)
     console.print(
         "\nR_f, R_b: a forward-gradient and a backprop step over a bare forward pass. "
         "T: time to backprop's best held-out loss, over backprop's.",
