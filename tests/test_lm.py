@@ -43,13 +43,13 @@ def keys_may_be_used_again():
         yield
 
 
-def logits(model, tokens=TOKENS, valid=None):
-    return np.asarray(_logits(model, jnp.asarray(tokens), valid), np.float64)
+def logits(model, tokens=TOKENS, valid=None, few=None):
+    return np.asarray(raw_logits(model, jnp.asarray(tokens), valid, few), np.float64)
 
 
 @jit
-def _logits(model, tokens, valid):
-    return model.logits(model(tokens, valid))
+def raw_logits(model, tokens, valid=None, few=None):
+    return model.logits(model(tokens, valid), few)
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE):
@@ -354,8 +354,7 @@ def test_weights_that_stay_quantized_give_the_same_logits(kind, tmp_path):
     assert all(isinstance(matrix, lm.Quantized) and matrix.kind == kind for matrix in matrices)
     assert_close(logits(kept), logits(dense))
     few = np.array([7, 0, 263])
-    states = kept(jnp.asarray(TOKENS))
-    assert_close(np.asarray(kept.logits(states, few)), logits(dense)[..., few])
+    assert_close(logits(kept, few=few), logits(dense)[..., few])
     np.testing.assert_array_equal(kept.embedding.rows(jnp.asarray(few)), dense.embedding[few])
     np.testing.assert_array_equal(blocks.query.dense(), dense.segments[0].query)
     floats = [x for x in jax.tree.leaves(kept) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -369,9 +368,8 @@ def test_quantized_weights_in_bfloat16_and_a_tied_embedding(tmp_path):
     dense, _ = lm.load(tmp_path / "tiny.gguf", "bfloat16")
     kept, _ = lm.load(tmp_path / "tiny.gguf", "bfloat16", quantized=True)
     assert kept.head is None
-    states = kept(jnp.asarray(TOKENS))
-    few = kept.logits(states, np.array([5, 3]))
-    assert states.dtype == few.dtype == jnp.bfloat16
+    few = raw_logits(kept, jnp.asarray(TOKENS), few=np.array([5, 3]))
+    assert few.dtype == jnp.bfloat16
     assert_close(logits(kept), logits(dense), 1e-2)
     assert_close(np.asarray(few, np.float64), logits(dense)[..., [5, 3]], 1e-2)
 
@@ -779,7 +777,16 @@ def test_arguments_that_make_no_sense_are_refused(good, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("changes", [{}, {"tied": False, "attention_bias": True}, {"window": 5}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tied": False, "attention_bias": True},
+        {"window": 5, "head_size": 6, "context": 99},
+        {"rope_scaling": (8.0, 1.0, 4.0, 64.0), "rope_theta": 777.0},
+    ],
+    ids=str,
+)
 def test_what_is_saved_is_loaded(changes, dtype, tmp_path):
     model = a_random_model(dataclasses.replace(TINY, **changes), dtype)
     lm.save(tmp_path / "new" / "saved", model, lm.byte_tokenizer())
@@ -825,14 +832,16 @@ def with_update(model, part="query", up=0.0, rank=2, segment=0, seed=0):
 
 def test_an_update_of_zero_changes_nothing():
     model = a_random_model()
+    expected = logits(model)
     for part in lm.matrix_shapes(TINY):
-        np.testing.assert_array_equal(logits(with_update(model, part)), logits(model))
+        model = with_update(model, part)
+    np.testing.assert_array_equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("part", lm.matrix_shapes(TINY))
 def test_an_update_is_merged_where_a_model_is_saved(part, tmp_path):
     """Also where it is beside some of the layers alone."""
-    model = with_update(a_random_model().split(1, 2), part, up=0.5, segment=1)
+    model = with_update(a_random_model().split(2, 3), part, up=0.5, segment=1)
     lm.save(tmp_path / "saved", model, lm.byte_tokenizer())
     merged, _ = lm.load(tmp_path / "saved")
     assert jax.tree.structure(merged) == jax.tree.structure(a_random_model())
@@ -848,7 +857,7 @@ def test_an_update_of_a_head_and_of_quantized_weights_is_merged(tmp_path):
     model = eqx.tree_at(lambda m: m.head, model, lm.LowRankUpdate(model.head, down, up))
     model = with_update(model, "gate", up=0.3)
     few = np.array([3, 200])
-    assert_close(np.asarray(model.logits(model(jnp.asarray(TOKENS)), few)), logits(model)[..., few])
+    assert_close(logits(model, few=few), logits(model)[..., few])
     lm.save(tmp_path / "saved", model, tokenizer)
     merged, _ = lm.load(tmp_path / "saved")
     assert not isinstance(merged.segments[0].gate, lm.Quantized | lm.LowRankUpdate)
@@ -925,7 +934,7 @@ def test_program_is_as_long_for_many_layers_as_for_few():
 def test_computation_in_bfloat16_is_near():
     narrow = a_random_model(dtype=jnp.bfloat16)
     tokens = np.random.default_rng(0).integers(0, 11, (8, 24))
-    assert narrow.logits(narrow(jnp.asarray(tokens))).dtype == jnp.bfloat16
+    assert raw_logits(narrow, jnp.asarray(tokens)).dtype == jnp.bfloat16
     expected = logits(jax.tree.map(lambda x: x.astype(jnp.float32), narrow), tokens)
     assert 0 < rms(logits(narrow, tokens) - expected) < 0.05 * rms(expected)
 
@@ -946,8 +955,7 @@ def test_logits_of_a_few_tokens_are_those_of_all():
     for tied in (True, False):
         model = a_random_model(dataclasses.replace(TINY, tied=tied))
         few = np.array([10, 0, 7])
-        some = model.logits(model(jnp.asarray(TOKENS)), few)
-        assert_close(np.asarray(some, np.float64), logits(model)[..., few])
+        assert_close(logits(model, few=few), logits(model)[..., few])
 
 
 def test_loading_takes_memory_over_and_does_not_copy_it(tmp_path, monkeypatch):
@@ -1024,9 +1032,8 @@ def test_full_gradient_of_the_last_norm_is_that_of_reverse_mode():
     model = a_random_model()
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 8)))
     loss = lambda norm: next_token_loss(eqx.tree_at(lambda m: m.norm, model, norm), tokens)
-    value, grads = pg.value_and_grad(loss, pg.ForwardJacobian())(None, model.norm)
-    expected = jax.value_and_grad(loss)(model.norm)
-    close((value, grads), expected, 1e-5)
+    both = lambda norm: (pg.value_and_grad(loss, pg.ForwardJacobian())(None, norm), jax.value_and_grad(loss)(norm))
+    close(*jit(both)(model.norm), 1e-5)
 
 
 def test_what_is_quantized_is_not_trained_and_what_is_beside_it_is(tmp_path, key):
