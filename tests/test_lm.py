@@ -797,6 +797,17 @@ def test_what_is_saved_is_loaded(changes, dtype, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["saved"]
 
 
+def test_weights_that_are_saved_alone_are_those_of_a_directory(tmp_path):
+    model = with_update(a_random_model(), up=0.5)
+    lm.save(tmp_path / "saved", model, lm.byte_tokenizer())
+    lm.save_weights(tmp_path / "new" / "alone.safetensors", model)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["alone.safetensors"]
+    alone, whole = tmp_path / "new" / "alone.safetensors", tmp_path / "saved" / "model.safetensors"
+    assert alone.read_bytes() == whole.read_bytes()
+    with pytest.raises(lm.ModelError, match=r"alone.safetensors exists. Choose another"):
+        lm.save_weights(alone, model)
+
+
 def test_a_directory_that_exists_is_not_touched(tmp_path):
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "note").write_text("mine")
@@ -813,6 +824,8 @@ def test_a_full_disk_leaves_nothing_behind(limit, tmp_path):
     try:
         with pytest.raises(lm.ModelError, match=r"saved could not be written .*Nothing was left"):
             lm.save(tmp_path / "saved", a_random_model(), lm.byte_tokenizer())
+        with pytest.raises(lm.ModelError, match=r"alone could not be written .*Nothing was left"):
+            lm.save_weights(tmp_path / "alone", a_random_model())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
