@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import prograde
+from prograde import lm
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "prograde"
@@ -26,27 +27,34 @@ def imports(path):
             yield node.module
 
 
-def test_core_does_not_import_the_lab_or_what_only_the_lab_needs():
+def test_core_does_not_import_the_lab_or_models_or_what_only_they_need():
     allowed = {"jax", "jaxtyping", "equinox", "quax", "numpy", "prograde"} | set(sys.stdlib_module_names)
     for path in SOURCE.rglob("*.py"):
-        if "lab" not in path.parts:
+        if not {"lab", "lm"} & set(path.parts):
             for name in imports(path):
                 assert name.split(".")[0] in allowed, f"{path} imports {name}"
-                assert not name.startswith("prograde.lab"), f"{path} imports {name}"
+                assert not name.startswith(("prograde.lab", "prograde.lm")), f"{path} imports {name}"
+
+
+def test_models_do_not_import_the_lab_nor_the_rest_of_the_core():
+    allowed = {"jax", "jaxtyping", "equinox", "numpy", "safetensors", "tokenizers", "gguf", "platformdirs"}
+    for path in (SOURCE / "lm").glob("*.py"):
+        for name in imports(path):
+            known = name.split(".")[0] in allowed | set(sys.stdlib_module_names) or name.startswith("prograde.lm")
+            assert known, f"{path} imports {name}"
 
 
 def test_lab_uses_public_names_only():
-    public = {"prograde", "prograde.testing"}
+    public = {"prograde", "prograde.testing", "prograde.lm", "prograde.replay"}
     for path in (SOURCE / "lab").glob("*.py"):
         for name in imports(path):
             if name.startswith("prograde"):
                 assert name in public or name.startswith("prograde.lab"), f"{path} imports {name}"
 
 
-def test_importing_prograde_does_not_import_the_lab():
-    code = (
-        "import sys, prograde; print([m for m in ('prograde.lab', 'optax', 'matplotlib', 'tyro') if m in sys.modules])"
-    )
+def test_importing_prograde_does_not_import_the_lab_or_models():
+    heavy = ("prograde.lab", "optax", "matplotlib", "tyro", "prograde.lm", "tokenizers", "safetensors", "gguf")
+    code = f"import sys, prograde; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
@@ -68,13 +76,16 @@ def public_objects():
         yield name, getattr(prograde, name)
     for name in ("required_samples", "assert_mean"):
         yield f"testing.{name}", getattr(importlib.import_module("prograde.testing"), name)
+    for name in lm.__all__:
+        if name != "Dtype":  # an alias, which cannot have a docstring
+            yield f"lm.{name}", getattr(lm, name)
 
 
 @pytest.mark.parametrize(("name", "thing"), list(public_objects()), ids=lambda x: x if isinstance(x, str) else "")
 def test_public_docstrings_say_what_a_user_needs(name, thing):
     text = thing.__doc__
     assert text
-    if name not in ("Estimate", "Estimator", "TangentDistribution"):
+    if name not in ("Estimate", "Estimator", "TangentDistribution", "lm.Blocks", "lm.ModelError"):
         assert ">>>" in text, f"{name} has no example"
         assert re.search(r"arXiv|Source", text), f"{name} names no source"
 
@@ -87,6 +98,7 @@ def test_api_page_lists_exactly_the_public_names():
         "assert_unbiased",
         "required_samples",
     }
+    assert set(re.findall(r"^::: prograde\.lm\.(\w+)$", page, re.M)) == set(lm.__all__)
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 import prograde as pg
 from prograde.lab.texts import Examples, Windows
-from prograde.lm import Decoder, LowRankUpdate, Quantized
-from prograde.lm.decoder import matrix_shapes
+from prograde.lm import Decoder, LowRankUpdate, Quantized, matrix_shapes
 
 TRAIN = {
     "norm": "the scale of the last norm, one number a unit of the residual stream",

@@ -4,8 +4,15 @@ model, tokenizer = prograde.lm.load("smollm2")
 states = model(tokens)
 """
 
+from importlib.util import find_spec as _find_spec
+
+if _missing := [name for name in ("gguf", "platformdirs", "safetensors", "tokenizers") if _find_spec(name) is None]:
+    raise ImportError(
+        f"prograde.lm needs more packages ({', '.join(_missing)}). pip install 'prograde[lm]'", name=_missing[0]
+    )
+
 from prograde.lm.architecture import Architecture, ModelError
-from prograde.lm.decoder import Blocks, Decoder, LowRankUpdate
+from prograde.lm.decoder import Blocks, Decoder, LowRankUpdate, matrix_shapes
 from prograde.lm.files import Dtype, byte_tokenizer, load, save, save_weights, smollm2
 from prograde.lm.quantized import Quantized
 
@@ -19,6 +26,7 @@ __all__ = [
     "Quantized",
     "byte_tokenizer",
     "load",
+    "matrix_shapes",
     "save",
     "save_weights",
     "smollm2",

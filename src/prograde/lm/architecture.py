@@ -1,8 +1,11 @@
 """What a Llama-family decoder is made of, read from config.json or from the header of a GGUF file."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 SUPPORTED = ("llama", "mistral", "qwen2")
 
@@ -18,7 +21,9 @@ class Architecture:
     **Fields:** `width` of the residual stream; `head_size` of each of `num_heads` query heads, of which as many share one of `num_kv_heads`
     key and value heads; `hidden`, the width of the feed-forward layers; `rope_theta`, the base of the rotary positions, and
     `rope_scaling`, the `llama3` rule as (factor, low, high, original length) where there is one; `norm_eps`; `tied`, whether the output layer is the embedding;
-    `attention_bias`, whether queries, keys and values have biases; `context`, the longest text it was trained for, in tokens.
+    `attention_bias`, whether queries, keys and values have biases; `context`, the longest text it was trained for, in tokens; `window`, how many tokens, itself among them, a token attends to, where not all before it.
+
+    **Errors:** `ModelError` for sizes that are not whole numbers or do not fit each other.
 
     **Source:** arXiv 2302.13971 (Llama), arXiv 2305.13245 (grouped-query attention), arXiv 2104.09864 (RoPE).
 
@@ -42,32 +47,48 @@ class Architecture:
     tied: bool = True
     attention_bias: bool = False
     context: int = 2048
+    window: int | None = None
 
     def __post_init__(self):
+        for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "hidden", "context"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ModelError(f"{name}={value!r}, but a whole number of at least 1 is needed.")
         if not self.head_size:
+            if self.width % self.num_heads:
+                raise ModelError(
+                    f"width={self.width} and num_heads={self.num_heads}: the second must divide the first where no head_size is given."
+                )
             object.__setattr__(self, "head_size", self.width // self.num_heads)
+        if type(self.head_size) is not int or self.head_size < 2 or self.head_size % 2:
+            raise ModelError(f"head_size={self.head_size!r}, but an even number is needed: positions turn pairs.")
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}: the second must divide the first."
             )
+        if self.window is not None and (type(self.window) is not int or self.window < 1):
+            raise ModelError(f"window={self.window!r}, but a whole number of at least 1, or None, is needed.")
+        for name in ("rope_theta", "norm_eps"):
+            if not (isinstance(value := getattr(self, name), int | float) and 0 < value < math.inf):
+                raise ModelError(f"{name}={value!r}, but a positive number is needed.")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Architecture":
         """From what a Hugging Face directory has as config.json."""
         kind = config.get("model_type")
+        _check_kind(kind)
         # what follows changes the computation, and is not implemented
         different = {
             "hidden_act": ("silu", None),
             "mlp_bias": (False, None),
             "use_sliding_window": (False, None),
             "quantization_config": (None,),
+            "partial_rotary_factor": (1.0, None),
         }
-        _check_kind(kind)
-        for name, allowed in different.items():
-            if config.get(name) not in allowed:
-                raise ModelError(f"config.json has {name}={config[name]!r}, which is not supported; {allowed[0]!r} is.")
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         try:
-            scaling = _scaling(config.get("rope_scaling") or config.get("rope_parameters") or {})
+            for name, allowed in different.items():
+                if (found := config.get(name, rope.get(name))) not in allowed:
+                    raise ModelError(f"config.json has {name}={found!r}, which is not supported; {allowed[0]!r} is.")
             theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 10000.0)
             return cls(
                 vocab_size=config["vocab_size"],
@@ -78,14 +99,18 @@ class Architecture:
                 hidden=config["intermediate_size"],
                 head_size=config.get("head_dim") or 0,
                 rope_theta=float(theta),
-                rope_scaling=scaling,
+                rope_scaling=_scaling(rope),
                 norm_eps=config.get("rms_norm_eps", 1e-6),
                 tied=config.get("tie_word_embeddings", False),
-                attention_bias=config.get("attention_bias", kind == "qwen2"),
+                # qwen2 has them whatever its config says, and mistral never
+                attention_bias=kind == "qwen2" or (kind == "llama" and config.get("attention_bias", False)),
                 context=config.get("max_position_embeddings", 2048),
+                window=config.get("sliding_window") if kind == "mistral" else None,
             )
         except KeyError as error:
-            raise ModelError(f"config.json has no {error.args[0]!r}.") from None
+            raise ModelError(f"config.json has no {error.args[0]!r}, which a decoder needs.") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ModelError(f"config.json has a value that makes no sense ({error}).") from None
 
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any], tied: bool, attention_bias: bool) -> "Architecture":
@@ -94,6 +119,16 @@ class Architecture:
         _check_kind(kind)
         given = {name.removeprefix(f"{kind}."): value for name, value in fields.items()}
         try:
+            scaling = given.get("rope.scaling.type", "none")
+            if scaling != "none":
+                raise ModelError(f"the header has rope.scaling.type={scaling!r}, which is not supported; 'none' is.")
+            rotated = given.get("rope.dimension_count")
+            if rotated is not None and rotated != given.get(
+                "attention.key_length", given["embedding_length"] // given["attention.head_count"]
+            ):
+                raise ModelError(
+                    f"the header has rope.dimension_count={rotated}, which is not the size of a head; others are not supported."
+                )
             heads = given["attention.head_count"]
             return cls(
                 vocab_size=given.get("vocab_size") or len(fields["tokenizer.ggml.tokens"]),
@@ -103,17 +138,23 @@ class Architecture:
                 num_kv_heads=given.get("attention.head_count_kv", heads),
                 hidden=given["feed_forward_length"],
                 head_size=given.get("attention.key_length", 0),
-                rope_theta=float(given.get("rope.freq_base", 10000.0)),
-                norm_eps=float(given["attention.layer_norm_rms_epsilon"]),
+                rope_theta=_short(given.get("rope.freq_base", 10000.0)),
+                norm_eps=_short(given["attention.layer_norm_rms_epsilon"]),
                 tied=tied,
                 attention_bias=attention_bias,
                 context=given.get("context_length", 2048),
             )
         except KeyError as error:
-            raise ModelError(f"the header has no {error.args[0]!r}.") from None
+            raise ModelError(f"the header has no {error.args[0]!r}, which a decoder needs.") from None
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ModelError(f"the header has a value that makes no sense ({error}).") from None
 
     def to_config(self) -> dict[str, Any]:
-        """A config.json that `transformers` reads."""
+        """A config.json that `transformers` reads: of the kind that has a window, that has biases, or of Llama."""
+        if self.window is not None and self.attention_bias:
+            raise ModelError("a model with both a window and attention_bias has no kind of config.json that says so.")
+        kind, name = ("mistral", "Mistral") if self.window is not None else ("llama", "Llama")
+        kind, name = ("qwen2", "Qwen2") if self.attention_bias else (kind, name)
         scaling = self.rope_scaling and {
             "rope_type": "llama3",
             "factor": self.rope_scaling[0],
@@ -122,8 +163,8 @@ class Architecture:
             "original_max_position_embeddings": int(self.rope_scaling[3]),
         }
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [f"{name}ForCausalLM"],
+            "model_type": kind,
             "vocab_size": self.vocab_size,
             "hidden_size": self.width,
             "num_hidden_layers": self.num_layers,
@@ -135,7 +176,7 @@ class Architecture:
             "rope_scaling": scaling,
             "rms_norm_eps": self.norm_eps,
             "tie_word_embeddings": self.tied,
-            "attention_bias": self.attention_bias,
+            "sliding_window": self.window,
             "max_position_embeddings": self.context,
             "hidden_act": "silu",
         }
@@ -146,6 +187,11 @@ def _check_kind(kind: str | None) -> None:
         raise ModelError(f"the architecture {kind!r} is not supported. Supported: {', '.join(SUPPORTED)}.")
 
 
+def _short(value: float) -> float:
+    """The number that was meant, where a header has it in float32: 1e-5, and not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
 def _scaling(given: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
@@ -153,5 +199,5 @@ def _scaling(given: Mapping[str, Any]) -> tuple[float, float, float, float] | No
     if kind != "llama3":
         raise ModelError(f"config.json has rope_scaling {kind!r}, which is not supported; 'llama3' is.")
     names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-    low = [float(given[name]) for name in names]
-    return low[0], low[1], low[2], low[3]
+    factor, low, high, original = (float(given[name]) for name in names)
+    return factor, low, high, original

@@ -17,7 +17,24 @@ Matrix = Float[Array, "*layers inputs outputs"] | Quantized
 
 
 class LowRankUpdate(eqx.Module):
-    """A matrix that stays as it is, plus a product of two thin ones that are learned: LoRA, arXiv 2106.09685."""
+    """A matrix that stays as it is, plus a product of two thin ones that are learned.
+
+        W = base + down @ up
+
+    **Cost:** (inputs + outputs) x rank multiply-adds a token beside those of the base; the product is not formed.
+
+    **Source:** LoRA, arXiv 2106.09685.
+
+    Examples:
+        >>> import equinox as eqx, jax, jax.numpy as jnp
+        >>> from prograde.lm import Architecture, Decoder, LowRankUpdate
+        >>> tiny = Architecture(vocab_size=256, width=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden=128)
+        >>> model = Decoder.create(jax.random.key(0), tiny)
+        >>> beside = LowRankUpdate(model.segments[0].query, jnp.ones((2, 64, 1)), jnp.zeros((2, 1, 64)))
+        >>> learned = eqx.tree_at(lambda m: m.segments[0].query, model, beside)
+        >>> learned(jnp.zeros((1, 8), jnp.int32)).shape
+        (1, 8, 64)
+    """
 
     base: Matrix
     down: Float[Array, "*layers inputs rank"]
@@ -55,7 +72,8 @@ class Decoder(eqx.Module):
     **Fields:** `embedding` [vocabulary, width]; `segments`, the layers in one or several stacks (see `split`); `norm`; `head` [width, vocabulary], or
     `None` where it is the embedding; `architecture`, static.
 
-    Matrices have their inputs first, [inputs, outputs]. They may be arrays, `Quantized`, or a `LowRankUpdate` of either.
+    Matrices have their inputs first, [inputs, outputs]. They may be arrays, `Quantized`, or a `LowRankUpdate` of either; the embedding an array or
+    `Quantized`.
 
     **Cost:** about 2 multiply-adds per weight and token, and the memory of one layer at a time.
 
@@ -115,9 +133,18 @@ class Decoder(eqx.Module):
         return eqx.tree_at(lambda m: m.segments, self, segments)
 
     def joined(self) -> "Decoder":
-        """The same model with all layers in one stack."""
+        """The same model with all layers in one stack.
+
+        **Errors:** `ValueError` for stacks that differ in what their matrices are, such as where one alone has a `LowRankUpdate`.
+        """
         if len(self.segments) == 1:
             return self
+        kinds = {jax.tree.structure(blocks) for blocks in self.segments}
+        if len(kinds) > 1:
+            raise ValueError(
+                "the segments differ in what their matrices are (arrays, Quantized, LowRankUpdate), and cannot be one stack. Add each "
+                "LowRankUpdate to its matrix, or keep the segments."
+            )
         blocks = jax.tree.map(lambda *x: jnp.concatenate(x), *self.segments)
         return eqx.tree_at(lambda m: m.segments, self, (blocks,))
 
@@ -144,8 +171,10 @@ class Decoder(eqx.Module):
         length = states.shape[1]
         rotation = _rotation(self.architecture, length)
         mask = jnp.tril(jnp.ones((length, length), bool))[None]
+        if self.architecture.window is not None:
+            mask = mask & ~jnp.tril(jnp.ones((length, length), bool), -self.architecture.window)
         if valid is not None:  # what is not a token looks at itself alone, for a softmax needs something
-            mask = mask & valid[:, None, :] | jnp.eye(length, dtype=bool)
+            mask = mask & valid[:, None, :] | jnp.eye(length, dtype=bool)[None]
         for blocks in segments:
             states, _ = lax.scan(lambda h, block: (self._block(h, block, mask, rotation), None), states, blocks)
         return states
@@ -158,11 +187,10 @@ class Decoder(eqx.Module):
         self, states: Float[Array, "*batch width"], tokens: Int[np.ndarray, " choices"] | None = None
     ) -> Float[Array, "*batch choices"]:
         """The logits of all tokens, or of a few."""
-        if tokens is not None:
-            columns = _columns(self.embedding, tokens) if self.head is None else _of_outputs(self.head, tokens)
-            return states @ columns
+        if tokens is not None and self.head is None:
+            return states @ self.embed(jnp.asarray(tokens)).astype(states.dtype).T
         if self.head is not None:
-            return _times(states, self.head)
+            return _times(states, self.head if tokens is None else _of_outputs(self.head, jnp.asarray(tokens)))
         weight = self.embedding.dense(states.dtype).mT if isinstance(self.embedding, Quantized) else self.embedding
         return states @ weight.T
 
@@ -186,7 +214,16 @@ class Decoder(eqx.Module):
 
 
 def matrix_shapes(a: Architecture) -> dict[str, tuple[int, int]]:
-    """[inputs, outputs] of the matrices of a layer."""
+    """[inputs, outputs] of the matrices of a layer, by their names in `Blocks`.
+
+    **Source:** arXiv 2302.13971, and arXiv 2305.13245 for keys and values that several heads share.
+
+    Examples:
+        >>> from prograde.lm import Architecture, matrix_shapes
+        >>> tiny = Architecture(vocab_size=256, width=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden=128)
+        >>> matrix_shapes(tiny)["key"]
+        (64, 32)
+    """
     queries, keys = a.num_heads * a.head_size, a.num_kv_heads * a.head_size
     return {
         "query": (a.width, queries),
@@ -207,17 +244,17 @@ def _times(x: Array, weight: Any) -> Array:
     return x @ weight
 
 
-def _columns(embedding: Any, tokens: np.ndarray) -> Array:
-    rows = embedding.rows(jnp.asarray(tokens)) if isinstance(embedding, Quantized) else embedding[jnp.asarray(tokens)]
-    return rows.T
-
-
-def _of_outputs(head: Any, tokens: np.ndarray) -> Array:
-    return (head.dense(jnp.float32) if isinstance(head, Quantized) else head)[:, jnp.asarray(tokens)]
+def _of_outputs(weight: Any, outputs: Array) -> Any:
+    """The columns of a matrix, of whatever kind it is."""
+    if isinstance(weight, LowRankUpdate):
+        return LowRankUpdate(_of_outputs(weight.base, outputs), weight.down, weight.up[:, outputs])
+    if isinstance(weight, Quantized):
+        return jax.tree.map(lambda x: x[outputs], weight)
+    return weight[:, outputs]
 
 
 def _rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x if x.dtype.itemsize > 4 else x.astype(jnp.float32)
     return (wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype) * scale
 
 

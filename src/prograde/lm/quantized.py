@@ -24,7 +24,7 @@ class Quantized(eqx.Module):
     **Cost:** 0.56 to 1.06 bytes a weight at rest, and the dense matrix for as long as it is used. It has no float leaf that an optimizer would
     update: give it a `LowRankUpdate`, or train what is beside it.
 
-    **Errors:** `ValueError` for an unknown kind.
+    **Errors:** `ValueError` for an unknown kind, and for rows that are no whole blocks.
 
     **Source:** the GGUF format of the ggml project.
 
@@ -48,11 +48,12 @@ class Quantized(eqx.Module):
         """From the bytes of a tensor [outputs, inputs] in a GGUF file."""
         if kind not in BYTES:
             raise ValueError(f"kind={kind!r}, but one of {', '.join(BYTES)} is needed.")
-        blocks = data.reshape(*data.shape[:-1], -1, BYTES[kind])
-        start = 4 if kind == "Q4_1" else 2
-        offset = blocks[..., 2:4] if kind == "Q4_1" else None
-        codes, scale = blocks[..., start:], blocks[..., :2]
-        return cls(jnp.asarray(codes), jnp.asarray(scale), None if offset is None else jnp.asarray(offset), kind)
+        if data.dtype != np.uint8 or data.shape[-1] % BYTES[kind]:
+            raise ValueError(
+                f"data is {data.dtype} {list(data.shape)}, but rows of uint8, {BYTES[kind]} a block of {kind}, are needed."
+            )
+        parts = {name: jnp.asarray(part) for name, part in split_blocks(data, kind).items()}
+        return cls(parts["codes"], parts["scale"], parts.get("offset"), kind)
 
     def dense(self, dtype: Any = jnp.float32) -> Float[Array, "*layers inputs outputs"]:
         """The matrix as numbers."""
@@ -73,6 +74,14 @@ class Quantized(eqx.Module):
         weights = weights * _half(scale)
         weights = weights if offset is None else weights + _half(offset)
         return weights.reshape(*weights.shape[:-2], -1)
+
+
+def split_blocks(data: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+    """What the bytes of a tensor hold, as views."""
+    blocks = data.reshape(*data.shape[:-1], -1, BYTES[kind])
+    if kind == "Q4_1":
+        return {"scale": blocks[..., :2], "offset": blocks[..., 2:4], "codes": blocks[..., 4:]}
+    return {"scale": blocks[..., :2], "codes": blocks[..., 2:]}
 
 
 def _half(x: Array) -> Array:

@@ -1,0 +1,123 @@
+"""A decoder from named tensors, whatever kind of file they are in: everything is compared with what is asked for before anything is read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from prograde.lm.architecture import Architecture, ModelError
+from prograde.lm.decoder import Blocks, Decoder, matrix_shapes
+from prograde.lm.quantized import Quantized
+
+# what Hugging Face calls the parts of a layer, and what GGUF does
+NAMES = {
+    "attention_norm": ("input_layernorm.weight", "attn_norm.weight"),
+    "query": ("self_attn.q_proj.weight", "attn_q.weight"),
+    "key": ("self_attn.k_proj.weight", "attn_k.weight"),
+    "value": ("self_attn.v_proj.weight", "attn_v.weight"),
+    "output": ("self_attn.o_proj.weight", "attn_output.weight"),
+    "feed_norm": ("post_attention_layernorm.weight", "ffn_norm.weight"),
+    "gate": ("mlp.gate_proj.weight", "ffn_gate.weight"),
+    "up": ("mlp.up_proj.weight", "ffn_up.weight"),
+    "down": ("mlp.down_proj.weight", "ffn_down.weight"),
+    "query_bias": ("self_attn.q_proj.bias", "attn_q.bias"),
+    "key_bias": ("self_attn.k_proj.bias", "attn_k.bias"),
+    "value_bias": ("self_attn.v_proj.bias", "attn_v.bias"),
+}
+TOP = {
+    "embedding": ("model.embed_tokens.weight", "token_embd.weight"),
+    "norm": ("model.norm.weight", "output_norm.weight"),
+    "head": ("lm_head.weight", "output.weight"),
+}
+LAYER = ("model.layers.{}.", "blk.{}.")
+HUGGING_FACE, GGUF = 0, 1  # columns
+
+
+class Weights(Protocol):
+    """The tensors of a file, or of several."""
+
+    where: Path
+    asked_by: str
+    column: int
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of all tensors there are."""
+        ...
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor as numbers, [outputs, inputs]."""
+        ...
+
+    def quantized(self, names: list[str]) -> Quantized | None:
+        """Tensors in one stack as the file has them, or nothing where they are to be numbers."""
+        ...
+
+    def may_be_ignored(self, name: str) -> bool:
+        """Whether a tensor is without effect on the result."""
+        ...
+
+
+def assemble(a: Architecture, dtype: Any, weights: Weights) -> Decoder:
+    """A decoder, each tensor read, converted and in its place before the next one."""
+    parts = {name: tuple(reversed(shape)) for name, shape in matrix_shapes(a).items()}
+    biases = {f"{name}_bias": parts[name][:1] for name in ("query", "key", "value") if a.attention_bias}
+    parts |= {"attention_norm": (a.width,), "feed_norm": (a.width,)} | biases
+    layers = {
+        part: [LAYER[weights.column].format(i) + NAMES[part][weights.column] for i in range(a.num_layers)]
+        for part in parts
+    }
+    top = {part: names[weights.column] for part, names in TOP.items() if part != "head" or not a.tied}
+    top_shapes = {"embedding": (a.vocab_size, a.width), "norm": (a.width,), "head": (a.vocab_size, a.width)}
+    asked = {name: parts[part] for part, names in layers.items() for name in names}
+    _compare(asked | {name: top_shapes[part] for part, name in top.items()}, weights)
+
+    def stacked(part: str) -> Any:
+        if (kept := weights.quantized(layers[part])) is not None:
+            return kept
+        whole = aligned((a.num_layers, *reversed(parts[part])), dtype)
+        for i, name in enumerate(layers[part]):
+            whole[i] = weights.array(name).T
+        return jax.device_put(whole)
+
+    def alone(part: str) -> Any:
+        if (kept := weights.quantized([top[part]])) is not None:
+            return jax.tree.map(lambda x: x[0], kept)
+        values = weights.array(top[part])
+        values = values.T if part == "head" else values
+        whole = aligned(values.shape, dtype)
+        whole[...] = values
+        return jax.device_put(whole)
+
+    head = None if a.tied else alone("head")
+    return Decoder(alone("embedding"), (Blocks(**{part: stacked(part) for part in parts}),), alone("norm"), head, a)
+
+
+def _compare(asked: Mapping[str, tuple[int, ...]], weights: Weights) -> None:
+    where, by = weights.where, weights.asked_by
+    if missing := [name for name in asked if name not in weights.shapes]:
+        raise ModelError(f"{where} has no tensor {_few(missing)}, which {by} asks for. The two belong to two models.")
+    for name, shape in asked.items():
+        if (found := weights.shapes[name]) != shape:
+            raise ModelError(
+                f"{where}: {name} has shape {found}, and {by} asks for {shape}. The two belong to two models."
+            )
+    if unknown := [name for name in weights.shapes if name not in asked and not weights.may_be_ignored(name)]:
+        raise ModelError(
+            f"{where} holds {_few(unknown)}, for which a decoder as {by} describes it has no place: without it the logits would be others. "
+            "This model is not supported."
+        )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory as XLA wants it, so that on the CPU `jax.device_put` takes it over and does not copy it."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
