@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import resource
 import sys
@@ -120,7 +121,7 @@ def run(job: Job, plan: Plan, out: Path, resume: bool, display: Display) -> None
     records.claim({out: config}, resume)
     earlier = records.read_json(out / SUMMARY) if (out / SUMMARY).exists() else {}
 
-    fingerprint = earlier.get("model_fingerprint") or pg.replay.fingerprint(model)
+    fingerprint = pg.replay.fingerprint(model)
     tuning = Tuning(plan, model)
     plan = tuning.plan
     del model
@@ -146,9 +147,9 @@ def run(job: Job, plan: Plan, out: Path, resume: bool, display: Display) -> None
         say(f"Before: {in_words(summary['zero_shot'])}")
     batch = tuple(x[: min(plan.batch_size, len(data.train))] for x in train)
     summary["memory"] = check_memory(tuning, batch, job.memory_limit)
-    steps = plan.steps
+    steps, seconds = plan.steps, tuning.rehearse(batch, _REHEARSALS)  # compiled, before the clock runs
     if job.minutes is not None:
-        steps = earlier.get("steps") or _steps_in(job.minutes, tuning, batch)
+        steps = earlier.get("steps") or _steps_in(job.minutes, seconds)
     tuning.plan = plan = dataclasses.replace(tuning.plan, steps=steps)
     summary |= {"steps": steps, "model_fingerprint": fingerprint, "label_offsets": tuning.plan.offsets}
     summary["tokens"] = int(
@@ -225,9 +226,9 @@ def _replay_steps(tuning: Tuning, log: pg.replay.ReplayLog, count: int, display:
             display.reach(step + 1)
 
 
-def _steps_in(minutes: float, tuning: Tuning, batch: tuple[np.ndarray, ...]) -> int:
-    """How many steps fit; a whole number of parts of the schedule where it is many."""
-    steps = max(1, int(60 * minutes / tuning.rehearse(batch, _REHEARSALS)))
+def _steps_in(minutes: float, seconds: float) -> int:
+    """How many steps fit, in round numbers."""
+    steps = max(1, int(60 * minutes / seconds))
     return steps if steps < 1000 else steps // 100 * 100
 
 
@@ -309,7 +310,11 @@ def _log(tuning: Tuning, path: Path, config: dict[str, Any]) -> pg.replay.Replay
     assert tuning.update is not None
     if not path.exists():
         return pg.replay.ReplayLog.create(path, tuning.state.params, tuning.update, config)
-    return pg.replay.ReplayLog.open(path, append=True)
+    log = pg.replay.ReplayLog.open(path, append=True)
+    if differences := records.differences(log.header["config"], json.loads(json.dumps(config))):
+        log.close()
+        raise records.RecordError(f"{path} is the log of another run: {'; '.join(differences)}. Choose another --out.")
+    return log
 
 
 @contextmanager

@@ -145,11 +145,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """What two configurations differ in, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted(old.keys() | new.keys()):
-            found += _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+            found += differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
         return found
     return [] if old == new else [f"{prefix} is {old!r} there and {new!r} here"]
 
@@ -171,9 +172,9 @@ def _manifest(directory: Path, config: dict[str, Any], resume: bool) -> dict[str
             raise RecordError(f"{directory} is not empty and holds no {MANIFEST}. Choose another --out.")
         return {"config": config, "environments": []}
     manifest = read_json(directory / MANIFEST)
-    if differences := _differences(manifest["config"], config):
+    if found := differences(manifest["config"], config):
         raise RecordError(
-            f"{directory} holds records of another configuration: {'; '.join(differences)}. Choose another --out; "
+            f"{directory} holds records of another configuration: {'; '.join(found)}. Choose another --out; "
             "nothing was changed."
         )
     if not resume:
