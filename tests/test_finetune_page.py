@@ -21,7 +21,7 @@ def test_the_targets_that_are_called_met_are_met():
     ours, inference = steps["memory"]["forward gradient, K = 1"]["peak_rss"], steps["memory"]["inference"]["peak_rss"]
     assert ours <= 1.15 * inference
     assert steps["over_backprop"] <= 0.5
-    assert max(steps["over_mezo"].values()) <= 0.7
+    assert steps["over_mezo"]["MeZO"] <= 0.7
 
 
 @pytest.mark.parametrize("method", finetune_page._COLOURS)

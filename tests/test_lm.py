@@ -971,19 +971,14 @@ def test_logits_of_a_few_tokens_are_those_of_all():
         assert_close(logits(model, few=few), logits(model)[..., few])
 
 
-def test_loading_takes_memory_over_and_does_not_copy_it(tmp_path, monkeypatch):
-    """On the CPU the array that was filled is the one that the model has."""
-    from prograde.lm import assembly
-
-    filled = []
-    aligned = assembly.aligned
-    monkeypatch.setattr(assembly, "aligned", lambda *args: filled.append(aligned(*args)) or filled[-1])
+def test_weights_that_were_loaded_can_be_donated(tmp_path):
+    """A step writes over them: memory that is not JAX's own would stay, beside the new weights."""
     path = directory(tmp_path / "tiny", reference.CONFIGS["llama_groups"])
     for dtype in ("float32", "bfloat16"):
-        filled.clear()
         model, _ = lm.load(path, dtype)
-        leaves = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(model)}
-        assert leaves == {x.ctypes.data for x in filled}
+        before = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(model)}
+        step = jax.jit(lambda model: jax.tree.map(lambda x: x * 2, model), donate_argnums=0)
+        assert {x.unsafe_buffer_pointer() for x in jax.tree.leaves(step(model))} == before
 
 
 @pytest.mark.parametrize(
@@ -992,7 +987,7 @@ def test_loading_takes_memory_over_and_does_not_copy_it(tmp_path, monkeypatch):
     ids=str,
 )
 def test_loading_takes_the_memory_of_the_weights_and_of_few_tensors(kind, options, tmp_path):
-    """XLA's own memory is not counted here; the test before this one says that it takes none."""
+    """Of what NumPy has: XLA's own memory, a stack of layers at a time, is not counted here."""
     config = config_of(width=128, num_hidden_layers=12, intermediate_size=512)
     path = tmp_path / "tiny"
     directory(path, config) if kind == "directory" else write_gguf(path, config, kind)
@@ -1005,7 +1000,7 @@ def test_loading_takes_the_memory_of_the_weights_and_of_few_tensors(kind, option
         tracemalloc.stop()
     held = sum(x.nbytes for x in jax.tree.leaves(model))
     largest = 4 * 128 * 512
-    assert held <= peak <= held + 3.2 * largest  # of which the words of the tokenizer are 0.1
+    assert peak <= held + 3.2 * largest  # of which the words of the tokenizer are 0.1
 
 
 # --------------------------------------------------------------------------------------------------------------- gradients

@@ -1,11 +1,15 @@
 """A decoder from named tensors, whatever kind of file they are in: everything is compared with what is asked for before anything is read."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jaxtyping import Array
 
 from prograde.lm.architecture import Architecture, ModelError
 from prograde.lm.decoder import Blocks, Decoder, matrix_shapes
@@ -77,19 +81,17 @@ def assemble(a: Architecture, dtype: Any, weights: Weights) -> Decoder:
     def stacked(part: str) -> Any:
         if (kept := weights.quantized(layers[part])) is not None:
             return kept
-        whole = aligned((a.num_layers, *reversed(parts[part])), dtype)
+        whole = jnp.zeros((a.num_layers, *reversed(parts[part])), dtype)
         for i, name in enumerate(layers[part]):
-            whole[i] = weights.array(name).T
-        return jax.device_put(whole)
+            whole = jax.block_until_ready(_placed(whole, i, weights.array(name).T.astype(dtype)))
+        return whole
 
     def alone(part: str) -> Any:
         if (kept := weights.quantized([top[part]])) is not None:
             return jax.tree.map(lambda x: x[0], kept)
         values = weights.array(top[part])
         values = values.T if part == "head" else values
-        whole = aligned(values.shape, dtype)
-        whole[...] = values
-        return jax.device_put(whole)
+        return jnp.array(values.astype(dtype, copy=False))
 
     head = None if a.tied else alone("head")
     return Decoder(alone("embedding"), (Blocks(**{part: stacked(part) for part in parts}),), alone("norm"), head, a)
@@ -115,9 +117,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory as XLA wants it, so that on the CPU `jax.device_put` takes it over and does not copy it."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+@functools.partial(jax.jit, donate_argnums=0)
+def _placed(whole: Array, layer: Array, values: Array) -> Array:
+    """A stack with one layer in its place, in memory that is JAX's own: what NumPy lent could not be donated to a step."""
+    return lax.dynamic_update_index_in_dim(whole, values, layer, 0)

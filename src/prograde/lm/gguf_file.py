@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from prograde.lm.architecture import Architecture, ModelError
-from prograde.lm.assembly import GGUF, aligned, assemble
+from prograde.lm.assembly import GGUF, assemble
 from prograde.lm.decoder import Decoder
 from prograde.lm.quantized import BYTES, Quantized, split_blocks
 
@@ -74,7 +74,7 @@ class _Weights:
             return None
         (kind,) = kinds
         parts = split_blocks(self.tensors[names[0]].data, kind)
-        wholes = {part: aligned((len(names), *views.shape), np.uint8) for part, views in parts.items()}
+        wholes = {part: _aligned((len(names), *views.shape), np.uint8) for part, views in parts.items()}
         for i, name in enumerate(names):
             for part, views in split_blocks(self._halves(name, self.tensors[name].data), kind).items():
                 wholes[part][i] = views
@@ -89,6 +89,14 @@ class _Weights:
         if heads is None:
             return rows
         return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory as XLA wants it, so that on the CPU `jax.device_put` takes it over and does not copy it."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
