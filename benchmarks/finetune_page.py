@@ -92,7 +92,7 @@ def draw(record: dict[str, Any]) -> str:
                 seconds, [p["train_loss"] for p in run["curve"]], color=colour, label=label, linewidth=1, marker="."
             )
             start = record["zero_shot"][str(run["seed"])]["calibrated"]["accuracy"]
-            held_out = [(0.5, start)] + [(p["seconds"], p["accuracy"]) for p in run["curve"] if "accuracy" in p]
+            held_out = [(0.1, start)] + [(p["seconds"], p["accuracy"]) for p in run["curve"] if "accuracy" in p]
             right.plot([s for s, _ in held_out], [100 * a for _, a in held_out], color=colour, linewidth=1, marker=".")
         left.set(xscale="log", xlabel="seconds of steps", ylabel="training loss")
         right.set(xscale="log", xlabel="seconds of steps", ylabel="held-out accuracy, %")

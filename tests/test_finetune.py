@@ -223,6 +223,7 @@ def test_calibration_finds_the_least_loss_and_leaves_the_auc():
 
 def job_of(directory, table, **settings):
     given = {"template": "{text} =>", "labels": WORDS, "first_token": True, "held_out": 8, "max_length": 24}
+    given |= {"keep_last": True}
     return Job(str(directory), table, **(given | settings))
 
 
@@ -282,6 +283,41 @@ def test_replay_makes_the_same_bits_without_the_data(train, directory, table, tm
     finetune_run.replay(str(directory), log, tmp_path / "none", 0, quiet())
     kept = lm.load(tmp_path / "none")[0]
     np.testing.assert_array_equal(kept.segments[0].gate, model.segments[0].gate)
+
+
+def test_what_is_kept_is_the_least_validation_loss(directory, table, tmp_path, monkeypatch):
+    """A rate that is too large makes it worse after a while; what comes out, and what a replay gives, is from before."""
+    job = job_of(directory, table, keep_last=False)
+    plan = Plan(train="norm", batch_size=8, steps=200, rate=0.3, decay=False)
+    run, stopped = tmp_path / "run", tmp_path / "stopped"
+    finetune_run.run(job, plan, run, False, quiet())
+    summary, curve = (records.read_json(run / finetune_run.SUMMARY), records.read_lines(run / finetune_run.CURVE))
+    losses = [point["validation_loss"] for point in curve]
+    assert summary["final"] == curve[int(np.argmin(losses))]
+    assert len(curve) - 1 - int(np.argmin(losses)) == 6  # and it ended there
+    finetune_run.replay(str(directory), run, tmp_path / "out", None, quiet())
+    after, tokenizer = lm.load(tmp_path / "out")
+    fresh = Tuning(Plan(train="norm", label_tokens=TOKENS, offsets=tuple(summary["label_offsets"])), after)
+    found = fresh.evaluate(fresh.prepare(finetune_run.read(job, 0, tokenizer).held_out))
+    assert found["loss"] == pytest.approx(summary["final"]["loss"], rel=1e-5)
+
+    real, stop_at = Tuning.apply, curve[-1]["step"] - 3
+
+    def stopping(self, step, *rest):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        return real(self, step, *rest)
+
+    monkeypatch.setattr(Tuning, "apply", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_run.run(job, plan, stopped, False, quiet())
+    monkeypatch.setattr(Tuning, "apply", real)
+    finetune_run.run(job, plan, stopped, True, quiet())
+    again = records.read_json(stopped / finetune_run.SUMMARY)
+    assert again["after"] == summary["after"]
+    assert again["final"]["step"] == summary["final"]["step"]
+    finetune_run.run(job, plan, stopped, True, quiet())  # of a run that ended nothing changes
+    assert records.read_json(stopped / finetune_run.SUMMARY)["after"] == summary["after"]
 
 
 def test_replay_refuses_what_does_not_fit(directory, table, tmp_path):

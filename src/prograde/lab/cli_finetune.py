@@ -16,7 +16,7 @@ _SPLIT = tyro.conf.create_mutex_group(required=False, title="held-out examples")
 class Finetune:
     """Fine-tune a language model at the memory of inference.
 
-    - prograde finetune --model smollm2 --data reviews.csv --minutes 10
+    - prograde finetune --model smollm2 --data examples/messages.csv --minutes 1
     - prograde finetune --model DIR --data train.jsonl --text review --label stars --labels 1=" terrible" 5=" great"
     - prograde finetune --model model.gguf --data notes.txt --train lora
 
@@ -72,7 +72,7 @@ class Finetune:
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Examples a step; by default 128 for norm, and 16 otherwise."""
     minutes: Annotated[float | None, _DURATION, tyro.conf.arg(metavar="M")] = None
-    """As many steps as fit into so many minutes; 3 when neither this nor --steps is given."""
+    """As many steps as fit into so many minutes, and 300 passes over the examples at most; 3 when neither this nor --steps is given."""
     steps: Annotated[int | None, _DURATION, tyro.conf.arg(metavar="N")] = None
     """Steps in all."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
@@ -81,6 +81,8 @@ class Finetune:
     """Of the weights and of the computation."""
     quantized: bool = False
     """Leave the matrices of a GGUF file as they are, 4 or 8 bits a weight; trains norm, norms, lora or readout."""
+    keep_last: bool = False
+    """Keep what the last step leaves. Without it a fifth of the examples say where to stop, if little is trained (norm, norms, lora, readout)."""
     no_calibration: bool = False
     """Do not begin with the label bias repaired."""
     memory_limit: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
@@ -102,7 +104,7 @@ class Replay:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE.safetensors|DIR")]
     """Where the weights go: a directory that `transformers` loads, with tokenizer and configuration, or the weights alone."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Only the first so many steps."""
+    """Only the first so many steps; of a directory, by default those that the run kept, and of a log all."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def finetune(command: Finetune, out: Path, display: Any) -> None:
     log, console = out / finetune_run.LOG, display.console
     lines = [f"Report: {page}"]
     if log.exists():
-        again = shlex.join(["prograde", "replay", command.model, str(log), "-o", f"{out}/model"])
+        kept = str(finetune_report.kept(out)["step"])
+        again = shlex.join(["prograde", "replay", command.model, str(log), "--steps", kept, "-o", f"{out}/model"])
         lines.append(f"Log: {log} ({log.stat().st_size:,} bytes). The weights, wherever the model is: {again}")
     elif finetune_run.exported(out).exists():
         lines.append(f"Weights: {finetune_run.exported(out)}")
@@ -176,6 +179,7 @@ def _job_and_plan(command: Finetune) -> Any:
         max_length=command.max_length,
         dtype=command.dtype,
         quantized=command.quantized,
+        keep_last=command.keep_last,
         calibrate=not command.no_calibration and not text,
         minutes=minutes,
         memory_limit=command.memory_limit,
@@ -217,7 +221,7 @@ def replay(command: Replay, display: Any) -> None:
     """Loads, replays, saves."""
     from prograde.lab import finetune_run
 
-    finetune_run.replay(command.base, _log_path(command.log), command.out, command.steps, display)
+    finetune_run.replay(command.base, command.log, command.out, command.steps, display)
     display.console.print(f"Weights: {command.out}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -231,6 +231,11 @@ class Tuning:
             self.frozen = self.frozen[0], jnp.asarray(offsets, jnp.float32)
 
     @property
+    def thin(self) -> bool:
+        """Whether what is trained is little, and all that changes."""
+        return self.plan.train in ("norm", "norms", "lora", "readout")
+
+    @property
     def num_trained(self) -> int:
         """How many numbers are trained."""
         return sum(x.size for x in jax.tree.leaves(self.state.params))

@@ -28,11 +28,11 @@ _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
 
 def tables(directory: Path) -> list[Table]:
     """Figures before and after, and the examples that are shown."""
-    summary, curve = records.read_json(directory / SUMMARY), records.read_lines(directory / CURVE)
+    summary = records.read_json(directory / SUMMARY)
     stages = [("zero-shot", summary["zero_shot"])]
     if "calibrated" in summary:
         stages.append(("label bias repaired", summary["calibrated"]))
-    last = curve[-1]
+    last = kept(directory)
     stages.append((f"after {last['step']:,} steps, {_duration(last['seconds'])}", last))
     names = [name for name in ("accuracy", "loss", "auc", "perplexity") if name in last]
     formats = {"accuracy": lambda x: f"{100 * x:.1f} %", "perplexity": lambda x: f"{x:.1f}"}
@@ -44,6 +44,11 @@ def tables(directory: Path) -> list[Table]:
             rows.append([_short(text), label, _named(before, summary["names"]), _named(after, summary["names"])])
         found.append(Table("Held-out examples", ["text", "label", "zero-shot", "fine-tuned"], rows, 0))
     return found
+
+
+def kept(directory: Path) -> dict[str, Any]:
+    """The point of the curve whose parameters the run kept."""
+    return records.read_json(directory / SUMMARY)["final"]
 
 
 def _named(probabilities: list[float], names: list[str]) -> str:
@@ -63,7 +68,7 @@ def _duration(seconds: float) -> str:
 def figure(directory: Path) -> str:
     """Loss and accuracy against the seconds of training."""
     summary, curve = records.read_json(directory / SUMMARY), records.read_lines(directory / CURVE)
-    seconds = [point["seconds"] for point in curve]
+    seconds, last = [point["seconds"] for point in curve], kept(directory)
     with rc_context(figures._RC):
         fig = Figure(figsize=(9, 3.2), layout="constrained")
         left, right = fig.subplots(1, 2)
@@ -76,6 +81,9 @@ def figure(directory: Path) -> str:
         if "auc" in curve[-1]:
             right.plot(seconds, [100 * p["auc"] for p in curve], color=_GREEN, label="AUC")
         right.set(xlabel="seconds of training", ylabel="held out, %")
+        if last["step"] != curve[-1]["step"]:
+            for axes in (left, right):
+                axes.axvline(last["seconds"], color="#888888", linewidth=1, label="kept")
         for axes, key, scale in ((left, "loss", 1), (right, "accuracy", 100)):
             axes.axhline(
                 scale * summary["zero_shot"][key], color=_ORANGE, linewidth=1, linestyle=":", label="zero-shot"
@@ -92,11 +100,14 @@ def conclusion(directory: Path) -> str:
     summary, curve = records.read_json(directory / SUMMARY), records.read_lines(directory / CURVE)
     start = summary.get("calibrated", summary["zero_shot"])
     repaired = " (its label bias repaired)" if "calibrated" in summary else ""
+    last = kept(directory)
     text = (
-        f"From {in_words(start)}{repaired} to {in_words(curve[-1])} in {curve[-1]['step']:,} steps and "
-        f"{_duration(curve[-1]['seconds'])} of training, of {summary['trained']:,} numbers. The process has had "
+        f"From {in_words(start)}{repaired} to {in_words(last)} in {last['step']:,} steps and "
+        f"{_duration(last['seconds'])} of training, of {summary['trained']:,} numbers. The process has had "
         f"{max(p['rss'] for p in curve) / 1e9:.2f} GB at most."
     )
+    if last["step"] != curve[-1]["step"]:
+        text += f" These are the steps of least loss on a validation part of the training examples, of {curve[-1]['step']:,} taken."
     if (directory / LOG).exists():
         text += f" The whole run is a log of {(directory / LOG).stat().st_size:,} bytes."
     return text

@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ from prograde.lab.finetune import Plan, Tuning, calibration, figures_of
 
 LOG, CURVE, SUMMARY, STATE = "replay.log", "curve.jsonl", "summary.json", "state.npz"
 POINTS = 20  # on the curve
+_PATIENCE = 6  # points without a better one, after which a run ends
+_PASSES = 300  # over the examples, at most, where the length is given in minutes
 _SHOWN = 8  # held-out examples, before and after
 _CALIBRATED_ON = 1000  # training examples
 _REHEARSALS = 3
@@ -49,6 +51,7 @@ class Job:
     dtype: lm.Dtype = "float32"
     quantized: bool = False
     calibrate: bool = True
+    keep_last: bool = False
     minutes: float | None = None
     memory_limit: float | None = None  # GB
 
@@ -130,6 +133,11 @@ def run(job: Job, plan: Plan, out: Path, resume: bool, display: Display) -> None
         for part in (data.train, data.held_out):
             parts.append(tuning.prepare(part, lambda count: display.advance(count, "once, for all steps")))
     train, held_out = parts
+    # where a run is to stop is not for the held-out examples to say
+    apart = 0 if job.keep_last or not tuning.thin else min(500, len(train[0]) // 5)
+    cut = len(train[0]) - apart
+    validation = tuple(x[cut:] for x in train) if apart else None
+    train = tuple(x[:cut] for x in train)
 
     summary: dict[str, Any] = {"zero_shot": tuning.evaluate(held_out), "trained": tuning.num_trained}
     if isinstance(data.held_out, texts.Examples):
@@ -145,11 +153,12 @@ def run(job: Job, plan: Plan, out: Path, resume: bool, display: Display) -> None
             say(f"with its label bias repaired: {in_words(summary['calibrated'])}   (what follows starts here)")
     else:
         say(f"Before: {in_words(summary['zero_shot'])}")
-    batch = tuple(x[: min(plan.batch_size, len(data.train))] for x in train)
+    batch = tuple(x[: plan.batch_size] for x in train)
     summary["memory"] = check_memory(tuning, batch, job.memory_limit)
     steps, seconds = plan.steps, tuning.rehearse(batch, _REHEARSALS)  # compiled, before the clock runs
     if job.minutes is not None:
-        steps = earlier.get("steps") or _steps_in(job.minutes, seconds)
+        passes = math.ceil(_PASSES * len(train[0]) / len(batch[0]))
+        steps = earlier.get("steps") or min(_steps_in(job.minutes, seconds), passes)
     tuning.plan = plan = dataclasses.replace(tuning.plan, steps=steps)
     summary |= {"steps": steps, "model_fingerprint": fingerprint, "label_offsets": tuning.plan.offsets}
     summary["tokens"] = int(
@@ -159,9 +168,10 @@ def run(job: Job, plan: Plan, out: Path, resume: bool, display: Display) -> None
     say(
         f"{tuning.num_trained:,} numbers are trained for {steps:,} steps of {len(batch[0])} examples: {tuning.estimator!r}"
     )
-    _steps(
+    kept = _steps(
         tuning,
         train,
+        validation,
         held_out,
         out,
         {"model": str(job.model), "dtype": job.dtype, "quantized": job.quantized, "model_fingerprint": fingerprint},
@@ -173,7 +183,7 @@ def run(job: Job, plan: Plan, out: Path, resume: bool, display: Display) -> None
     if tuning.update is None and not exported(out).exists():  # there is no log to make them from
         with display.stage("saving the weights", 1):
             lm.save(exported(out), tuning.model, tokenizer)
-    summary["final"] = records.read_lines(out / CURVE)[-1]
+    summary["final"] = kept
     records.write_json(out / SUMMARY, summary)
 
 
@@ -184,6 +194,10 @@ def exported(out: Path) -> Path:
 
 def replay(base: str, path: Path, out: Path, steps: int | None, display: Display) -> None:
     """Makes the weights of a run from its base model and its log, and saves them."""
+    if path.is_dir():  # of a run: the steps that it kept
+        if steps is None and (path / SUMMARY).exists():
+            steps = records.read_json(path / SUMMARY).get("final", {}).get("step")
+        path = path / LOG
     log = pg.replay.ReplayLog.open(path)
     config = log.header["config"]
     if not isinstance(config, dict) or config.get("kind") != "finetune":
@@ -218,9 +232,19 @@ def replay(base: str, path: Path, out: Path, steps: int | None, display: Display
             lm.save(out, tuning.model, tokenizer)
 
 
-def _replay_steps(tuning: Tuning, log: pg.replay.ReplayLog, count: int, display: Display) -> None:
+def _replay_steps(
+    tuning: Tuning,
+    log: pg.replay.ReplayLog,
+    count: int,
+    display: Display,
+    look: Callable[[Tuning, int], None] | None = None,
+) -> None:
+    if look is not None:
+        look(tuning, 0)
     for step in range(count):
         tuning.apply(step, jnp.asarray(log.records["derivatives"][step]))
+        if look is not None:
+            look(tuning, step + 1)
         if step % 50 == 49:  # so that the updates dispatched do not pile up, and the bar tells the truth
             jax.block_until_ready(tuning.state.params)
             display.reach(step + 1)
@@ -232,36 +256,78 @@ def _steps_in(minutes: float, seconds: float) -> int:
     return steps if steps < 1000 else steps // 100 * 100
 
 
+class _Best:
+    """The state of least validation loss, where there is a validation part; else the last."""
+
+    def __init__(self, validation: tuple[np.ndarray, ...] | None, curve: list[dict[str, Any]]):
+        self.validation, self.curve, self.params = validation, curve, None
+
+    def point(self) -> dict[str, Any]:
+        """Of the curve, the one that is kept."""
+        if self.validation is None:
+            return self.curve[-1]
+        return min(self.curve, key=lambda point: point["validation_loss"])
+
+    def over(self) -> bool:
+        """Whether the best was long ago."""
+        return self.validation is not None and len(self.curve) - 1 - self.curve.index(self.point()) >= _PATIENCE
+
+    def look(self, tuning: Tuning, step: int) -> None:
+        """Keeps the parameters, if they are the best."""
+        if self.validation is not None and self.point()["step"] == step:
+            self.params = jax.tree.map(np.array, tuning.state.params)
+
+    def restore(self, tuning: Tuning) -> None:
+        """Puts the best parameters back."""
+        if self.params is not None:
+            params = jax.tree.map(jnp.asarray, self.params)
+            tuning.state = pg.replay.TrainState(params, tuning.optimizer.init(params))
+
+
 def _steps(
     tuning: Tuning,
     train: tuple[np.ndarray, ...],
+    validation: tuple[np.ndarray, ...] | None,
     held_out: tuple[np.ndarray, ...],
     out: Path,
     base: dict[str, Any],
     summary: dict[str, Any],
     display: Display,
-) -> None:
-    """The steps, from wherever the records of `out` end."""
+) -> dict[str, Any]:
+    """The steps, from wherever the records of `out` end; returns the point of the curve whose parameters are kept."""
     plan, log, curve = tuning.plan, None, []
     if (out / CURVE).exists():
         curve = records.read_lines(out / CURVE)
+
+    def measured() -> dict[str, Any]:
+        found = {**tuning.evaluate(held_out), "rss": _peak_rss()}
+        return found if validation is None else found | {"validation_loss": tuning.evaluate(validation)["loss"]}
+
+    best = _Best(validation, curve)
     if tuning.update is not None:
         config = {"kind": "finetune", **base, "plan": dataclasses.asdict(plan)}
         log = _log(tuning, out / LOG, config)
         done = len(log)
+        curve[:] = [point for point in curve if point["step"] <= done]
         with display.stage("replaying the log", done) if done else _nothing():
-            _replay_steps(tuning, log, done, display)
+            _replay_steps(tuning, log, done, display, best.look if curve else None)
     else:
         done = 0
         if (out / STATE).exists():
-            saved = records.load_state(out / STATE, {"state": tuning.state, "step": np.zeros((), int)})
-            done = int(saved["step"])
+            like = {
+                "state": tuning.state,
+                "step": np.zeros((), int),
+                "best": tuning.state.params if validation else None,
+            }
+            saved = records.load_state(out / STATE, like)
+            done, best.params = int(saved["step"]), saved["best"]
             tuning.state = jax.tree.map(jnp.asarray, saved["state"])
-    curve = [point for point in curve if point["step"] <= done]
+        curve[:] = [point for point in curve if point["step"] <= done]
     seconds = curve[-1]["seconds"] * (done / curve[-1]["step"] if curve[-1]["step"] else 1) if curve else 0.0
     if not curve:
-        curve = [{"step": 0, "seconds": 0.0, **tuning.evaluate(held_out), "train_loss": None, "rss": _peak_rss()}]
+        curve.append({"step": 0, "seconds": 0.0, **measured(), "train_loss": None})
         records.write_lines(out / CURVE, curve)
+        best.look(tuning, 0)
     interval = math.ceil(plan.steps / POINTS)
     count = len(train[0])
     with display.stage("training", plan.steps), _nothing() if log is None else log:
@@ -269,7 +335,8 @@ def _steps(
         losses: list[Any] = []
         shown = done
         begin = time.perf_counter()
-        for step, rows in zip(range(done, plan.steps), tuning.order(count, done, plan.steps - done), strict=True):
+        left = 0 if best.over() else plan.steps - done
+        for step, rows in zip(range(done, done + left), tuning.order(count, done, left), strict=True):
             batch = tuple(x[rows] for x in train)
             if log is not None:
                 value, derivatives = tuning.derivatives(step, batch)
@@ -283,12 +350,13 @@ def _steps(
                 continue
             latest = float(value)  # waits for the steps: those ahead of it must not pile up
             speed = summary["tokens"] * len(losses) / max(time.perf_counter() - begin, 1e-9)
-            facts = f"loss {latest:.3f}, {in_words(curve[-1])}, {speed:,.0f} tokens/s, {_peak_rss() / 1e9:.2f} GB"
+            held = f"{100 * curve[-1]['accuracy']:.1f} %"
+            facts = f"loss {latest:.3f}, held out {held}, {speed:,.0f} tokens/s, {_peak_rss() / 1e9:.2f} GB"
             display.advance(step + 1 - shown, facts)
             shown = step + 1
             point: dict[str, Any] = {"step": step + 1, "seconds": seconds + time.perf_counter() - begin}
             if due and math.isfinite(latest):
-                point |= {**tuning.evaluate(held_out), "rss": _peak_rss()}
+                point |= measured()
                 point["train_loss"] = float(np.mean([float(x) for x in losses]))
                 latest = point["loss"]
             if not math.isfinite(latest):
@@ -298,12 +366,18 @@ def _steps(
                 )
             if due:
                 curve.append(point)
+                best.look(tuning, step + 1)
                 if log is not None:
                     log.flush()
                 else:
-                    records.save_state(out / STATE, {"state": tuning.state, "step": np.asarray(step + 1)})
+                    state = {"state": tuning.state, "step": np.asarray(step + 1), "best": best.params}
+                    records.save_state(out / STATE, state)
                 records.write_lines(out / CURVE, curve)
+                if best.over():
+                    break
                 seconds, losses, begin = point["seconds"], [], time.perf_counter()
+    best.restore(tuning)
+    return best.point()
 
 
 def _log(tuning: Tuning, path: Path, config: dict[str, Any]) -> pg.replay.ReplayLog:
