@@ -4,7 +4,7 @@ grad_fn = prograde.value_and_grad(loss_fn, prograde.WeightPerturbation(prograde.
 loss, grads = grad_fn(key, params, batch)
 """
 
-from prograde import diagnostics, distributed, replay
+from prograde import diagnostics, distributed, online, replay
 from prograde._check import CheckReport, check
 from prograde._inject import inject
 from prograde._value_and_grad import value_and_grad
@@ -68,6 +68,7 @@ __all__ = [
     "diagnostics",
     "distributed",
     "inject",
+    "online",
     "replay",
     "total_loss",
     "value_and_grad",

@@ -4,19 +4,22 @@
 - `contractions`, `shapes`: the product rule of one primitive each, written for the factors;
 - `stretch`: other units for a parameter;
 - `control_flow`: loops, branches and calls that a perturbed weight enters;
-- `derivative`: a forward run along a tree of tangents, and the sum of weighted tangents.
+- `derivative`: a forward run along a tree of tangents, and the sum of weighted tangents;
+- `coordinates`: tangents along single entries of the parameters.
 
 A primitive without a rule materialises the weight, which injects the dense tangent: the directional derivative is exact
 in every case, and only the cost differs.
 """
 
 from prograde._structured import contractions, control_flow, shapes  # noqa: F401  (they register rules)
+from prograde._structured.coordinates import coordinate_tangent, count, from_coordinates
 from prograde._structured.derivative import (
     Tangent,
     directional_derivative,
     inner_products,
     inner_products_with,
     is_structured,
+    projected,
     weighted_sum,
 )
 from prograde._structured.stretch import stretch
@@ -28,10 +31,14 @@ __all__ = [
     "PerturbedArray",
     "Recorder",
     "Tangent",
+    "coordinate_tangent",
+    "count",
     "directional_derivative",
+    "from_coordinates",
     "inner_products",
     "inner_products_with",
     "is_structured",
+    "projected",
     "stretch",
     "weighted_sum",
 ]

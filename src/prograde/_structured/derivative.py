@@ -22,16 +22,16 @@ def is_structured(x: Any) -> bool:
 
 
 def directional_derivative(
-    fun: Callable[[PyTree], tuple[Array, PyTree]],
+    fun: Callable[[PyTree], tuple[PyTree[Array], PyTree]],
     params: PyTree[Array],
     tangents: PyTree[Tangent],
     recorders: PyTree[Recorder] | None = None,
-) -> tuple[Array, Array, PyTree]:
-    """(fun, grad fun . v, aux) at `params` along `tangents`, in one forward run. `fun` returns (value, aux)."""
+) -> tuple[Any, Any, PyTree]:
+    """(fun, grad fun . v, aux) at `params` along `tangents`, in one forward run. `fun` returns (value, aux), trees of arrays."""
     if recorders is None:
         recorders = jax.tree.map(lambda _: None, params)
 
-    def along(s: Array) -> tuple[Array, PyTree]:
+    def along(s: Array) -> tuple[PyTree[Array], PyTree]:
         perturbed = jax.tree.map(
             lambda v, w, r: perturb(v, w, s, r) if is_structured(v) else inject(s, w, v),
             tangents,
@@ -41,10 +41,10 @@ def directional_derivative(
         )
         out: Any = quax.quaxify(fun)(perturbed)
         value, aux = out
-        # a parameter that is returned as it came in, as auxiliary output, comes out as a Quax value
+        # a parameter that is returned as it came in comes out as a Quax value
         is_value = lambda x: isinstance(x, PerturbedArray)  # noqa: E731
         aux = jax.tree.map(lambda x: x.weight if is_value(x) else x, aux, is_leaf=is_value)
-        return value.materialise() if is_value(value) else value, aux
+        return jax.tree.map(lambda x: x.materialise() if is_value(x) else x, value, is_leaf=is_value), aux
 
     return jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),), has_aux=True)
 
@@ -87,3 +87,13 @@ def inner_products_with(tree: PyTree[Array], tangents: PyTree[Tangent]) -> Float
     parts = jax.tree.leaves(jax.tree.map(leaf, tangents, tree, is_leaf=is_structured))
     dtype = jnp.float64 if any(part.dtype == jnp.float64 for part in parts) else jnp.float32
     return functools.reduce(operator.add, (part.astype(dtype) for part in parts))
+
+
+def projected(tangents: PyTree[Tangent], directional: Float[Array, " k"]) -> Float[Array, " k"]:
+    """(V^T V)^+ d: the weights of the tangents in the projection of the gradient onto their span."""
+    gram = inner_products(tangents).astype(directional.dtype)
+    values, vectors = jnp.linalg.eigh(gram)
+    # an eigenvalue at the rounding of the largest is that of a dependent tangent
+    kept = values > values[-1] * len(gram) * 8 * jnp.finfo(gram.dtype).eps
+    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+    return vectors @ (inverse * (vectors.T @ directional))

@@ -168,10 +168,8 @@ def float_leaves(params: PyTree) -> PyTree[Array]:
     return _partitioned(params)[0]
 
 
-def split_params(
-    fun: Callable[..., Any], params: PyTree, args: tuple[Any, ...], has_aux: bool
-) -> tuple[Callable[[PyTree], tuple[Array, PyTree]], PyTree[Array]]:
-    """(f, floats): the float arrays of `params`, and fun as a function of these that returns (checked loss, packed aux)."""
+def checked_floats(params: PyTree) -> tuple[PyTree[Array], PyTree]:
+    """(floats, rest): the float arrays of `params`, real and at least one, and everything else."""
     floats, rest = _partitioned(params)
     leaves = jax.tree_util.tree_leaves_with_path(floats)
     if not leaves:
@@ -185,6 +183,29 @@ def split_params(
                 f"params{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, but estimators work on real parameters. "
                 "Keep the real and imaginary parts as two leaves and join them inside the function."
             )
+    return floats, rest
+
+
+def checked_loss(loss: Any, hint: str = "") -> Array:
+    """The loss, a real float scalar or vector; `hint` is added where it is no array at all."""
+    if not eqx.is_array_like(loss):
+        raise TypeError(f"the function returned {type(loss).__name__} as its loss, but an array is needed.{hint}")
+    loss = jnp.asarray(loss)
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TypeError(f"the loss has dtype {loss.dtype}, but a real floating-point loss is needed.")
+    if loss.ndim > 1:
+        raise ValueError(
+            f"the loss has shape {loss.shape}, but a scalar or one loss per example, [batch], is needed. "
+            "Take the mean over the other axes."
+        )
+    return loss
+
+
+def split_params(
+    fun: Callable[..., Any], params: PyTree, args: tuple[Any, ...], has_aux: bool
+) -> tuple[Callable[[PyTree], tuple[Array, PyTree]], PyTree[Array]]:
+    """(f, floats): the float arrays of `params`, and fun as a function of these that returns (checked loss, packed aux)."""
+    floats, rest = checked_floats(params)
 
     def f(floats: PyTree[Array]) -> tuple[Array, PyTree]:
         out = fun(eqx.combine(floats, rest), *args)
@@ -193,17 +214,6 @@ def split_params(
                 f"has_aux=True, but the function returned {type(out).__name__} instead of a pair (loss, aux)."
             )
         loss, aux = out if has_aux else (out, None)
-        if not eqx.is_array_like(loss):
-            hint = "" if has_aux else " To return more than the loss, pass has_aux=True."
-            raise TypeError(f"the function returned {type(loss).__name__} as its loss, but an array is needed.{hint}")
-        loss = jnp.asarray(loss)
-        if not jnp.issubdtype(loss.dtype, jnp.floating):
-            raise TypeError(f"the loss has dtype {loss.dtype}, but a real floating-point loss is needed.")
-        if loss.ndim > 1:
-            raise ValueError(
-                f"the loss has shape {loss.shape}, but a scalar or one loss per example, [batch], is needed. "
-                "Take the mean over the other axes."
-            )
-        return loss, pack(aux)
+        return checked_loss(loss, "" if has_aux else " To return more than the loss, pass has_aux=True."), pack(aux)
 
     return f, floats

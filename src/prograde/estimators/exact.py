@@ -1,6 +1,5 @@
 """The exact gradient by forward mode."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from prograde._custom_vjp import inline_custom_vjp
+from prograde._structured import coordinate_tangent, count, directional_derivative, from_coordinates
 from prograde.estimators._chunks import tangents_at_once
 from prograde.estimators._estimator import Estimate, Estimator, check_choice, check_whole, split_params, unpack, wide
 
@@ -31,7 +31,8 @@ class ForwardJacobian(Estimator):
     **Bias and variance:** none.
 
     **Cost:** n tangents: about 1 + n forward runs' worth of multiply-adds, in n / chunk runs; for functions whose operations
-    are small, n tangents in one chunk cost little more than one. Nothing is stored for a reverse pass.
+    are small, n tangents in one chunk cost little more than one. The tangent of one entry of a matrix is kept as factors, and
+    not multiplied as a matrix. Nothing is stored for a reverse pass.
 
     **Errors:** `ValueError` for a `chunk` below 1 or another `custom_vjp`; `TypeError` for complex parameters, a loss that is not
     real, or a function that forward mode cannot pass; all at trace time.
@@ -60,24 +61,14 @@ class ForwardJacobian(Estimator):
         del key
         f, floats = split_params(fun, params, args, has_aux)
         f = inline_custom_vjp(f) if self.custom_vjp == "inline" else f
-        leaves, treedef = jax.tree.flatten(floats)
-        sizes = [w.size for w in leaves]
+        n = count(floats)
 
         def derivative(index):
-            tangents, start = [], 0
-            for w in leaves:
-                at = jnp.arange(start, start + w.size).reshape(w.shape)
-                tangents.append((at == index).astype(w.dtype))
-                start += w.size
-            _, directional, _ = jax.jvp(f, (floats,), (treedef.unflatten(tangents),), has_aux=True)
+            _, directional, _ = directional_derivative(f, floats, coordinate_tangent(index, floats))
             return wide(directional)
 
-        chunk = tangents_at_once(self.chunk, sum(sizes), f, floats, jax.vmap(derivative))
-        directional = lax.map(derivative, jnp.arange(sum(sizes)), batch_size=chunk)
+        chunk = tangents_at_once(self.chunk, n, f, floats, jax.vmap(derivative))
+        directional = lax.map(derivative, jnp.arange(n, dtype=jnp.int32), batch_size=chunk)
         value, aux = f(floats)
-        flat = jnp.mean(directional.reshape(len(directional), -1), axis=1)
-        grads, start = [], 0
-        for w in leaves:
-            grads.append(flat[start : start + math.prod(w.shape)].reshape(w.shape).astype(w.dtype))
-            start += w.size
-        return Estimate(jnp.mean(value), unpack(aux), treedef.unflatten(grads), directional, state)
+        grads = from_coordinates(jnp.mean(directional.reshape(n, -1), axis=1), floats)
+        return Estimate(jnp.mean(value), unpack(aux), grads, directional, state)

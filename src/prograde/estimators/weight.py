@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from prograde._custom_vjp import inline_custom_vjp
-from prograde._structured import directional_derivative, inner_products, is_structured, weighted_sum
+from prograde._structured import directional_derivative, is_structured, projected, weighted_sum
 from prograde.estimators._chunks import in_groups, tangents_at_once
 from prograde.estimators._estimator import (
     Estimate,
@@ -123,7 +123,7 @@ class WeightPerturbation(SeededEstimator):
 
         def combined(tangents, directional, indices):
             along = coefficients(directional, indices)
-            return weighted_sum(tangents, _projected(tangents, along) if self.combine == "projection" else along)
+            return weighted_sum(tangents, projected(tangents, along) if self.combine == "projection" else along)
 
         if len(chunks) == 1:
             value, aux, directional, tangents = one_chunk(chunks[0])
@@ -190,7 +190,7 @@ class WeightPerturbation(SeededEstimator):
         if jax.tree.leaves(at_once):
             tangents = jax.vmap(lambda index: sample(at_once, index))(jnp.arange(total))
             if self.combine == "projection":
-                along = _projected(tangents, along)
+                along = projected(tangents, along)
             sums = eqx.combine(sums, weighted_sum(tangents, along))
         return jax.tree.map(lambda g, w: g.astype(w.dtype), sums, floats)
 
@@ -265,13 +265,3 @@ class WeightPerturbation(SeededEstimator):
 
 def _merged(x: Array) -> Array:
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])  # not -1: a leaf may be empty
-
-
-def _projected(tangents: PyTree, directional: Array) -> Array:
-    """(V^T V)^+ d: the weights of the tangents in the projection of the gradient onto their span."""
-    gram = inner_products(tangents).astype(directional.dtype)
-    values, vectors = jnp.linalg.eigh(gram)
-    # an eigenvalue at the rounding of the largest is that of a dependent tangent
-    kept = values > values[-1] * len(gram) * 8 * jnp.finfo(gram.dtype).eps
-    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-    return vectors @ (inverse * (vectors.T @ directional))

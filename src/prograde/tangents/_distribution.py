@@ -37,7 +37,3 @@ class TangentDistribution(abc.ABC):
     def second_moment_of_mean(self, params: PyTree[Array], num_tangents: int) -> PyTree[float]:
         """The c_l for the mean over `num_tangents` tangents: 1 + (c_l - 1) / K where they are independent."""
         return jax.tree.map(lambda c: 1 + (c - 1) / num_tangents, self.second_moment(params))
-
-
-def count(params: PyTree[Array]) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -9,8 +9,8 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
-from prograde._structured import LowRankTangent
-from prograde.tangents._distribution import TangentDistribution, count
+from prograde._structured import LowRankTangent, count
+from prograde.tangents._distribution import TangentDistribution
 from prograde.tangents._draw import draw, leaf_words
 from prograde.tangents.independent import Normal, Rademacher
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from prograde.tangents._distribution import TangentDistribution, count
+from prograde._structured import count
+from prograde.tangents._distribution import TangentDistribution
 from prograde.tangents._draw import draw, leaf_words, normal, signs
 
 

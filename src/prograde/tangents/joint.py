@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from prograde._inject import wider
-from prograde.tangents._distribution import TangentDistribution, count
+from prograde._structured import count
+from prograde.tangents._distribution import TangentDistribution
 from prograde.tangents._draw import threefry
 from prograde.tangents.independent import Normal
 

@@ -1,0 +1,152 @@
+"""A loop over a chunk of a stream."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from prograde.estimators._estimator import check_key, float_leaves
+from prograde.online._learner import Carry, OnlineLearner
+
+
+class StreamError(ValueError):
+    """Something in a stream that is not finite. What was learned before it is kept.
+
+    **Fields:** `carry` and `opt_state`, as they were before the step; `losses`, of the steps before it; `index`, of the faulty step
+    in the chunk. Continue from `carry` with what follows it.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, prograde as pg
+        >>> learner = pg.online.RTRL(lambda w, s, x: (w * s + x,) * 2, lambda output, target: (output - target) ** 2)
+        >>> params, optimizer = jnp.array(0.5), optax.sgd(0.1)
+        >>> carry, opt_state = learner.init(params, jnp.array(0.0)), optimizer.init(params)
+        >>> inputs = jnp.array([0.1, 0.2, jnp.nan, 0.3])
+        >>> try:
+        ...     pg.online.learn(learner, optimizer, jax.random.key(0), carry, opt_state, inputs, inputs)
+        ... except pg.online.StreamError as error:
+        ...     print(error.index, int(error.carry.step))
+        2 2
+
+    **Source:** none; a stream is not a data set that one can clean beforehand.
+    """
+
+    def __init__(self, message: str, index: int, carry: Carry, opt_state: PyTree, losses: Array):
+        super().__init__(message)
+        self.index, self.carry, self.opt_state, self.losses = index, carry, opt_state, losses
+
+
+def learn(
+    learner: OnlineLearner,
+    optimizer: Any,
+    key: Key[Array, ""],
+    carry: Carry,
+    opt_state: PyTree,
+    inputs: PyTree[Array],
+    targets: PyTree[Array],
+) -> tuple[Carry, PyTree, Float[Array, " steps"]]:
+    """Learns from a chunk of a stream: one step of the learner and of the optimizer for each input, in one compiled loop.
+
+    **Arguments:**
+
+    - `learner`: such as `RTRL(cell, loss)`.
+    - `optimizer`: what has the method `update(grads, opt_state, params)` of Optax; `opt_state`: its state.
+    - `key`: the same for the whole stream: each step folds in how many there were before it.
+    - `carry`: what `learner.init` or the last chunk gave.
+    - `inputs`, `targets`: trees of arrays with a leading axis of steps.
+
+    **Returns:** `(carry, opt_state, losses)`, each loss before its update. A stream that is cut into chunks in another way, or saved in the middle
+    (`equinox.tree_serialise_leaves` of carry and optimizer state) and continued, gives the same numbers.
+
+    **Cost:** that of the learner's steps; compiled once for each length of a chunk. One synchronisation with the host a chunk.
+
+    **Errors:** `StreamError` where an input, a loss, the state, the gradient or the updated parameters are not finite; it holds what there was before.
+    `ValueError` for leading axes that differ. Inside `jit` nothing can be raised: the loop then ends with the faulty
+    step, and the losses from it on are NaN.
+
+    **Source:** arXiv 1702.05043 for learning at every step.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, prograde as pg
+        >>> learner = pg.online.RTRL(lambda w, s, x: (w * s + x,) * 2, lambda output, target: (output - target) ** 2)
+        >>> params, optimizer = jnp.array(0.1), optax.adam(0.03)
+        >>> carry, opt_state = learner.init(params, jnp.array(0.0)), optimizer.init(params)
+        >>> inputs = jax.random.normal(jax.random.key(1), (1000,))
+        >>> targets = jax.lax.scan(lambda s, x: (0.7 * s + x,) * 2, 0.0, inputs)[1]
+        >>> carry, opt_state, losses = pg.online.learn(
+        ...     learner, optimizer, jax.random.key(0), carry, opt_state, inputs, targets)
+        >>> print(carry.params.round(2))
+        0.7
+    """
+    check_key(key)
+    lengths = {np.shape(x)[:1] for x in jax.tree.leaves((inputs, targets))}
+    if len(lengths) != 1 or () in lengths:
+        shapes = [np.shape(x) for x in jax.tree.leaves((inputs, targets))]
+        raise ValueError(f"inputs and targets have shapes {shapes}, but all need one leading axis, that of the steps.")
+    (length,) = lengths.pop()
+    arguments = (learner, optimizer, key, carry, opt_state, inputs, targets)
+    done, sound, after, opt_after, losses = _steps(*arguments, jnp.asarray(length, jnp.int32))
+    if isinstance(sound, Tracer) or sound:
+        return after, opt_after, losses
+    index = int(done) - 1
+    # the steps are a function of key and carry: taken again, they end just before the fault
+    _, _, carry, opt_state, losses = _steps(*arguments, jnp.asarray(index, jnp.int32))
+    here = jax.tree.map(lambda x: x[index], (inputs, targets))
+    names = [
+        f"{name}{jax.tree_util.keystr(path)}"
+        for name, tree in zip(("input", "target"), here, strict=True)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        if not _finite(x)
+    ]
+    what = (
+        " and ".join(names)
+        if names
+        else "what the step makes of finite input (the loss, the state, the gradient or the update)"
+    )
+    raise StreamError(
+        f"step {index} of the chunk, {int(carry.step)} of the stream: {what} is not finite. The carry before it is in this error's "
+        "`carry`. " + ("Leave this input out, and continue." if names else "A lower learning rate may help."),
+        index, carry, opt_state, losses[:index],
+    )  # fmt: skip
+
+
+def _finite(tree: PyTree) -> Bool[Array, ""]:
+    floats = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats])) if floats else jnp.array(True)
+
+
+@eqx.filter_jit
+def _steps(
+    learner: OnlineLearner,
+    optimizer: Any,
+    key: Key[Array, ""],
+    carry: Carry,
+    opt_state: PyTree,
+    inputs: PyTree[Array],
+    targets: PyTree[Array],
+    most: Int[Array, ""],
+) -> tuple[Int[Array, ""], Bool[Array, ""], Carry, PyTree, Float[Array, " steps"]]:
+    """At most `most` steps: (how many, whether all were sound, carry, optimizer state, losses)."""
+    learning, fixed = eqx.partition((carry, opt_state), eqx.is_array)
+
+    def one(loop: Any) -> Any:
+        i, _, learning, losses = loop
+        carry, opt_state = eqx.combine(learning, fixed)
+        input, target = jax.tree.map(lambda x: jnp.asarray(x)[i], (inputs, targets))
+        stepped, loss, grads = learner.step(jax.random.fold_in(key, carry.step), carry, input, target)
+        updates, opt_state = optimizer.update(grads, opt_state, float_leaves(carry.params))
+        stepped = stepped.with_params(eqx.apply_updates(carry.params, updates))
+        sound = _finite((loss, stepped, grads))
+        learning = eqx.filter((stepped, opt_state), eqx.is_array)
+        return i + 1, sound, learning, losses.at[i].set(jnp.where(sound, loss, jnp.nan))
+
+    first = jax.tree.map(lambda x: jnp.asarray(x)[0], (inputs, targets))
+    loss = eqx.filter_eval_shape(learner.step, key, carry, *first)[1]
+    length = len(jax.tree.leaves(inputs)[0])
+    loop = jnp.zeros((), jnp.int32), jnp.array(True), learning, jnp.full(length, jnp.nan, loss.dtype)
+    i, sound, learning, losses = lax.while_loop(lambda loop: (loop[0] < most) & loop[1], one, loop)
+    return i, sound, *eqx.combine(learning, fixed), losses

@@ -1,0 +1,164 @@
+"""What every online learner is, what it carries from step to step, and the checks that all of them make."""
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from prograde.estimators._estimator import check_key, checked_floats, checked_loss
+
+Step = Callable[[PyTree[Array], PyTree[Array]], tuple[tuple[Array, PyTree[Array]], PyTree[Array]]]
+
+
+class Carry(eqx.Module):
+    """What an online learner carries from step to step: a pytree, so that `equinox.tree_serialise_leaves` saves it.
+
+    **Fields:**
+
+    - `params`: the parameters; replace them with `with_params` after an update.
+    - `state`: the state of the cell.
+    - `memory`: what the learner keeps beside it: the tangent of the state, directions, factors.
+    - `step`: how many steps there were.
+
+    Examples:
+        >>> import jax.numpy as jnp, prograde as pg
+        >>> learner = pg.online.RTRL(lambda w, s, x: (jnp.tanh(w * s + x),) * 2, lambda output, target: (output - target) ** 2)
+        >>> carry = learner.init(jnp.array(0.5), jnp.array(0.0))
+        >>> carry.memory.shape           # d state / d parameter
+        (1, 1)
+    """
+
+    params: PyTree
+    state: PyTree[Array]
+    memory: PyTree
+    step: Int[Array, ""]
+
+    def with_params(self, params: PyTree) -> "Carry":
+        """The same with other parameters, of the same structure, shapes and dtypes."""
+        if differences := tree_differences(self.params, params):
+            raise ValueError(
+                f"params differ from those of the carry: {differences}. Keep structure, shapes and dtypes."
+            )
+        return Carry(params, self.state, self.memory, self.step)
+
+
+@dataclass(frozen=True)
+class OnlineLearner(abc.ABC):
+    """Learns the parameters of a recurrent cell from a stream, step by step: a frozen dataclass.
+
+        state, output = cell(params, state, input)          loss(output, target)
+
+    The gradient of a step's loss with respect to the parameters goes through all the steps before it, by way of the state:
+
+        d L_t / d theta = dL/ds J_(t-1) + dL/dtheta,        J_t = dF/ds J_(t-1) + dF/dtheta,        J_t = d s_t / d theta
+
+    A learner is a way to carry J, or as much of it as is needed. To write one, subclass and implement `memory` and `advance`.
+
+    **Arguments:**
+
+    - `cell`: a function `(params, state, input) -> (state, output)`. The state is any tree of arrays, whose structure, shapes and
+      dtypes stay; with a leading batch axis it is that of several streams at once.
+    - `loss`: a function `(output, target) -> loss`, a float scalar, or a vector whose mean is taken.
+
+    **Errors:** `TypeError` or `ValueError` for a cell whose state changes structure, shape or dtype, with the leaf; at trace time.
+
+    **Source:** Williams & Zipser 1989, Neural Computation 1(2); the notation is that of arXiv 1702.05043.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, prograde as pg
+        >>> cell = lambda w, s, x: (jnp.tanh(w * s + x),) * 2
+        >>> learner = pg.online.RTRL(cell, lambda output, target: (output - target) ** 2)
+        >>> carry = learner.init(jnp.array(0.5), jnp.array(0.0))
+        >>> for x in (0.1, 0.2, 0.3):
+        ...     carry, loss, grads = learner.step(jax.random.key(0), carry, x, 0.0)
+        >>> int(carry.step), grads.shape
+        (3, ())
+    """
+
+    cell: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    loss: Callable[[PyTree, PyTree], Array]
+
+    @abc.abstractmethod
+    def memory(self, params: PyTree, state: PyTree[Array], input: PyTree, target: PyTree) -> PyTree:
+        """What is kept beside the state before the first step; the arguments are those of `init`."""
+
+    @abc.abstractmethod
+    def advance(
+        self, key: Key[Array, ""], step: Step, carry: Carry, input: PyTree, target: PyTree
+    ) -> tuple[PyTree, tuple[Array, PyTree[Array]], PyTree[Array], PyTree[Array]]:
+        """One step: (memory, (loss, float state), the rest of the state, grads).
+
+        `step(floats, state) -> ((loss, float state), rest)` is the cell and the loss at this input and target, as a function of the
+        float arrays of the parameters and of the state, as `estimators._estimator.float_leaves` takes them from those of `carry`.
+        """
+
+    def init(self, params: PyTree, state: PyTree, input: PyTree = None, target: PyTree = None) -> Carry:
+        """The carry before the first step.
+
+        **Arguments:** `params`, any tree with float arrays; `state`, a tree of arrays; `input` and `target`, examples of what will
+        come, of which only shapes matter, for learners that keep some of the stream (`DODGE` with a guess).
+        """
+        state = jax.tree.map(jnp.asarray, state)
+        checked_floats(params)
+        memory = self.memory(params, state, input, target)
+        return Carry(params, state, memory, jnp.zeros((), jnp.int32))
+
+    def step(
+        self, key: Key[Array, ""], carry: Carry, input: PyTree, target: PyTree
+    ) -> tuple[Carry, Float[Array, ""], PyTree]:
+        """Takes one input of the stream.
+
+        **Returns:** `(carry, loss, grads)`: the next carry, with the parameters as they were; the loss; the estimate of its gradient,
+        a tree like the parameters, with `None` at leaves that are not float arrays. Works under `jit` and `scan`. What is not finite
+        passes through; `learn` stops before it.
+        """
+        check_key(key)
+        step = one_step(self.cell, self.loss, carry.params, carry.state, input, target)
+        memory, (loss, floats), rest, grads = self.advance(key, step, carry, input, target)
+        return Carry(carry.params, eqx.combine(floats, rest), memory, carry.step + 1), loss, grads
+
+
+def one_step(
+    cell: Callable[..., Any], loss: Callable[..., Any], params: PyTree, state: PyTree, input: PyTree, target: PyTree
+) -> Step:
+    """One step as a function `(float parameters, float state) -> ((loss, float state), rest of the state)`."""
+    _, other_params = checked_floats(params)
+    other_state = eqx.filter(state, eqx.is_inexact_array, inverse=True)
+
+    def step(floats: PyTree[Array], float_state: PyTree[Array]) -> tuple[tuple[Array, PyTree[Array]], PyTree[Array]]:
+        out = cell(eqx.combine(floats, other_params), eqx.combine(float_state, other_state), input)
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(f"the cell returned {type(out).__name__}, but a pair (state, output) is needed.")
+        following, output = out
+        if differences := tree_differences(state, following):
+            raise ValueError(
+                f"the cell returned another state than it was given: {differences}. A state keeps structure, shapes and dtypes "
+                "from step to step: convert it at the end of the cell, or start with a state like the one it returns."
+            )
+        float_state, other = eqx.partition(following, eqx.is_inexact_array)
+        return (jnp.mean(checked_loss(loss(output, target))), float_state), other
+
+    return step
+
+
+def tree_differences(before: PyTree, after: PyTree) -> str:
+    """What two trees of arrays differ in, in words; empty where they agree."""
+    then, now = jax.tree.structure(before), jax.tree.structure(after)
+    if then != now:
+        return f"its structure was {then} and is {now}"
+
+    def difference(path: Any, old: Any, new: Any) -> str:
+        if not isinstance(old, jax.Array | np.ndarray | np.generic):
+            return ""
+        kind = lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}"  # noqa: E731
+        name = jax.tree_util.keystr(path) or "it"
+        return "" if kind(old) == kind(new) else f"{name} was {kind(old)} and is {kind(new)}"
+
+    found = jax.tree_util.tree_map_with_path(difference, before, after)
+    return "; ".join(filter(None, jax.tree.leaves(found)))

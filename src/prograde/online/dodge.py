@@ -1,0 +1,175 @@
+"""Directional gradients in deep time: a few directions, kept for a window."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Key, PyTree
+
+from prograde._structured import directional_derivative, projected, weighted_sum
+from prograde.estimators._estimator import check_choice, check_whole, float_leaves, wide
+from prograde.online._learner import OnlineLearner, tree_differences
+from prograde.online.directions import PastWindow
+from prograde.tangents import Rademacher, TangentDistribution
+
+
+@dataclass(frozen=True)
+class DODGE(OnlineLearner):
+    """Deep online directional gradient estimation: exact directional derivatives along directions that stay for a window.
+
+        u_k <- dF/ds u_k + dF/dtheta v_k        d_k = dL/ds u_k + dL/dtheta v_k        g_t = (1/K) sum_k d_k v_k
+
+    The tangent u_k = J v_k of the state along each direction v_k is carried with the state. When a window ends, new directions are drawn
+    and the tangents begin again at zero.
+
+    **Arguments:**
+
+    - `cell`, `loss`: as in `OnlineLearner`.
+    - `window`: steps for which directions stay. The gradient reaches back to the start of the window: longer costs nothing, and
+      brings fewer new directions.
+    - `directions`: a `TangentDistribution`, or a direction function `(key, past) -> directions` of a `PastWindow`, which returns a tree like
+      the float arrays of the parameters with a leading axis of `num_tangents`: `Momentum()`, `TruncatedBackprop()`, or your own.
+    - `num_tangents`: K, how many directions.
+    - `combine`: `"mean"`, as above, for directions of zero mean and unit covariance; `"projection"`, V (V^T V)^+ d, the projection of the
+      gradient onto the span of any directions. When `None`, `"mean"` for a distribution and `"projection"` for a function.
+
+    **Bias:** none with `"mean"` for the sum of the losses of a window as a function of the parameters, its first state given, which is what
+    backpropagation through the window gives. A projection has none only where the gradient lies in the span. **Variance:** as
+    `WeightPerturbation`: n times the squared gradient for one direction, falling as 1/K.
+
+    **Cost:** a forward run with K tangents a step; memory K (n + s) numbers, for structured directions far less than n. A direction
+    function also has the inputs of a window kept. Independent of the length of the stream, and of the window but for these.
+
+    **Errors:** as `OnlineLearner`; `ValueError` for `window` or `num_tangents` below 1, directions of another structure or shape, or no example
+    of inputs where a direction function needs one; `TypeError` for a cell that forward mode cannot pass.
+
+    **Source:** Silver, Goyal, Danihelka, Hessel & van Hasselt 2022, Learning by directional gradient descent (ICLR); arXiv 2202.08587.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, prograde as pg
+        >>> cell = lambda params, s, x: (jnp.tanh(params @ jnp.append(s, x)), s)
+        >>> learner = pg.online.DODGE(cell, lambda output, target: jnp.mean((output - target) ** 2), window=20, num_tangents=4)
+        >>> params = 0.1 * jnp.ones((3, 4))
+        >>> carry, optimizer = learner.init(params, jnp.zeros(3)), optax.sgd(0.05)
+        >>> inputs = jnp.sin(jnp.arange(200) / 5)
+        >>> carry, _, losses = pg.online.learn(
+        ...     learner, optimizer, jax.random.key(0), carry, optimizer.init(params), inputs, 0.5 * inputs)
+        >>> losses.shape, int(carry.step)
+        ((200,), 200)
+    """
+
+    window: int
+    directions: TangentDistribution | Callable[[Key[Array, ""], PastWindow], PyTree] = field(default_factory=Rademacher)
+    num_tangents: int = 1
+    combine: Literal["mean", "projection"] | None = None
+
+    def __post_init__(self):
+        check_whole("window", self.window)
+        check_whole("num_tangents", self.num_tangents)
+        if self.combine is not None:
+            check_choice("combine", self.combine, ("mean", "projection"))
+        if not callable(self.directions) and not isinstance(self.directions, TangentDistribution):
+            raise TypeError(
+                f"directions={self.directions!r}, but a distribution of tangents is needed, such as Rademacher(), or a function "
+                "(key, past) -> directions, such as Momentum()."
+            )
+
+    def memory(self, params, state, input, target):
+        floats, k = float_leaves(params), self.num_tangents
+        of_each = lambda tree: jax.tree.map(lambda x: jnp.zeros((k, *jnp.shape(x)), jnp.result_type(x)), tree)  # noqa: E731
+        tangents = of_each(float_leaves(state))
+        if isinstance(self.directions, TangentDistribution):
+            drawn = jax.eval_shape(lambda key: self._draw(key, params, None), jax.random.key(0))
+            return _Memory(jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), drawn), tangents, None)
+        if input is None:
+            raise ValueError(
+                f"input=None, but directions={self.directions!r} look at the inputs of a window: pass init(params, state, input, target) "
+                "examples of what will come, of which only the shapes matter."
+            )
+        kept = lambda tree: jax.tree.map(  # noqa: E731
+            lambda x: jnp.zeros((self.window, *jnp.shape(x)), jnp.result_type(x)), tree
+        )
+        grads = jax.tree.map(jnp.zeros_like, floats)
+        count = jnp.zeros((), jnp.int32)
+        past = PastWindow(self, params, state, kept(input), kept(target), of_each(floats), grads, count)
+        drawn = jax.eval_shape(lambda key: self._draw(key, params, past), jax.random.key(0))
+        if differences := tree_differences(past.directions, drawn):
+            raise ValueError(
+                f"directions={self.directions!r} returned other directions than a tree like the float arrays of the parameters with a "
+                f"leading axis of num_tangents={k}: {differences}."
+            )
+        return _Memory(past.directions, tangents, _Window(state, past.inputs, past.targets, grads))
+
+    def advance(self, key, step, carry, input, target):
+        floats, state = float_leaves(carry.params), float_leaves(carry.state)
+        place = carry.step % self.window
+
+        def begin(memory: _Memory) -> _Memory:
+            window = memory.window
+            past = None
+            if window is not None:
+                grads = jax.tree.map(lambda g: g / self.window, window.grads)
+                count = carry.step // self.window
+                past = PastWindow(
+                    self, carry.params, window.state, window.inputs, window.targets, memory.directions, grads, count
+                )
+                window = _Window(carry.state, window.inputs, window.targets, jax.tree.map(jnp.zeros_like, window.grads))
+            zeros = jax.tree.map(jnp.zeros_like, memory.state_tangents)
+            return _Memory(self._draw(key, carry.params, past), zeros, window)
+
+        memory = lax.cond(place == 0, begin, lambda memory: memory, carry.memory)
+
+        def along(direction, tangent):
+            point, tangents = {"params": floats, "state": state}, {"params": direction, "state": tangent}
+            (loss, following), (slope, moved), rest = directional_derivative(
+                lambda both: step(both["params"], both["state"]), point, tangents
+            )
+            return (loss, following), rest, wide(slope), moved
+
+        value, rest, slopes, tangents = jax.vmap(along, out_axes=(None, None, 0, 0))(
+            memory.directions, memory.state_tangents
+        )
+        random = isinstance(self.directions, TangentDistribution)
+        mean = self.combine == "mean" or (self.combine is None and random)
+        weights = slopes / self.num_tangents if mean else projected(memory.directions, slopes)
+        grads = weighted_sum(memory.directions, weights)
+        grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, floats)
+        window = memory.window
+        if window is not None:
+            put = lambda kept, x: jax.tree.map(lambda k, v: k.at[place].set(v), kept, x)  # noqa: E731
+            window = _Window(
+                window.state,
+                put(window.inputs, input),
+                put(window.targets, target),
+                jax.tree.map(jnp.add, window.grads, grads),
+            )
+        return _Memory(memory.directions, tangents, window), value, rest, grads
+
+    def _draw(self, key: Key[Array, ""], params: PyTree, past: PastWindow | None) -> PyTree:
+        if not isinstance(self.directions, TangentDistribution):
+            assert past is not None
+            return self.directions(key, past)
+        floats, k = float_leaves(params), self.num_tangents
+        sample = self.directions.sample
+        return jax.vmap(lambda index: sample(key, floats, index, k))(jnp.arange(k, dtype=jnp.int32))
+
+
+class _Window(eqx.Module):
+    """What a direction function will look at: the state at the start of the window, its inputs, the sum of its estimates."""
+
+    state: PyTree[Array]
+    inputs: PyTree[Array]
+    targets: PyTree[Array]
+    grads: PyTree[Array]
+
+
+class _Memory(eqx.Module):
+    """The directions v_k, and the tangent J v_k of the state along each."""
+
+    directions: PyTree
+    state_tangents: PyTree[Array]
+    window: _Window | None
