@@ -5,6 +5,7 @@ loss, grads = grad_fn(key, params, batch)
 """
 
 from prograde import diagnostics, distributed, online, replay
+from prograde._bounded import bounded_loops
 from prograde._check import CheckReport, check
 from prograde._inject import inject
 from prograde._value_and_grad import value_and_grad
@@ -64,6 +65,7 @@ __all__ = [
     "Sphere",
     "TangentDistribution",
     "WeightPerturbation",
+    "bounded_loops",
     "check",
     "diagnostics",
     "distributed",

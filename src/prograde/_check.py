@@ -10,7 +10,7 @@ import jax
 from jax._src.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array, PyTree
 
-from prograde._custom_vjp import describe, inline_custom_vjp, is_custom_vjp
+from prograde._custom_vjp import describe, inline_custom_vjp, is_custom_vjp, remedy
 from prograde._jaxprs import equations, multiply_adds, source
 from prograde._sites import leaves_of
 from prograde._structured import DenseFallback, Recorder, directional_derivative
@@ -28,6 +28,7 @@ class CheckReport:
     - `estimator`: what was checked.
     - `num_parameters`: n, the numbers in the float arrays of the parameters.
     - `blocking`: functions with a `jax.custom_vjp` that forward mode cannot pass, each as `name (file:line (caller))`.
+    - `remedies`: what to do about each of these: for a reverse-only adjoint of diffrax, the argument to pass.
     - `bypassed`: the same, where the estimator has `custom_vjp="inline"` and so leaves the hand-made rule aside.
     - `always_zero`: paths of parameters whose tangent never reaches the loss, whatever their value: unused, or behind argmax,
       `stop_gradient`, a conversion to integers. Their gradient is 0, and the estimate only gets noise from them.
@@ -52,6 +53,7 @@ class CheckReport:
     estimator: Estimator
     num_parameters: int
     blocking: tuple[str, ...]
+    remedies: tuple[str, ...]
     bypassed: tuple[str, ...]
     always_zero: tuple[str, ...]
     dense: tuple[tuple[str, DenseFallback], ...]
@@ -67,11 +69,8 @@ class CheckReport:
 
     def __str__(self) -> str:
         lines = [f"{self.estimator}", f"  parameters: {self.num_parameters:,} numbers"]
-        for name in self.blocking:
-            lines.append(
-                f"  BLOCKED by {name}: a jax.custom_vjp, which forward mode cannot pass. Give it a jax.custom_jvp, or pass "
-                "custom_vjp='inline' to the estimator."
-            )
+        for name, sentence in zip(self.blocking, self.remedies, strict=True):
+            lines.append(f"  BLOCKED by {name}: a jax.custom_vjp, which forward mode cannot pass. {sentence}")
         for name in self.bypassed:
             lines.append(f"  bypassed: the rule of {name}; its code is differentiated instead.")
         for path in self.always_zero:
@@ -176,6 +175,7 @@ def check(
         inner = inner.estimator
     program = jax.make_jaxpr(alone)(dynamic).jaxpr
     by_hand = {describe(eqn): source(eqn) for eqn in equations(program) if is_custom_vjp(eqn)}
+    remedies = {describe(eqn): remedy(eqn) for eqn in equations(program) if is_custom_vjp(eqn)}
     forward = hasattr(inner, "custom_vjp")
     reached = _reached_by_tangents(pieces, dynamic) if forward and by_hand else set()
     differentiated = tuple(name for name, place in by_hand.items() if place in reached)
@@ -189,6 +189,7 @@ def check(
         estimator=estimator,
         num_parameters=sum(w.size for w in jax.tree.leaves(eqx.filter_eval_shape(pieces, dynamic)[1])),
         blocking=blocking,
+        remedies=tuple(remedies[name] for name in blocking),
         bypassed=differentiated if inline else (),
         always_zero=_always_zero(pieces, dynamic, bool(by_hand)),
         dense=_dense_fallbacks(perturbed, dynamic, inner)

@@ -24,6 +24,37 @@ def describe(eqn: JaxprEqn) -> str:
     return f"{name} ({source(eqn)})"
 
 
+# who makes a loop for reverse mode, by a part of the path of its code; what is passed instead
+_FORWARD_ALTERNATIVES = {
+    "/diffrax/": "This adjoint of diffrax is for reverse mode only: pass adjoint=diffrax.ForwardMode() to diffrax.diffeqsolve.",
+    "/optimistix/": "This adjoint of optimistix is for reverse mode only: pass adjoint=optimistix.ImplicitAdjoint() to the solver.",
+    "/equinox/internal/_loop/": "A checkpointed loop of equinox is for reverse mode only: pass kind='lax' to it.",
+}
+
+
+def remedy(eqn: JaxprEqn) -> str:
+    """What to do about a call of a function with a custom reverse rule, in a sentence."""
+    frames = eqn.source_info.traceback.frames if eqn.source_info.traceback is not None else ()
+    files = [frame.file_name.replace("\\", "/") for frame in frames]
+    for part, sentence in _FORWARD_ALTERNATIVES.items():
+        if any(part in file for file in files):
+            return sentence
+    return "Give it a jax.custom_jvp, or pass custom_vjp='inline' to the estimator."
+
+
+def named(error: TypeError, fun: Callable[..., Any], *args: Any) -> TypeError:
+    """JAX's refusal to push a tangent through a custom reverse rule, with the functions there are and what to do; or the error as it is."""
+    if "custom_vjp" not in str(error) or "forward-mode" not in str(error):
+        return error
+    found = {describe(eqn): remedy(eqn) for eqn in equations(jax.make_jaxpr(fun)(*args).jaxpr) if is_custom_vjp(eqn)}
+    if not found:
+        return error
+    sentences = " ".join(dict.fromkeys(found.values()))
+    return TypeError(
+        f"forward mode cannot pass a jax.custom_vjp, a rule for reverse mode: {', '.join(found)}. {sentences}"
+    )
+
+
 def inline_custom_vjp(fun: Callable[..., Any]) -> Callable[..., Any]:
     """The function with every call of a function with a custom reverse rule replaced by that function's code."""
 

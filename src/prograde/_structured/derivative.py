@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import quax
 from jaxtyping import Array, Float, PyTree
 
+from prograde._custom_vjp import named
 from prograde._inject import inject, wider
 from prograde._structured.tangent import LowRankTangent, PerturbedArray, Recorder, perturb
 
@@ -46,7 +47,10 @@ def directional_derivative(
         aux = jax.tree.map(lambda x: x.weight if is_value(x) else x, aux, is_leaf=is_value)
         return jax.tree.map(lambda x: x.materialise() if is_value(x) else x, value, is_leaf=is_value), aux
 
-    return jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),), has_aux=True)
+    try:
+        return jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),), has_aux=True)
+    except TypeError as error:
+        raise named(error, fun, params) from None
 
 
 def weighted_sum(tangents: PyTree[Tangent], coefficients: Float[Array, " k"]) -> PyTree[Array]:
