@@ -64,11 +64,20 @@ class ForwardJacobian(Estimator):
         n = count(floats)
 
         def derivative(index):
-            _, directional, _ = directional_derivative(f, floats, coordinate_tangent(index, floats))
-            return wide(directional)
+            value, directional, aux = directional_derivative(f, floats, coordinate_tangent(index, floats))
+            return value, aux, wide(directional)
 
-        chunk = tangents_at_once(self.chunk, n, f, floats, jax.vmap(derivative))
-        directional = lax.map(derivative, jnp.arange(n, dtype=jnp.int32), batch_size=chunk)
-        value, aux = f(floats)
+        def of_chunk(indices):
+            value, aux, directional = jax.vmap(derivative)(indices)
+            value, aux = jax.tree.map(lambda x: x[0], (value, aux))  # the primal is the same for all of them
+            return value, aux, directional
+
+        # the run along the first chunk is also the one that gives the value
+        chunk = tangents_at_once(self.chunk, n, f, floats, of_chunk)
+        chunks = jnp.arange(-(-n // chunk) * chunk, dtype=jnp.int32).reshape(-1, chunk)  # over n: tangents of zeros
+        value, aux, directional = of_chunk(chunks[0])
+        if len(chunks) > 1:
+            rest = lax.map(lambda indices: of_chunk(indices)[2], chunks[1:])
+            directional = jnp.concatenate([directional, rest.reshape(-1, *rest.shape[2:])])[:n]
         grads = from_coordinates(jnp.mean(directional.reshape(n, -1), axis=1), floats)
         return Estimate(jnp.mean(value), unpack(aux), grads, directional, state)
