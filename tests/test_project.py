@@ -46,7 +46,7 @@ def test_models_do_not_import_the_lab_nor_the_rest_of_the_core():
 
 def test_lab_uses_public_names_only():
     public = {"prograde", "prograde.testing", "prograde.lm", "prograde.replay"}
-    for path in (SOURCE / "lab").glob("*.py"):
+    for path in (SOURCE / "lab").rglob("*.py"):
         for name in imports(path):
             if name.startswith("prograde"):
                 assert name in public or name.startswith("prograde.lab"), f"{path} imports {name}"

@@ -1,4 +1,4 @@
-"""The command line: `prograde reproduce`, `report`, `compare`, `bench`, `list`."""
+"""The command line: `prograde reproduce`, `report`, `compare`, `bench`, `beyond`, `list`."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ except ImportError as error:  # installed without the extra
         f"prograde: the command line needs more packages ({error.name}). pip install 'prograde[lab]'"
     ) from None
 
-from prograde.lab import cli_finetune
+from prograde.lab import cli_beyond, cli_finetune
 
 # XLA hands single convolutions on a CPU to a library whose backward pass is slow; without it backprop of the CNN is
 # much faster. Every comparison gives backprop the faster setting. The option is known to exist in jaxlib 0.10 only,
@@ -35,6 +35,7 @@ beside backprop, on this machine.
   prograde reproduce --data mnist --full  the real thing, on MNIST; hours
   prograde report runs/NAME               the report again, from the records alone
   prograde compare --model transformer    estimators beside each other: cost, memory, bias, variance, what they reach
+  prograde beyond newton stream           where reverse mode cannot go: loops, streams, long horizons, hyperparameters
   prograde finetune --model smollm2 --data reviews.csv   a language model learns, at the memory of inference
   prograde replay smollm2 replay.log -o DIR   its weights again, from a log of a few kilobytes; inspect shows the log
   prograde bench mlp transformer          what a step costs, beside backprop in JAX and in PyTorch
@@ -199,6 +200,7 @@ def main() -> None:
         print(f"prograde {metadata.version('prograde')}")
         return
     commands = {"reproduce": Reproduce, "report": Report, "compare": Compare, "bench": Bench, "launch": Launch}
+    commands |= {"beyond": cli_beyond.Beyond}
     language = {"finetune": cli_finetune.Finetune, "replay": cli_finetune.Replay, "inspect": cli_finetune.Inspect}
     arguments = sys.argv[1:]
     # what follows two dashes is a command of its own
@@ -225,7 +227,9 @@ def main() -> None:
         elif isinstance(command, tuple(language.values())):
             _language(command, console, errors)
         else:
-            {Reproduce: _reproduce, Compare: _compare, Bench: _bench}[type(command)](command, console, errors)
+            {Reproduce: _reproduce, Compare: _compare, Bench: _bench, cli_beyond.Beyond: _beyond}[type(command)](
+                command, console, errors
+            )
     except (DataError, RecordError, UsageError) as error:
         say(errors, f"prograde: {error}")
         raise SystemExit(2) from None
@@ -370,7 +374,9 @@ def _check_common(command: Reproduce | Compare) -> None:
 
 
 @contextlib.contextmanager
-def _continued(command: Reproduce | Compare | cli_finetune.Finetune, out: Path, errors) -> Iterator[None]:
+def _continued(
+    command: Reproduce | Compare | cli_beyond.Beyond | cli_finetune.Finetune, out: Path, errors
+) -> Iterator[None]:
     """Says how to continue what is stopped."""
     from prograde.lab.records import RecordError
 
@@ -400,7 +406,7 @@ def _program() -> list[str]:
     return ["prograde" if found and Path(found).samefile(sys.argv[0]) else sys.argv[0]]
 
 
-def _command_line(command: Reproduce | Compare | cli_finetune.Finetune) -> str:
+def _command_line(command: Reproduce | Compare | cli_beyond.Beyond | cli_finetune.Finetune) -> str:
     words = [*_program(), type(command).__name__.lower(), *getattr(command, "experiments", ())]
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
@@ -500,6 +506,36 @@ def _bench(command: Bench, console, errors) -> None:
     if command.markdown is not None:
         bench_report.write_markdown(record, command.markdown)
         say(console, f"Figure and tables are in {command.markdown}")
+
+
+def _beyond(command: cli_beyond.Beyond, console, errors) -> None:
+    from prograde.lab.beyond import EXPERIMENTS, report, run
+    from prograde.lab.display import Display
+
+    names = list(dict.fromkeys(command.experiments)) or ["all"]
+    if unknown := [name for name in names if name not in EXPERIMENTS and name != "all"]:
+        raise UsageError(f"unknown experiment {', '.join(unknown)}. Valid names: all, {', '.join(EXPERIMENTS)}.")
+    if command.from_ is not None:
+        if dataclasses.replace(command, from_=None, markdown=None) != cli_beyond.Beyond():
+            raise UsageError("--from DIR shows records and runs nothing; it takes no other option than --markdown.")
+        out = command.from_
+    else:
+        if command.resume and command.out is None:
+            raise UsageError("--resume needs --out DIR, the directory to continue.")
+        names = list(EXPERIMENTS) if "all" in names else names
+        try:
+            experiments = [run.experiment(name) for name in names]
+        except ImportError as error:
+            raise UsageError(f"this needs more packages ({error.name}). pip install 'prograde[beyond]'") from None
+        out = command.out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-beyond"
+        say(console, f"Records go to {out}.")
+        with _continued(command, out, errors):
+            run.run(experiments, command.full, out, command.resume, Display(console))
+    report.print_all(out, console)
+    say(console, f"Report: {report.build(out)}")
+    if command.markdown is not None:
+        report.write_markdown(out, command.markdown)
+        say(console, f"Figures and tables are in {command.markdown}")
 
 
 def _list(console) -> None:
