@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import prograde
-from prograde import lm
+from prograde import lm, online
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "prograde"
@@ -76,6 +76,8 @@ def public_objects():
         yield name, getattr(prograde, name)
     for name in ("required_samples", "assert_mean"):
         yield f"testing.{name}", getattr(importlib.import_module("prograde.testing"), name)
+    for name in online.__all__:
+        yield f"online.{name}", getattr(online, name)
     for name in lm.__all__:
         if name != "Dtype":  # an alias, which cannot have a docstring
             yield f"lm.{name}", getattr(lm, name)
