@@ -69,12 +69,18 @@ class ForwardJacobian(Estimator):
                 at = jnp.arange(start, start + w.size).reshape(w.shape)
                 tangents.append((at == index).astype(w.dtype))
                 start += w.size
-            _, directional, _ = jax.jvp(f, (floats,), (treedef.unflatten(tangents),), has_aux=True)
-            return wide(directional)
+            value, directional, aux = jax.jvp(f, (floats,), (treedef.unflatten(tangents),), has_aux=True)
+            return value, aux, wide(directional)
 
-        chunk = tangents_at_once(self.chunk, sum(sizes), f, floats, jax.vmap(derivative))
-        directional = lax.map(derivative, jnp.arange(sum(sizes)), batch_size=chunk)
-        value, aux = f(floats)
+        # all tangents of a chunk share one run of the function, and the first chunk's is that of the value
+        of_chunk = jax.vmap(derivative, out_axes=(None, None, 0))
+        n = sum(sizes)
+        chunk = tangents_at_once(self.chunk, n, f, floats, of_chunk)
+        chunks = jnp.arange(-(-n // chunk) * chunk).reshape(-1, chunk)  # what is over has no entry, and a tangent of zeros
+        value, aux, directional = of_chunk(chunks[0])
+        if len(chunks) > 1:
+            rest = lax.map(lambda indices: of_chunk(indices)[2], chunks[1:])
+            directional = jnp.concatenate([directional, rest.reshape(-1, *rest.shape[2:])])[:n]
         flat = jnp.mean(directional.reshape(len(directional), -1), axis=1)
         grads, start = [], 0
         for w in leaves:
