@@ -76,7 +76,9 @@ class ForwardJacobian(Estimator):
         of_chunk = jax.vmap(derivative, out_axes=(None, None, 0))
         n = sum(sizes)
         chunk = tangents_at_once(self.chunk, n, f, floats, of_chunk)
-        chunks = jnp.arange(-(-n // chunk) * chunk).reshape(-1, chunk)  # what is over has no entry, and a tangent of zeros
+        chunks = jnp.arange(-(-n // chunk) * chunk).reshape(
+            -1, chunk
+        )  # what is over has no entry, and a tangent of zeros
         value, aux, directional = of_chunk(chunks[0])
         if len(chunks) > 1:
             rest = lax.map(lambda indices: of_chunk(indices)[2], chunks[1:])

@@ -1,0 +1,112 @@
+"""Long horizons and hypergradients: the same gradients as reverse mode, at a memory that does not grow."""
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import prograde as pg
+from prograde.lab.beyond import horizon, horizon_loops
+from prograde.lab.display import Display
+
+
+@pytest.fixture
+def display():
+    return Display(Console(file=io.StringIO()))
+
+
+def shown(experiment, record):
+    """The conclusion of a record that went through JSON, after its tables and its figure were made."""
+    record = json.loads(json.dumps(record))
+    for table in experiment.tables(record):
+        assert table.rows
+        assert all(len(row) == len(table.columns) for row in table.rows), table.title
+    figure = Figure()
+    experiment.draw(record, figure)
+    figure.savefig(io.BytesIO(), format="svg")
+    assert all(axes.lines or axes.collections or axes.patches for axes in figure.axes)
+    return experiment.conclusion(record)
+
+
+def temp_bytes(fun, *args):
+    return jax.jit(fun).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_every_method_has_the_gradient_of_backprop():
+    """In float64, 60 steps: nothing but rounding may lie between them."""
+    with jax.enable_x64(True):
+        pendulum = horizon_loops.Pendulum()
+        run = lambda method, unroll: jax.jit(horizon_loops.gradient(pendulum, method, 60, unroll))(
+            None, pendulum.params()
+        )
+        value, gradient = run("backprop", 1)
+        assert gradient.dtype == np.float64
+        for method, unroll in (("ours", 1), ("ours", 7), *((m, 1) for m in horizon_loops.CHECKPOINTED)):
+            got = run(method, unroll)
+            np.testing.assert_allclose(got[0], value, rtol=1e-12, err_msg=method)
+            np.testing.assert_allclose(got[1], gradient, rtol=0, atol=1e-11 * np.abs(gradient).max(), err_msg=method)
+
+
+def test_one_tangent_of_the_gru_is_a_directional_derivative(key):
+    """What the estimate says along its own tangent is the exact derivative there: g . v = (grad f . v) |v|^2."""
+    with jax.enable_x64(True):
+        gru = horizon_loops.Recurrent(4)
+        _, ours = horizon_loops.gradient(gru, "ours", 50)(key, gru.params())
+        _, exact = horizon_loops.gradient(gru, "backprop", 50)(None, gru.params())
+        inner, square = (sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True))
+                         for pair in ((ours, exact), (ours, ours)))  # fmt: skip
+        # g = d v with d = grad f . v, so that g . grad f = d^2; and |g|^2 = d^2 n for tangents of signs
+        n = sum(w.size for w in jax.tree.leaves(exact))
+    np.testing.assert_allclose(float(inner) * n, float(square), rtol=1e-9)
+
+
+def test_memory_grows_with_the_horizon_for_reverse_mode_alone():
+    pendulum = horizon_loops.Pendulum()
+    at = lambda method: [temp_bytes(horizon_loops.gradient(pendulum, method, t), None, pendulum.params())
+                         for t in (100, 6400)]  # fmt: skip
+    ours, backprop, square_root = at("ours"), at("backprop"), at("square root")
+    assert ours[1] <= 1.05 * ours[0]
+    assert backprop[1] > 30 * backprop[0]
+    assert square_root[1] < 8 * square_root[0]  # eight times the segments, eight times as long
+
+
+def test_exact_gradient_runs_the_function_once():
+    """The loop is traced into the program once where all tangents are one chunk: the value comes from the same run."""
+    jaxpr = jax.make_jaxpr(pg.value_and_grad(lambda x: jax.lax.fori_loop(0, 5, lambda _, x: jnp.sin(x), x).sum(),
+                                             pg.ForwardJacobian()))(None, jnp.ones(3))  # fmt: skip
+    assert str(jaxpr).count(" scan[") == 1
+
+
+def test_horizon_is_told_from_a_tiny_record(display, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # in the process that it starts
+    plan = horizon.Plan(lengths=(64,), unrolls=(1,), search_length=16, rounds=1, widths=(2,), recurrent=(16,))
+    plan = dataclasses.replace(plan, methods=("bare", "ours", "backprop", "square root"))
+    record = horizon.Horizon().measured({"default": plan, "one kernel": plan}, display)
+    said = shown(horizon.Horizon(), record)
+    assert "the target of 0.5 is" in said
+    # where ours takes ten times as long, and its memory grows, that is what is said
+    for figures in record["pendulum"].values():
+        for at in figures["lengths"].values():
+            at["ours"]["seconds"] = {k: 1e6 * v for k, v in at["ours"]["seconds"].items()}
+        figures["lengths"]["64"]["ours"]["temp_bytes"] *= 10
+    said = horizon.Horizon().conclusion(record)
+    assert "missed" in said
+    assert "slower" in said
+    assert "grew by a factor" in said
+
+
+@pytest.mark.parametrize("name", ["horizon"])
+def test_the_examples_run(name, request):
+    """Each ends with an assertion about what it shows."""
+    done = subprocess.run(
+        [sys.executable, request.config.rootpath / "examples" / f"{name}.py"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
