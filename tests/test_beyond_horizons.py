@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import prograde as pg
-from prograde.lab.beyond import horizon, horizon_loops
+from prograde.lab.beyond import horizon, horizon_loops, hyper, hyper_training
 from prograde.lab.display import Display
 
 
@@ -103,7 +103,59 @@ def test_horizon_is_told_from_a_tiny_record(display, monkeypatch):
     assert "grew by a factor" in said
 
 
-@pytest.mark.parametrize("name", ["horizon"])
+def test_hypergradients_are_those_of_reverse_mode():
+    """In float64, through 40 training steps: by each of the eight numbers, and by the weights of 16 examples in chunks."""
+    with jax.enable_x64(True):
+        for run, at in (
+            (hyper_training.Classifier(40), hyper_training.centre()),
+            (hyper_training.Cleaning(40, examples=16), jnp.linspace(-1.0, 1.0, 16)),
+        ):
+            loss = lambda h: run.outcome(h)[0]
+            value, wanted = jax.jit(jax.value_and_grad(loss))(at)
+            got_value, got = jax.jit(pg.value_and_grad(loss, pg.ForwardJacobian(chunk=8)))(None, at)
+            np.testing.assert_allclose(got_value, value, rtol=1e-12)
+            for g, w in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+                assert g.dtype == np.float64
+                assert np.all(w != 0)
+                np.testing.assert_allclose(g, w, rtol=1e-7)
+
+
+def test_hypergradient_memory_does_not_grow_with_the_training_run():
+    at = hyper_training.centre()
+    ours, backprop = (
+        [temp_bytes(hyper.hypergradients(hyper_training.Classifier(t).outcome)[method], at) for t in (20, 640)]
+        for method in (hyper.OURS, hyper.BACKPROP)
+    )
+    assert ours[1] <= 1.05 * ours[0]
+    assert backprop[1] > 8 * backprop[0]
+
+
+def test_wrong_labels_are_as_many_as_said_and_small_weights_tell_them():
+    run = hyper_training.Cleaning(10, examples=100)
+    labels, wrong = run.labels
+    true = hyper_training.digits()["train"][1][:100]
+    assert wrong.sum() == 30
+    assert ((labels != true) == wrong).all()
+    assert run.found(np.where(wrong, -1.0, 1.0)) == {"auc": 1.0, "precision": 1.0}
+    assert run.found(np.zeros(100))["auc"] == 0.5
+    assert run.found(np.where(wrong, 1.0, -1.0)) == {"auc": 0.0, "precision": 0.0}
+
+
+def test_hyper_is_told_from_a_tiny_record(display):
+    plan = hyper.Plan((8, 16), 1, run_steps=8, meta_steps=2, starts=2, cleaning_steps=4, cleaning_seconds=1e-3,
+                      cleaning_rates=(0.1,), num_tangents=2)  # fmt: skip
+    record = hyper.Hyper().measured(plan, display)
+    said = shown(hyper.Hyper(), record)
+    assert "does not depend on the number of steps" in said
+    assert "is missed in float64" in said  # eight steps are no memory to speak of
+    for figures in record["long"].values():
+        figures["methods"][hyper.BACKPROP]["temp_bytes"] = 100 * figures["methods"][hyper.OURS]["temp_bytes"]
+        figures["errors"] = {"float32": 1e-3, "float64": 1e-14}
+    said = hyper.Hyper().conclusion(record)
+    assert "is met in float64, in float32 not" in said
+
+
+@pytest.mark.parametrize("name", ["horizon", "hyper"])
 def test_the_examples_run(name, request):
     """Each ends with an assertion about what it shows."""
     done = subprocess.run(
