@@ -134,8 +134,7 @@ def tuning(plan: Plan, display: Display) -> dict[str, Any]:
     runs: dict[str, list] = {"hypergradient": [], "random search": []}
     with display.stage("tuning: hypergradients and random search", plan.starts):
         for seed in range(plan.starts):
-            # the first start is what one would begin with, which random search gets as its first trial too
-            start = centre() if seed == 0 else draw(seed)
+            start = centre() if seed == 0 else draw(seed)  # the first is what one would begin with
             since = time.perf_counter()
             seen = jax.block_until_ready(program(start))
             seconds = time.perf_counter() - since
