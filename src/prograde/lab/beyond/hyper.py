@@ -308,11 +308,10 @@ class Hyper(Experiment):
             f"{_bytes(checkpointed['temp_bytes'])}."
         ]
         every = [record["long"][t]["methods"][OURS]["temp_bytes"] for t in record["long"]]
-        said.append(
-            "Its memory does not depend on the number of steps."
-            if max(every) <= 1.1 * min(every)
-            else f"Its memory grew by a factor of {max(every) / min(every):.2g} with the number of steps."
-        )
+        if max(every) > 1.1 * min(every):
+            said.append(f"Its memory grew by a factor of {max(every) / min(every):.2g} with the number of steps.")
+        elif len(every) > 1:
+            said.append("Its memory does not depend on the number of steps.")
         tuned = record["tuning"]
         hyper, search = ([run["validation"] for run in tuned["runs"][m]] for m in ("hypergradient", "random search"))
         test = {m: np.median([run["loss"] for run in runs]) for m, runs in tuned["runs"].items()}
