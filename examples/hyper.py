@@ -45,23 +45,17 @@ def train(hyper, steps=STEPS):
     return lax.fori_loop(0, steps, step, (weights, jax.tree.map(jnp.zeros_like, weights)))[0]
 
 
-def main():
-    """Prints the losses before and after 30 updates of the hyperparameters."""
-    hyper = {"rate": jnp.array(-3.0), "momentum": jnp.array(0.0), "decay": jnp.array([-8.0, -8.0])}
-    grad_fn = jax.jit(pg.value_and_grad(lambda h: loss_of(train(h), *HELD_OUT), pg.ForwardJacobian()))
-    test = jax.jit(lambda h: loss_of(train(h), *TEST))
-    optimizer = optax.adam(0.2)
-    state, before = optimizer.init(hyper), float(test(hyper))
-    for i in range(31):
-        loss, grads = grad_fn(None, hyper)
-        if i % 10 == 0:
-            print(f"update {i:2d}: held-out loss after {STEPS:,} steps of training {loss:.4f}")
-        updates, state = optimizer.update(grads, state)
-        hyper = optax.apply_updates(hyper, updates)
-    after = float(test(hyper))
-    print(f"test loss, which the hyperparameters never saw: {before:.4f} before, {after:.4f} after")
-    assert after < before - 0.02
-
-
-if __name__ == "__main__":
-    main()
+hyper = {"rate": jnp.array(-3.0), "momentum": jnp.array(0.0), "decay": jnp.array([-8.0, -8.0])}
+grad_fn = jax.jit(pg.value_and_grad(lambda h: loss_of(train(h), *HELD_OUT), pg.ForwardJacobian()))
+test = jax.jit(lambda h: loss_of(train(h), *TEST))
+optimizer = optax.adam(0.2)
+state, before = optimizer.init(hyper), float(test(hyper))
+for i in range(31):
+    loss, grads = grad_fn(None, hyper)
+    if i % 10 == 0:
+        print(f"update {i:2d}: held-out loss after {STEPS:,} steps of training {loss:.4f}")
+    updates, state = optimizer.update(grads, state)
+    hyper = optax.apply_updates(hyper, updates)
+after = float(test(hyper))
+print(f"test loss, which the hyperparameters never saw: {before:.4f} before, {after:.4f} after")
+assert after < before - 0.02

@@ -134,8 +134,7 @@ def tuning(plan: Plan, display: Display) -> dict[str, Any]:
     runs: dict[str, list] = {"hypergradient": [], "random search": []}
     with display.stage("tuning: hypergradients and random search", plan.starts):
         for seed in range(plan.starts):
-            # the first start is what one would begin with, which random search gets as its first trial too
-            start = centre() if seed == 0 else draw(seed)
+            start = centre() if seed == 0 else draw(seed)  # the first is what one would begin with
             since = time.perf_counter()
             seen = jax.block_until_ready(program(start))
             seconds = time.perf_counter() - since
@@ -309,11 +308,10 @@ class Hyper(Experiment):
             f"{_bytes(checkpointed['temp_bytes'])}."
         ]
         every = [record["long"][t]["methods"][OURS]["temp_bytes"] for t in record["long"]]
-        said.append(
-            "Its memory does not depend on the number of steps."
-            if max(every) <= 1.1 * min(every)
-            else f"Its memory grew by a factor of {max(every) / min(every):.2g} with the number of steps."
-        )
+        if max(every) > 1.1 * min(every):
+            said.append(f"Its memory grew by a factor of {max(every) / min(every):.2g} with the number of steps.")
+        elif len(every) > 1:
+            said.append("Its memory does not depend on the number of steps.")
         tuned = record["tuning"]
         hyper, search = ([run["validation"] for run in tuned["runs"][m]] for m in ("hypergradient", "random search"))
         test = {m: np.median([run["loss"] for run in runs]) for m, runs in tuned["runs"].items()}
