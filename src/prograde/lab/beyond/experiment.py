@@ -33,3 +33,19 @@ class Experiment(abc.ABC):
     @abc.abstractmethod
     def draw(self, record: dict[str, Any], figure: Figure) -> None:
         """Draws into an empty figure, whose size it may set."""
+
+
+def milliseconds(seconds: dict[str, float]) -> str:
+    """The median of a measured time in ms, with half the distance between its quartiles."""
+    half = (seconds["high"] - seconds["low"]) / 2
+    return f"{1e3 * seconds['median']:.3g} ± {100 * half / seconds['median']:.0f} %"
+
+
+def size(value: float) -> str:
+    """A number of bytes, for reading."""
+    for unit, amount in (("MB", 1e6), ("kB", 1e3)):
+        if value >= amount:
+            return (
+                f"{value / amount:,.3g}\u00a0{unit}" if value < 1000 * amount else f"{value / amount:,.0f}\u00a0{unit}"
+            )
+    return f"{value:.0f}\u00a0B"

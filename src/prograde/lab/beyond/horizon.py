@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from rich.console import Console
 
-from prograde.lab.beyond.experiment import Experiment
+from prograde.lab.beyond.experiment import Experiment, milliseconds, size
 from prograde.lab.beyond.horizon_loops import CHECKPOINTED, METHODS, Pendulum, Recurrent, gradient
 from prograde.lab.beyond.timing import Program, compiled, in_turns
 from prograde.lab.display import Display
@@ -129,18 +129,6 @@ def _fastest(figures: dict[str, Any]) -> str:
     return min((m for m in CHECKPOINTED if m in figures), key=lambda m: _seconds(figures, m))
 
 
-def _milliseconds(seconds: dict[str, float]) -> str:
-    median, low, high = (f"{1e3 * seconds[k]:.3g}" for k in ("median", "low", "high"))
-    return f"{median} ({low} to {high})"
-
-
-def _bytes(value: int) -> str:
-    for unit, size in (("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:,.3g} {unit}" if value < 1000 * size else f"{value / size:,.0f} {unit}"
-    return f"{value} B"
-
-
 class Horizon(Experiment):
     """The gradient of a loss along 10^3 to 10^6 steps: time and memory of forward gradients and of checkpointed backprop."""
 
@@ -169,29 +157,33 @@ class Horizon(Experiment):
                     error = "" if method == "bare" else f"{_error(figures['gradients'][steps], method):.0e}"
                     rows.append(
                         [
-                            METHODS[method][2],
+                            METHODS[method][2].removeprefix("backprop, "),
                             str(figures["unrolls"][method]),
-                            _milliseconds(at[method]["seconds"]),
-                            f"{at[method]['ratio']['median']:.2f}",
+                            milliseconds(at[method]["seconds"]),
+                            f"{at[method]['ratio']['median']:.3g}",
                             f"{_seconds(at, method) / _seconds(at, fastest):.2f}",
-                            _bytes(at[method]["temp_bytes"]),
+                            size(at[method]["temp_bytes"]),
                             error,
-                            f"{at[method]['compile_seconds']:.1f}",
                         ]
                     )
-                columns = ["method", "unroll", "ms (quartiles)", "over bare", "over best ckpt", "XLA temp"]
-                title = f"Gradient in 8 gains of a pendulum, {int(steps):,} steps, {_SETTINGS[setting]}"
-                found.append(Table(title, [*columns, "off backprop", "compile, s"], rows))
+                columns = ["method", "unroll", "ms", "/ bare", "/ ckpt", "XLA temp", "error"]
+                title = (
+                    f"Gradient in 8 gains of a pendulum, {int(steps):,} steps, {_SETTINGS[setting]}; time over that of the bare run, and of "
+                    "the fastest checkpointed backprop; error is the distance from backprop's"
+                )
+                found.append(Table(title, columns, rows, unbroken=len(columns)))
         cost = {f"{count} pendulums at once": at for count, at in record["wide"].items()}
         cost |= {f"GRU, {int(steps):,} steps": at for steps, at in record["recurrent"].items()}
-        columns, rows = ["problem", "method", "ms (quartiles)", "over bare", "XLA temp"], []
+        columns, rows = ["problem", "method", "ms", "over bare", "XLA temp"], []
         for problem, at in cost.items():
             for method, of in at.items():
-                seconds, ratio = _milliseconds(of["seconds"]), f"{of['ratio']['median']:.2f}"
-                rows.append([problem, METHODS[method][2], seconds, ratio, _bytes(of["temp_bytes"])])
+                seconds, ratio = milliseconds(of["seconds"]), f"{of['ratio']['median']:.2f}"
+                rows.append(
+                    [problem, METHODS[method][2].removeprefix("backprop, "), seconds, ratio, size(of["temp_bytes"])]
+                )
         steps = record["plans"]["one kernel"]["search_length"]
         title = f"Larger steps: pendulums ({steps:,} steps, 8 gains, loop as one kernel), and one tangent of a GRU of 32 units"
-        return [*found, Table(title, columns, rows)]
+        return [*found, Table(title, columns, rows, unbroken=len(columns))]
 
     def conclusion(self, record: dict[str, Any]) -> str:
         settings = record["pendulum"]
@@ -214,8 +206,8 @@ class Horizon(Experiment):
         ours = [settings["one kernel"]["lengths"][str(t)]["ours"]["temp_bytes"] for t in lengths]
         grew = "does not grow" if max(ours) <= 1.1 * min(ours) else f"grew by a factor of {max(ours) / min(ours):.2g}"
         said.append(
-            f"Its memory {grew} from {min(lengths):,} to {max(lengths):,} steps ({_bytes(ours[-1])}); at {int(steps):,} plain backprop "
-            f"needs {_bytes(memory['backprop'])}, and the leanest checkpoints {_bytes(min(memory[m] for m in checkpointed))}."
+            f"Its memory {grew} from {min(lengths):,} to {max(lengths):,} steps ({size(ours[-1])}); at {int(steps):,} plain backprop "
+            f"needs {size(memory['backprop'])}, and the leanest checkpoints {size(min(memory[m] for m in checkpointed))}."
         )
         longest, of = max(settings["default"]["lengths"].items(), key=lambda item: int(item[0]))
         over = [_seconds(of, "ours") / _seconds(of, m) for m in (_fastest(of), "backprop")]
@@ -236,7 +228,7 @@ class Horizon(Experiment):
         over = [_seconds(of, "ours") / _seconds(of, m) for m in ("backprop", _fastest(of))]
         said.append(
             f"Through {int(steps):,} steps of a GRU, one directional derivative takes {over[0]:.2f} of plain and {over[1]:.2f} of checkpointed "
-            f"backprop, in {_bytes(of['ours']['temp_bytes'])} beside {_bytes(of['backprop']['temp_bytes'])}; but it is one "
+            f"backprop, in {size(of['ours']['temp_bytes'])} beside {size(of['backprop']['temp_bytes'])}; but it is one "
             "noisy number of thousands, where backprop has them all: there memory is what is won."
         )
         return " ".join(said)
@@ -262,7 +254,7 @@ class Horizon(Experiment):
                 for axes, what in ((time, "time (ms)"), (memory, "XLA temporary memory")):
                     axes.set(xlabel="steps T", ylabel=what, xscale="log", yscale="log")
                     axes.xaxis.set_minor_formatter(NullFormatter())
-                memory.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(int(value))))
+                memory.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(int(value))))
                 time.set_title(title, loc="left", fontsize=9)
             handles, labels = panels[0, 0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, handlelength=3.5)

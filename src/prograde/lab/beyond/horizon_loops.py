@@ -137,7 +137,7 @@ METHODS: dict[str, tuple[Any, pg.Estimator | None, str, dict[str, Any]]] = {
     "each step": (
         straight,
         pg.CheckpointedBackprop(),
-        "backprop, every step checkpointed",
+        "backprop, each step checkpointed",
         {"color": "#56B4E9", "linestyle": "--", "marker": "<"},
     ),
     "square root": (

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 import prograde as pg
-from prograde.lab.beyond.experiment import Experiment
-from prograde.lab.beyond.horizon import _bytes, _milliseconds
+from prograde.lab.beyond.experiment import Experiment, milliseconds, size
 from prograde.lab.beyond.horizon_loops import nested, straight
 from prograde.lab.beyond.hyper_training import Classifier, Cleaning, centre, prior
 from prograde.lab.beyond.timing import compiled, in_turns
@@ -230,11 +229,17 @@ class Hyper(Experiment):
             for method, at in of["methods"].items():
                 error = [f"{of['errors'][p]:.0e}" if method == OURS else "" for p in ("float32", "float64")]
                 part = at["temp_bytes"] / of["methods"][BACKPROP]["temp_bytes"]
-                cells = [f"{int(steps):,}", method, _milliseconds(at["seconds"]), f"{at['ratio']['median']:.2f}"]
-                rows.append([*cells, _bytes(at["temp_bytes"]), f"{part:.3f}", *error])
-        columns = ["training steps", "method", "ms (quartiles)", "over a run", "XLA temp", "of backprop's"]
-        errors = ["off backprop, float32", "float64"]
-        found = [Table("Hypergradient in 8 hyperparameters of a training run", [*columns, *errors], rows)]
+                cells = [f"{int(steps):,}", method, milliseconds(at["seconds"]), f"{at['ratio']['median']:.2f}"]
+                rows.append([*cells, size(at["temp_bytes"]), f"{part:.3f}", *error])
+        columns = ["steps", "method", "ms", "/ run", "XLA temp", "/ backprop"]
+        errors = ["error, float32", "float64"]
+        found = [
+            Table(
+                "Hypergradient in 8 hyperparameters of a training run; time over that of the run, memory over that of backprop, and distance from it",
+                [*columns, *errors],
+                rows,
+            )
+        ]
         at, rows = record["tuning"], []
         start = at["start"]
         rows.append(
@@ -275,7 +280,7 @@ class Hyper(Experiment):
                 f"{of['validation']:.3f}",
                 f"{100 * of['accuracy']:.1f}",
             ]
-            step = [_milliseconds(cost["seconds"]), _bytes(cost["temp_bytes"])] if cost else ["", ""]
+            step = [milliseconds(cost["seconds"]), size(cost["temp_bytes"])] if cost else ["", ""]
             rows.append([name, str(of["meta_steps"]), *step, *cells])
         columns = [
             "weights by",
@@ -300,12 +305,12 @@ class Hyper(Experiment):
         in_single = "too" if of["errors"]["float32"] <= TARGET_ERROR else "not"
         over = [ours["seconds"]["median"] / other["seconds"]["median"] for other in (backprop, checkpointed)]
         said = [
-            f"Through {int(steps):,} training steps, the forward hypergradient of 8 hyperparameters needs {_bytes(ours['temp_bytes'])}, "
-            f"{memory:.2g} of unrolled reverse mode ({_bytes(backprop['temp_bytes'])}), and differs from it by "
+            f"Through {int(steps):,} training steps, the forward hypergradient of 8 hyperparameters needs {size(ours['temp_bytes'])}, "
+            f"{memory:.2g} of unrolled reverse mode ({size(backprop['temp_bytes'])}), and differs from it by "
             f"{of['errors']['float64']:.0e} in float64 and {of['errors']['float32']:.0e} in float32: the target ({TARGET_MEMORY:g} of the "
             f"memory, {TARGET_ERROR:g} off) is {'met' if met else 'missed'} in float64, in float32 {in_single}. "
             f"It takes {over[0]:.2f} of the time of unrolled and {over[1]:.2f} of checkpointed reverse mode, which needs "
-            f"{_bytes(checkpointed['temp_bytes'])}."
+            f"{size(checkpointed['temp_bytes'])}."
         ]
         every = [record["long"][t]["methods"][OURS]["temp_bytes"] for t in record["long"]]
         if max(every) > 1.1 * min(every):
@@ -328,7 +333,7 @@ class Hyper(Experiment):
         said.append(
             f"For the weights of {at['examples']} examples in equal time, {best} reaches the least held-out loss ({listed(loss)}), and "
             f"{tells} tells the wrong labels best (AUC: {listed(auc)}). Through this short run unrolled reverse mode needs "
-            f"{_bytes(at['costs'][BACKPROP]['temp_bytes'])}, forward gradients {_bytes(at['costs']['forward gradient']['temp_bytes'])}."
+            f"{size(at['costs'][BACKPROP]['temp_bytes'])}, forward gradients {size(at['costs']['forward gradient']['temp_bytes'])}."
         )
         if best == BACKPROP:
             said.append("With many hyperparameters and a run that fits into memory, reverse mode is the tool.")
@@ -346,7 +351,7 @@ class Hyper(Experiment):
                 memory.plot(lengths, [f["temp_bytes"] for f in of], **style)
                 seconds.plot(lengths, [1e3 * f["seconds"]["median"] for f in of], **style)
             memory.set(xlabel="training steps", ylabel="XLA temporary memory", xscale="log", yscale="log")
-            memory.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(int(value))))
+            memory.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(int(value))))
             memory.set_title("Hypergradient in 8 hyperparameters", loc="left", fontsize=9)
             seconds.set(xlabel="training steps", ylabel="time (ms)", xscale="log", yscale="log")
             seconds.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
