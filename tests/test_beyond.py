@@ -1,5 +1,9 @@
 """`prograde beyond`: records, the page made from them, and the streams it learns from."""
 
+import re
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -131,3 +135,24 @@ def test_stream_is_told_from_a_tiny_record():
     assert "ours is worse than truncated backprop: 0.1 (RTRL) and 0.01 (6 steps)" in said
     loss("RTRL", 2.0)
     assert "(2 steps) at 1: not lower" in experiment.conclusion(record)
+
+
+def test_the_page_says_what_the_records_hold(request):
+    """Between its marks stands what `prograde beyond --markdown` would write."""
+    root = request.config.rootpath
+    page = (root / "docs" / "beyond.md").read_text()
+    shown = set()
+    for experiment, record in run.find(root / "records" / "beyond"):
+        begin, end = report._BEGIN.format(experiment.name), report._END.format(experiment.name)
+        between = page.split(begin)[1].split(end)[0].strip()
+        assert between == report.markdown(experiment, record, f"beyond/{experiment.name}.svg"), experiment.name
+        assert (root / "docs" / "beyond" / f"{experiment.name}.svg").exists()
+        shown.add(experiment.name)
+    assert shown == set(re.findall("<!-- (\\w+): begin", page))
+
+
+def test_the_example_of_a_stream_runs(request):
+    """It ends with an assertion about what it shows."""
+    example = request.config.rootpath / "examples" / "stream.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -26,6 +26,8 @@ class Carry(eqx.Module):
     - `memory`: what the learner keeps beside it: the tangent of the state, directions, factors.
     - `step`: how many steps there were.
 
+    **Source:** the influence of Williams & Zipser 1989, Neural Computation 1(2), where the learner is `RTRL`.
+
     Examples:
         >>> import jax.numpy as jnp, prograde as pg
         >>> learner = pg.online.RTRL(lambda w, s, x: (jnp.tanh(w * s + x),) * 2, lambda output, target: (output - target) ** 2)
