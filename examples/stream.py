@@ -28,11 +28,13 @@ def stream(key, episodes):
 
 
 def cell(model, state, x):
+    """A GRU, and a linear readout of its state."""
     state = model["gru"](x, state)
     return state, model["readout"](state)
 
 
 def loss(output, target):
+    """Cross entropy, where something is asked."""
     return jnp.where(target >= 0, -jax.nn.log_softmax(output)[jnp.maximum(target, 0)], 0.0)
 
 
