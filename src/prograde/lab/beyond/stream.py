@@ -327,7 +327,9 @@ class Stream(Experiment):
                 fontsize=7,
                 color="#666666",
             )
-            axes.set(xlabel="time (s)", ylabel=f"loss ({task['unit']})", yscale="log")
+            losses = [loss for m in task["methods"].values() for _, loss in m["runs"][0]["curve"]]
+            scale = "log" if max(losses) > 10 * max(min(losses), 1e-4) else "linear"
+            axes.set(xlabel="time (s)", ylabel=f"loss ({task['unit']})", yscale=scale)
             axes.set_title(task["title"], fontsize=8, loc="left", wrap=True)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(8, len(labels)), fontsize=8)
