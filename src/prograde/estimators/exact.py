@@ -69,12 +69,21 @@ class ForwardJacobian(Estimator):
                 at = jnp.arange(start, start + w.size).reshape(w.shape)
                 tangents.append((at == index).astype(w.dtype))
                 start += w.size
-            _, directional, _ = jax.jvp(f, (floats,), (treedef.unflatten(tangents),), has_aux=True)
-            return wide(directional)
+            value, directional, aux = jax.jvp(f, (floats,), (treedef.unflatten(tangents),), has_aux=True)
+            return value, aux, wide(directional)
 
-        chunk = tangents_at_once(self.chunk, sum(sizes), f, floats, jax.vmap(derivative))
-        directional = lax.map(derivative, jnp.arange(sum(sizes)), batch_size=chunk)
-        value, aux = f(floats)
+        def first_chunk(indices):
+            # the run along the tangents is also the one that gives the value: another would cost as much as the bare function
+            value, aux, directional = jax.vmap(derivative)(indices)
+            value, aux = jax.tree.map(lambda x: x[0], (value, aux))  # the primal is the same for all of them
+            return value, aux, directional
+
+        n = sum(sizes)
+        chunk = tangents_at_once(self.chunk, n, f, floats, first_chunk)
+        value, aux, directional = first_chunk(jnp.arange(chunk))
+        if chunk < n:
+            rest = lax.map(lambda index: derivative(index)[2], jnp.arange(chunk, n), batch_size=chunk)
+            directional = jnp.concatenate([directional, rest])
         flat = jnp.mean(directional.reshape(len(directional), -1), axis=1)
         grads, start = [], 0
         for w in leaves:
