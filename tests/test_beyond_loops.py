@@ -2,6 +2,7 @@ import runpy
 from functools import partial
 from pathlib import Path
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from rich.console import Console
 import prograde as pg
 from prograde.lab.beyond import equilibrium, solar_cell
 from prograde.lab.beyond.newton import OURS, REVERSE, START, Newton, fitted, refusal, smallest_bound
+from prograde.lab.beyond.ode import ODEFit, Oregonator, programs
 from prograde.lab.display import Display
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -124,7 +126,66 @@ def slower(record, factor):
     return record | {"costs": costs}
 
 
-@pytest.mark.parametrize("name", ["newton"])
+def hires(t, y, k):
+    """High irradiance responses of photomorphogenesis, 8 reactants: a problem of the test set of Mazzia and Magherini (Bari)."""
+    k1, k2, k3, k4, k5, k6, plus, minus, star, source = k
+    binding = plus * y[5] * y[7]
+    released = (k2 + minus + star) * y[6]
+    return jnp.stack(
+        [
+            -k1 * y[0] + k2 * y[1] + k6 * y[2] + source,
+            k1 * y[0] - (k2 + k3) * y[1],
+            -(k6 + k1) * y[2] + k2 * y[3] + k5 * y[4],
+            k3 * y[1] + k1 * y[2] - (k2 + k4) * y[3],
+            -(k5 + k1) * y[4] + k2 * (y[5] + y[6]),
+            -binding + k4 * y[3] + k1 * y[4] - k2 * y[5] + minus * y[6],
+            binding - released,
+            released - binding,
+        ]
+    )
+
+
+def test_forward_gradient_through_a_stiff_solver_has_the_published_value_and_the_derivative_of_reverse_mode():
+    reference = [7.371312573325668e-4, 1.442485726315185e-4, 5.888729740967575e-5, 1.175651343283149e-3]
+    reference += [2.386356198831331e-3, 6.238968252742796e-3, 2.849998395185769e-3, 2.850001604814231e-3]
+    rates = np.array([1.71, 0.43, 8.32, 0.69, 0.035, 8.32, 280.0, 0.69, 0.69, 0.0007])
+    start = np.array([1.0, 0, 0, 0, 0, 0, 0, 0.0057])
+
+    def end(log_factors, adjoint):
+        controller = diffrax.PIDController(rtol=1e-6, atol=1e-10)
+        term, solver, args = diffrax.ODETerm(hires), diffrax.Kvaerno5(), rates * jnp.exp(log_factors)
+        many = {"stepsize_controller": controller, "adjoint": adjoint, "max_steps": 8192, "throw": False}
+        ys = diffrax.diffeqsolve(term, solver, 0.0, 321.8122, 1e-4, start, args, **many).ys
+        return jnp.sum((ys[0] / np.array(reference) - 1.5) ** 2), ys[0]
+
+    with jax.enable_x64(True):
+        forward = pg.value_and_grad(partial(end, adjoint=diffrax.ForwardMode()), pg.ForwardJacobian(), has_aux=True)
+        (_, ys), grads = jax.jit(forward)(None, jnp.zeros(10))
+        np.testing.assert_allclose(ys, reference, rtol=1e-4)
+        reverse = jax.jit(jax.grad(partial(end, adjoint=diffrax.RecursiveCheckpointAdjoint()), has_aux=True))
+        assert relative(grads, reverse(jnp.zeros(10))[0]) < 1e-9
+
+
+def test_gradient_of_the_oregonator_is_that_of_differences(key):
+    # over the first jump; solved closely, so that the number of steps, which a difference sees change, matters little
+    problem = Oregonator(until=20.0, rtol=1e-8)
+    with jax.enable_x64(True):
+        signal = jax.random.normal(key, (6, 2))
+        loss = jax.jit(partial(problem.misfit, diffrax.ForwardMode(), 4096))
+        _, grads = jax.jit(programs(problem, 4096)["forward mode, ForwardJacobian"])(jnp.zeros(4), signal)
+        assert relative(differences(lambda p: loss(p, signal), jnp.zeros(4), 1e-3), grads) < 1e-3
+
+
+def test_ode_shows_what_it_measured(quiet, tmp_path):
+    experiment = ODEFit()
+    record = experiment.measure(False, quiet, Oregonator(until=12.0, solver=diffrax.Tsit5()), evaluations=4)
+    assert record["fit"]["disagreement"] < 1e-8
+    assert min(record["fit"]["losses"]) < record["fit"]["losses"][0]
+    # of so few steps nobody has to keep much
+    assert "missed" in shown(experiment, record, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["newton", "ode"])
 def test_example_runs_and_holds_what_it_asserts(name, capsys):
     wide = jax.config.jax_enable_x64
     try:
