@@ -58,7 +58,15 @@ def strict():
 
 
 # where what runs takes longer than compiling it, or what the compiler makes of it is measured
-OPTIMISED = {"test_bench", "test_compare", "test_diagnostics", "test_groups", "test_lab", "test_unbiased"}
+OPTIMISED = {
+    "test_bench",
+    "test_beyond_loops",
+    "test_compare",
+    "test_diagnostics",
+    "test_groups",
+    "test_lab",
+    "test_unbiased",
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
