@@ -89,12 +89,13 @@ def learn(
         raise ValueError(f"inputs and targets have shapes {shapes}, but all need one leading axis, that of the steps.")
     (length,) = lengths.pop()
     arguments = (learner, optimizer, key, carry, opt_state, inputs, targets)
-    done, sound, after, opt_after, losses = _steps(*arguments, jnp.asarray(length, jnp.int32))
+    _, sound, after, opt_after, losses = _steps(*arguments, jnp.asarray(length, jnp.int32), False)
     if isinstance(sound, Tracer) or sound:
         return after, opt_after, losses
+    # the steps are a function of key and carry: taken again, with an eye on all there is, they end with the fault, and then just before
+    done, *_ = _steps(*arguments, jnp.asarray(length, jnp.int32), True)
     index = int(done) - 1
-    # the steps are a function of key and carry: taken again, they end just before the fault
-    _, _, carry, opt_state, losses = _steps(*arguments, jnp.asarray(index, jnp.int32))
+    _, _, carry, opt_state, losses = _steps(*arguments, jnp.asarray(index, jnp.int32), False)
     here = jax.tree.map(lambda x: x[index], (inputs, targets))
     names = [
         f"{name}{jax.tree_util.keystr(path)}"
@@ -129,8 +130,12 @@ def _steps(
     inputs: PyTree[Array],
     targets: PyTree[Array],
     most: Int[Array, ""],
+    thorough: bool,
 ) -> tuple[Int[Array, ""], Bool[Array, ""], Carry, PyTree, Float[Array, " steps"]]:
-    """At most `most` steps: (how many, whether all were sound, carry, optimizer state, losses)."""
+    """At most `most` steps: (how many, whether all were sound, carry, optimizer state, losses).
+
+    What the learner keeps may be large: it is looked at after each step where `thorough`, and else after the last.
+    """
     learning, fixed = eqx.partition((carry, opt_state), eqx.is_array)
 
     def one(loop: Any) -> Any:
@@ -140,7 +145,7 @@ def _steps(
         stepped, loss, grads = learner.step(jax.random.fold_in(key, carry.step), carry, input, target)
         updates, opt_state = optimizer.update(grads, opt_state, float_leaves(carry.params))
         stepped = stepped.with_params(eqx.apply_updates(carry.params, updates))
-        sound = _finite((loss, stepped, grads))
+        sound = _finite((loss, stepped.state, stepped.params, grads)) & (not thorough or _finite(stepped.memory))
         learning = eqx.filter((stepped, opt_state), eqx.is_array)
         return i + 1, sound, learning, losses.at[i].set(jnp.where(sound, loss, jnp.nan))
 
@@ -149,4 +154,5 @@ def _steps(
     length = len(jax.tree.leaves(inputs)[0])
     loop = jnp.zeros((), jnp.int32), jnp.array(True), learning, jnp.full(length, jnp.nan, loss.dtype)
     i, sound, learning, losses = lax.while_loop(lambda loop: (loop[0] < most) & loop[1], one, loop)
-    return i, sound, *eqx.combine(learning, fixed), losses
+    carry, opt_state = eqx.combine(learning, fixed)
+    return i, sound & _finite(carry.memory), carry, opt_state, losses
