@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import prograde as pg
-from prograde.lab.beyond import equilibrium, solar_cell
+from prograde.lab.beyond import equilibrium, runner, solar_cell
+from prograde.lab.beyond.control import Control, gradient_errors
 from prograde.lab.beyond.newton import OURS, REVERSE, START, Newton, fitted, refusal, smallest_bound
 from prograde.lab.beyond.ode import ODEFit, Oregonator, programs
 from prograde.lab.display import Display
@@ -185,7 +186,39 @@ def test_ode_shows_what_it_measured(quiet, tmp_path):
     assert "missed" in shown(experiment, record, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["newton", "ode"])
+def test_stance_ends_where_the_leg_has_its_length_and_keeps_the_energy():
+    with jax.enable_x64(True):
+        y, stiffness = jnp.array([-0.45, np.sqrt(1 - 0.45**2), 1.7, -0.5]), jnp.asarray(20.0)
+        end, released, steps = jax.jit(runner.stance)(y, stiffness)
+        assert released
+        assert 10 < steps < 200
+        np.testing.assert_allclose(end[:2] @ end[:2], 1, rtol=1e-14)
+        energy = lambda y: y[2:] @ y[2:] / 2 + y[1]  # the spring is at rest at both ends
+        np.testing.assert_allclose(energy(end), energy(y), rtol=1e-7)
+
+
+def test_gradient_through_the_events_is_that_of_differences():
+    found = gradient_errors()
+    assert found["fell"] == 0
+    assert found["error"] < 1e-7
+
+
+def test_a_runner_without_room_for_its_leg_has_fallen():
+    apex = runner.Apex(jnp.asarray(0.8), jnp.asarray(1.5))
+    made = jax.jit(runner.hop)(apex, jnp.asarray(0.3), jnp.asarray(20.0), jnp.asarray(0.0))
+    assert made.fell == 1
+    assert made.distance == 0
+
+
+def test_control_shows_what_it_measured(quiet, tmp_path):
+    experiment = Control()
+    record = experiment.measure(False, quiet, steps=10, batch_size=4)
+    assert record["refused"].startswith("Reverse-mode differentiation does not work for lax.while_loop")
+    assert all(r["after"] < f["runs"][n]["losses"][0] for f in record["found"].values() for n, r in f["runs"].items())
+    assert "lowest cost" in shown(experiment, record, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["newton", "ode", "control"])
 def test_example_runs_and_holds_what_it_asserts(name, capsys):
     wide = jax.config.jax_enable_x64
     try:
