@@ -37,8 +37,9 @@ class Experiment(abc.ABC):
 
 def milliseconds(seconds: dict[str, float]) -> str:
     """The median of a measured time in ms, with half the distance between its quartiles."""
-    half = (seconds["high"] - seconds["low"]) / 2
-    return f"{1e3 * seconds['median']:.3g} ± {100 * half / seconds['median']:.0f} %"
+    median, half = 1e3 * seconds["median"], (seconds["high"] - seconds["low"]) / 2
+    said = f"{median:.3g}" if median < 1000 else f"{median:,.0f}"
+    return f"{said} ± {1e5 * half / median:.0f} %"
 
 
 def size(value: float) -> str:

@@ -201,7 +201,7 @@ def cleaning(plan: Plan, display: Display) -> dict[str, Any]:
 
 
 def _median(values: list[float]) -> str:
-    return f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    return f"{np.median(values):.3f} ({min(values):.2f}–{max(values):.2f})"
 
 
 class Hyper(Experiment):
@@ -229,13 +229,18 @@ class Hyper(Experiment):
             for method, at in of["methods"].items():
                 error = [f"{of['errors'][p]:.0e}" if method == OURS else "" for p in ("float32", "float64")]
                 part = at["temp_bytes"] / of["methods"][BACKPROP]["temp_bytes"]
-                cells = [f"{int(steps):,}", method, milliseconds(at["seconds"]), f"{at['ratio']['median']:.2f}"]
+                cells = [
+                    f"{int(steps):,}",
+                    method.removeprefix("backprop, "),
+                    milliseconds(at["seconds"]),
+                    f"{at['ratio']['median']:.2f}",
+                ]
                 rows.append([*cells, size(at["temp_bytes"]), f"{part:.3f}", *error])
-        columns = ["steps", "method", "ms", "/ run", "XLA temp", "/ backprop"]
-        errors = ["error, float32", "float64"]
+        columns = ["steps", "method", "ms", "/ run", "XLA temp", "/ rev."]
+        errors = ["float32", "float64"]
         found = [
             Table(
-                "Hypergradient in 8 hyperparameters of a training run; time over that of the run, memory over that of backprop, and distance from it",
+                "Hypergradient in 8 hyperparameters of a training run; time over that of the run, memory over that of backprop, and distance from its gradient",
                 [*columns, *errors],
                 rows,
             )
@@ -266,35 +271,25 @@ class Hyper(Experiment):
                     f"{accuracy:.1f}",
                 ]
             )
-        columns = ["tuned by", "runs", "s", "held-out loss", "test loss", "test accuracy, %"]
+        columns = ["tuned by", "runs", "s", "held-out loss", "test loss", "test, %"]
         n = len(at["runs"]["hypergradient"])
-        title = f"Eight hyperparameters of a run of {record['plan']['run_steps']} steps; median (range) of {n} starts"
-        found.append(Table(title, columns, rows))
+        title = f"Eight hyperparameters of a run of {record['plan']['run_steps']} steps; {n} starts, median (range); test accuracy"
+        found.append(Table(title, columns, rows, unbroken=len(columns)))
         at, rows = record["cleaning"], []
         everything = {"equal weights": at["start"] | {"meta_steps": 0}, **at["methods"]}
         for name, of in everything.items():
             cost = at["costs"].get(name)
             cells = [
                 f"{of['auc']:.3f}",
-                f"{of['precision']:.2f}",
                 f"{of['validation']:.3f}",
                 f"{100 * of['accuracy']:.1f}",
             ]
             step = [milliseconds(cost["seconds"]), size(cost["temp_bytes"])] if cost else ["", ""]
             rows.append([name, str(of["meta_steps"]), *step, *cells])
-        columns = [
-            "weights by",
-            "meta-steps",
-            "ms a step",
-            "XLA temp",
-            "AUC",
-            "precision",
-            "held-out loss",
-            "test accuracy, %",
-        ]
+        columns = ["weights by", "steps", "ms a step", "XLA temp", "AUC", "held-out", "test, %"]
         seconds = record["plan"]["cleaning_seconds"]
-        title = f"Weights of {at['examples']} examples, 30 % with wrong labels; {seconds:g} s for each method"
-        return [*found, Table(title, columns, rows)]
+        title = f"Weights of {at['examples']} examples, 30 % with wrong labels; {seconds:g} s for each method; held-out loss, test accuracy"
+        return [*found, Table(title, columns, rows, unbroken=len(columns))]
 
     def conclusion(self, record: dict[str, Any]) -> str:
         steps = min(record["long"], key=lambda t: abs(int(t) - 10_000))

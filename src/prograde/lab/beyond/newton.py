@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import prograde as pg
 from prograde.lab.beyond import equilibrium, solar_cell
-from prograde.lab.beyond.experiment import Experiment
+from prograde.lab.beyond.experiment import Experiment, size
 from prograde.lab.beyond.timing import Program, compiled, in_turns
 from prograde.lab.display import Display
 from prograde.lab.figures import _RC
@@ -160,14 +160,14 @@ class Newton(Experiment):
                 [
                     name,
                     f"{1e6 * cost['seconds']['median']:,.1f}",
-                    f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+                    f"{ratio['median']:.2f}",
                     "–" if name == BARE else f"{cost['seconds']['median'] / costs[OURS]['seconds']['median']:.2f}",
-                    f"{cost['temp_bytes'] / 2**10:.1f}",
+                    size(cost["temp_bytes"]),
                     "the reference" if name == IMPLICIT else f"{cost['error']:.0e}" if "error" in cost else "–",
                 ]
             )
         title = f"A step of the fit of a solar cell: 5 parameters, 26 implicit equations, bound {record['bound']}"
-        columns = ["method", "µs", "over bare (quartiles)", "over ours", "XLA temp, KiB", "error of the gradient"]
+        columns = ["method", "µs", "/ bare", "/ ours", "XLA temp", "error"]
         tolerance = record["tolerance"]
         lines = [
             [f"{tol:.0e}", *(f"{tolerance[stop][i]:.0e}" for stop in ("step", "residual"))]

@@ -129,7 +129,8 @@ def cost(controller: Controller, apex: Apex, command: Array, drops: Float[Array,
 
 def path(controller: Controller, apex: Apex, command: Array, drops: Array) -> list[list[float]]:
     """[x, height] of the body through the hops that were made, and of the one that was not as far as its touch-down."""
-    hops, upright = run(controller, apex, command, drops)
+    hops, upright = jax.jit(lambda *start: run(controller, *start))(apex, command, drops)
+    step = jax.jit(_rk4)
     points, x, ground, before = [], 0.0, 0.0, apex
     for i in range(len(drops)):
         if not upright[i]:
@@ -144,7 +145,7 @@ def path(controller: Controller, apex: Apex, command: Array, drops: Array) -> li
         foot = x + before.speed * lasts - made.touchdown[0]
         stiffness, y = hops.stiffness[i], made.touchdown
         for n in range(int(made.steps) - 1):
-            y = _rk4(y, stiffness, _TIME_STEP)
+            y = step(y, stiffness, _TIME_STEP)
             if n % 6 == 0:
                 points.append([float(foot + y[0]), float(ground + y[1])])
         t = jnp.linspace(0, made.liftoff[3], 12)
