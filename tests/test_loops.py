@@ -106,6 +106,27 @@ def test_a_reverse_only_adjoint_is_refused_with_the_argument_to_pass(adjoint):
             pg.value_and_grad(decay(adjoint), estimator)(jax.random.key(0), jnp.array(2.0))
 
 
+@jax.custom_vjp
+def by_hand(y):
+    return -y
+
+
+by_hand.defvjp(lambda y: (-y, None), lambda _, g: (-g,))
+
+
+def test_a_rule_of_the_users_own_is_not_blamed_on_the_adjoint():
+    def loss(rate):
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, rate: by_hand(rate * y)), diffrax.Tsit5(), 0.0, 1.0, 0.1, jnp.array(1.0), args=rate,
+            adjoint=diffrax.ForwardMode(),
+        )  # fmt: skip
+        return solution.ys[0]
+
+    report = pg.check(loss, jnp.array(2.0), estimator=pg.ForwardJacobian(), memory=False)
+    assert all("jax.custom_jvp" in sentence for sentence in report.remedies)
+    assert any("by_hand" in name for name in report.blocking)
+
+
 def test_the_forward_adjoint_is_neither_refused_nor_wrong():
     """d/dk exp(-k) = -exp(-k); the solver's tolerance is 1e-3."""
     loss = decay(diffrax.ForwardMode())

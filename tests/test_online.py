@@ -61,7 +61,7 @@ def sum_of_gradients(learner, key, params, state, inputs, targets):
     carry = learner.init(params, state, inputs[0], targets[0])
 
     def one(carry, now):
-        carry, _, grads = learner.step(jax.random.fold_in(key, carry.step), carry, *now)
+        carry, _, grads = learner.step(key, carry, *now)
         return carry, grads
 
     carry, grads = lax.scan(one, carry, (inputs, targets))
@@ -150,12 +150,13 @@ def test_a_guess_by_truncated_backprop_is_the_gradient_of_the_past_window(key):
     assert_close(jax.tree.map(lambda v: v[0], carry.memory.directions), guess, 1e-5)
 
 
-def test_a_projection_onto_a_guess_reaches_the_gradient_that_lies_in_its_span(key):
-    """A direction function that returns the true gradient of the window that comes, and rubbish: the estimate is that gradient."""
+@pytest.mark.parametrize("length", [1e-5, 1.0, 1e5])
+def test_a_projection_onto_a_guess_reaches_the_gradient_that_lies_in_its_span(key, length):
+    """A direction function that returns the true gradient of the window that comes, of any length, and rubbish: that gradient."""
     params, state, inputs, targets = problem(key)
     gradient = jax.grad(through_time)(params, state, inputs, targets)
     directions = lambda key, past: jax.tree.map(
-        lambda g: jnp.stack([2 * g, jnp.cos(jnp.arange(g.size)).reshape(g.shape)]), gradient
+        lambda g: jnp.stack([length * g, jnp.cos(jnp.arange(g.size)).reshape(g.shape)]), gradient
     )
     learner = DODGE(gru, squared, window=T, directions=directions, num_tangents=2)
     found, _ = sum_of_gradients(learner, key, params, state, inputs, targets)
@@ -165,17 +166,15 @@ def test_a_projection_onto_a_guess_reaches_the_gradient_that_lies_in_its_span(ke
 def test_momentum_is_the_running_mean_of_the_estimates(key):
     params, state, inputs, targets = problem(key)
     learner = DODGE(gru, squared, window=4, directions=Momentum(0.5), num_tangents=2)
-    carry, sums, mean = learner.init(params, state, inputs[0], targets[0]), [], None
+    carry, mean = learner.init(params, state, inputs[0], targets[0]), None
     for start in range(0, T, 4):
         total = jax.tree.map(jnp.zeros_like, params)
         for t in range(start, start + 4):
-            carry, _, grads = learner.step(jax.random.fold_in(key, t), carry, inputs[t], targets[t])
+            carry, _, grads = learner.step(key, carry, inputs[t], targets[t])
             total = jax.tree.map(lambda a, g: a + g / 4, total, grads)
         if start:
             assert_close(jax.tree.map(lambda v: v[0], carry.memory.directions), mean, 1e-5)
         mean = total if mean is None else jax.tree.map(lambda m, g: 0.5 * m + 0.5 * g, mean, total)
-        sums.append(total)
-    assert len(sums) == 3
 
 
 @dataclass(frozen=True)
@@ -268,7 +267,7 @@ def test_learning_is_steps_of_learner_and_optimizer(key, learner):
     after, _, losses = learn(learner, optimizer, key, carry, opt_state, inputs, targets)
     step = jax.jit(learner.step)
     for t in range(T):
-        carry, loss, grads = step(jax.random.fold_in(key, t), carry, inputs[t], targets[t])
+        carry, loss, grads = step(key, carry, inputs[t], targets[t])
         updates, opt_state = optimizer.update(grads, opt_state, carry.params)
         carry = carry.with_params(optax.apply_updates(carry.params, updates))
         np.testing.assert_allclose(loss, losses[t], rtol=1e-4)
@@ -363,7 +362,17 @@ def test_bad_input_is_refused_by_name(key):
         wrong.init(params, state, *one)
     with pytest.raises(ValueError, match="its structure was"):
         DODGE(gru, squared, window=4, directions=lambda key, past: past.grads["b"]).init(params, state, *one)
+    with pytest.raises(TypeError, match="learners work on real states"):
+        RTRL(gru, squared).init(params, {"h": jnp.zeros(5, jnp.complex64)})
+    with pytest.raises(ValueError, match="state has no floating-point numbers"):
+        UORO(gru, squared).init(params, {"steps": jnp.zeros(3, jnp.int32)})
+    guessing = DODGE(gru, squared, window=4, directions=Momentum())
+    carry = guessing.init(params, state, jnp.zeros(3, jnp.int32), targets[0])
+    with pytest.raises(ValueError, match=r"examples that init was given: .*int32\[3\] and is float32\[3\]"):
+        guessing.step(key, carry, *one)
     carry = RTRL(gru, squared).init(params, state)
+    with pytest.raises(ValueError, match="have no steps"):
+        learn(RTRL(gru, squared), optax.sgd(0.1), key, carry, optax.EmptyState(), inputs[:0], targets[:0])
     with pytest.raises(ValueError, match="params differ from those of the carry"):
         carry.with_params(params | {"b": params["b"][:3]})
     with pytest.raises(ValueError, match="one leading axis, that of the steps"):
@@ -391,12 +400,57 @@ def test_a_cell_with_a_loop_of_unknown_length_is_learned_forward_and_refused_by_
 
 
 @pytest.mark.parametrize("learner", LEARNERS[:3], ids=NAMES[:3])
-def test_bfloat16_cells_learn_with_float32_derivatives(key, learner):
+def test_bfloat16_cells_are_learned_in_bfloat16(key, learner):
     params, state, inputs, targets = problem(key, dtype=jnp.bfloat16)
     carry = learner.init(params, state)
     carry, _, grads = jax.jit(learner.step)(key, carry, inputs[0], targets[0])
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.bfloat16)}
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grads))
+
+
+def test_uoro_forgets_with_the_state(key):
+    """After a reset no derivative goes back, and no noise of what there was before is left: the next gradient is the exact one."""
+
+    def cell(params, state, x):
+        following, output = gru(params, state, x)
+        return following | {"h": jnp.where(x[0] > 100, 0.0, following["h"])}, output
+
+    params, state, inputs, targets = problem(key)
+    inputs = inputs.at[7, 0].set(1000.0)
+    step = {}
+    for learner in (UORO(cell, squared), RTRL(cell, squared)):
+        carry = learner.init(params, state)
+        for t in range(9):
+            carry, _, grads = learner.step(key, carry, inputs[t], targets[t])
+        step[type(learner)] = grads
+    assert_close(step[UORO], step[RTRL], 1e-5)
+
+
+def test_steps_with_one_key_draw_anew(key):
+    """The same signs at every step would leave the cross terms of UORO in its mean."""
+    params, state, inputs, targets = problem(key)
+    learner = UORO(gru, squared)
+    carry, _, _ = learner.step(key, learner.init(params, state), inputs[0], targets[0])
+    again, _, _ = learner.step(key, carry, inputs[0], targets[0])
+    assert not np.array_equal(jnp.sign(carry.memory[0]), jnp.sign(again.memory[0]))
+
+
+def test_parameters_keep_their_dtype_under_an_optimizer_that_widens(key):
+    params, state, inputs, targets = problem(key, dtype=jnp.bfloat16)
+    learner, optimizer = RTRL(gru, squared), optax.adam(0.01, mu_dtype=jnp.float32)
+    carry, _, _ = learn(learner, optimizer, key, learner.init(params, state), optimizer.init(params), inputs, targets)
+    assert {w.dtype for w in jax.tree.leaves(carry.params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_cell_without_input_is_driven_by_its_targets(key):
+    learner, optimizer = RTRL(lambda a, s, _: (a * s, a * s), squared_error), optax.sgd(0.01)
+    a, state = jnp.array(0.5), jnp.array(1.0)
+    _, _, losses = learn(learner, optimizer, key, learner.init(a, state), optimizer.init(a), None, jnp.ones(20))
+    assert losses.shape == (20,)
+
+
+def squared_error(output, target):
+    return (output - target) ** 2
 
 
 @pytest.mark.usefixtures("strict")

@@ -24,21 +24,25 @@ def describe(eqn: JaxprEqn) -> str:
     return f"{name} ({source(eqn)})"
 
 
-# who makes a loop for reverse mode, by a part of the path of its code; what is passed instead
+# whose code makes a loop for reverse mode, and what to pass instead; the first whose code is on the way there
+_LOOPS = ("/equinox/internal/_loop/", "/diffrax/_adjoint.py", "/optimistix/_adjoint.py")
 _FORWARD_ALTERNATIVES = {
-    "/diffrax/": "This adjoint of diffrax is for reverse mode only: pass adjoint=diffrax.ForwardMode() to diffrax.diffeqsolve.",
-    "/optimistix/": "This adjoint of optimistix is for reverse mode only: pass adjoint=optimistix.ImplicitAdjoint() to the solver.",
+    "/diffrax/_": "This adjoint of diffrax is for reverse mode only: pass adjoint=diffrax.ForwardMode() to diffrax.diffeqsolve.",
+    "/optimistix/_": "This adjoint of optimistix is for reverse mode only: pass adjoint=optimistix.ImplicitAdjoint() to the solver.",
     "/equinox/internal/_loop/": "A checkpointed loop of equinox is for reverse mode only: pass kind='lax' to it.",
 }
+_BETWEEN = ("/jax/", "/jaxlib/", "/quax/", "/equinox/_ad.py", "/equinox/_vmap_pmap.py", "/equinox/_jit.py")
 
 
 def remedy(eqn: JaxprEqn) -> str:
     """What to do about a call of a function with a custom reverse rule, in a sentence."""
     frames = eqn.source_info.traceback.frames if eqn.source_info.traceback is not None else ()
-    files = [frame.file_name.replace("\\", "/") for frame in frames]
-    for part, sentence in _FORWARD_ALTERNATIVES.items():
-        if any(part in file for file in files):
-            return sentence
+    files = [frame.file_name.replace("\\", "/") for frame in frames]  # the innermost first
+    caller = next((file for file in files if not any(part in file for part in _BETWEEN)), "")
+    if any(part in caller for part in _LOOPS):
+        for part, sentence in _FORWARD_ALTERNATIVES.items():
+            if any(part in file for file in files):
+                return sentence
     return "Give it a jax.custom_jvp, or pass custom_vjp='inline' to the estimator."
 
 

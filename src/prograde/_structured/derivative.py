@@ -96,8 +96,12 @@ def inner_products_with(tree: PyTree[Array], tangents: PyTree[Tangent]) -> Float
 def projected(tangents: PyTree[Tangent], directional: Float[Array, " k"]) -> Float[Array, " k"]:
     """(V^T V)^+ d: the weights of the tangents in the projection of the gradient onto their span."""
     gram = inner_products(tangents).astype(directional.dtype)
+    # of tangents of length 1, so that what is kept does not hang on how long a guess is beside a random direction
+    length = jnp.sqrt(jnp.diagonal(gram))
+    scale = jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
+    gram, directional = gram * scale[:, None] * scale[None, :], directional * scale
     values, vectors = jnp.linalg.eigh(gram)
     # an eigenvalue at the rounding of the largest is that of a dependent tangent
     kept = values > values[-1] * len(gram) * 8 * jnp.finfo(gram.dtype).eps
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-    return vectors @ (inverse * (vectors.T @ directional))
+    return scale * (vectors @ (inverse * (vectors.T @ directional)))

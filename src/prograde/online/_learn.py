@@ -54,18 +54,20 @@ def learn(
     **Arguments:**
 
     - `learner`: such as `RTRL(cell, loss)`.
-    - `optimizer`: what has the method `update(grads, opt_state, params)` of Optax; `opt_state`: its state.
-    - `key`: the same for the whole stream: each step folds in how many there were before it.
+    - `optimizer`: what has the method `update(grads, opt_state, params)` of Optax; `opt_state`: its state, such as
+      `optimizer.init(params)`, or `optimizer.init(equinox.filter(params, equinox.is_inexact_array))` where leaves are not float arrays.
+    - `key`: the same for the whole stream.
     - `carry`: what `learner.init` or the last chunk gave.
     - `inputs`, `targets`: trees of arrays with a leading axis of steps.
 
     **Returns:** `(carry, opt_state, losses)`, each loss before its update. A stream that is cut into chunks in another way, or saved in the middle
     (`equinox.tree_serialise_leaves` of carry and optimizer state) and continued, gives the same numbers.
 
-    **Cost:** that of the learner's steps; compiled once for each length of a chunk. One synchronisation with the host a chunk.
+    **Cost:** that of the learner's steps. Compiled once for each length of a chunk, and anew for another learner or optimizer: make them once. One
+    synchronisation with the host a chunk.
 
-    **Errors:** `StreamError` where an input, a loss, the state, the gradient or the updated parameters are not finite; it holds what there was before.
-    `ValueError` for leading axes that differ. Inside `jit` nothing can be raised: the loop then ends with the faulty
+    **Errors:** `StreamError` where a loss, the state, the gradient or the updated parameters are not finite, whether input or rate made them so; it holds
+    what there was before. `ValueError` for leading axes that differ, or have no steps. Inside `jit` nothing can be raised: the loop then ends with the faulty
     step, and the losses from it on are NaN.
 
     **Source:** arXiv 1702.05043 for learning at every step.
@@ -88,6 +90,8 @@ def learn(
         shapes = [np.shape(x) for x in jax.tree.leaves((inputs, targets))]
         raise ValueError(f"inputs and targets have shapes {shapes}, but all need one leading axis, that of the steps.")
     (length,) = lengths.pop()
+    if length == 0:
+        raise ValueError("inputs and targets have no steps, but at least one is needed.")
     arguments = (learner, optimizer, key, carry, opt_state, inputs, targets)
     _, sound, after, opt_after, losses = _steps(*arguments, jnp.asarray(length, jnp.int32), False)
     if isinstance(sound, Tracer) or sound:
@@ -142,16 +146,18 @@ def _steps(
         i, _, learning, losses = loop
         carry, opt_state = eqx.combine(learning, fixed)
         input, target = jax.tree.map(lambda x: jnp.asarray(x)[i], (inputs, targets))
-        stepped, loss, grads = learner.step(jax.random.fold_in(key, carry.step), carry, input, target)
-        updates, opt_state = optimizer.update(grads, opt_state, float_leaves(carry.params))
-        stepped = stepped.with_params(eqx.apply_updates(carry.params, updates))
+        stepped, loss, grads = learner.step(key, carry, input, target)
+        floats = float_leaves(carry.params)
+        updates, opt_state = optimizer.update(grads, opt_state, floats)
+        floats = jax.tree.map(lambda w, u: (w + u).astype(w.dtype), floats, updates)
+        stepped = stepped.with_params(eqx.combine(floats, carry.params))
         sound = _finite((loss, stepped.state, stepped.params, grads)) & (not thorough or _finite(stepped.memory))
         learning = eqx.filter((stepped, opt_state), eqx.is_array)
         return i + 1, sound, learning, losses.at[i].set(jnp.where(sound, loss, jnp.nan))
 
     first = jax.tree.map(lambda x: jnp.asarray(x)[0], (inputs, targets))
     loss = eqx.filter_eval_shape(learner.step, key, carry, *first)[1]
-    length = len(jax.tree.leaves(inputs)[0])
+    length = len(jax.tree.leaves((inputs, targets))[0])
     loop = jnp.zeros((), jnp.int32), jnp.array(True), learning, jnp.full(length, jnp.nan, loss.dtype)
     i, sound, learning, losses = lax.while_loop(lambda loop: (loop[0] < most) & loop[1], one, loop)
     carry, opt_state = eqx.combine(learning, fixed)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from prograde.estimators._estimator import check_key, checked_floats, checked_loss
+from prograde.estimators._estimator import check_key, checked_floats, checked_loss, float_leaves
 
 Step = Callable[[PyTree[Array], PyTree[Array]], tuple[tuple[Array, PyTree[Array]], PyTree[Array]]]
 
@@ -104,9 +104,23 @@ class OnlineLearner(abc.ABC):
         """The carry before the first step.
 
         **Arguments:** `params`, any tree with float arrays; `state`, a tree of arrays; `input` and `target`, examples of what will
-        come, of which only shapes matter, for learners that keep some of the stream (`DODGE` with a guess).
+        come, of which only shapes and dtypes matter, for learners that keep some of the stream (`DODGE` with a guess).
         """
-        state = jax.tree.map(jnp.asarray, state)
+        # weakly typed scalars would compile everything twice
+        strong = lambda x: jnp.asarray(x, jnp.result_type(x))  # noqa: E731
+        params = jax.tree.map(lambda x: strong(x) if eqx.is_inexact_array(x) else x, params)
+        state = jax.tree.map(lambda x: strong(x) if eqx.is_inexact_array(jnp.asarray(x)) else jnp.asarray(x), state)
+        floats = jax.tree_util.tree_leaves_with_path(float_leaves(state))
+        if not any(x.size for _, x in floats):
+            raise ValueError(
+                "state has no floating-point numbers, so that no derivative passes from one step to the next. Use value_and_grad of a step."
+            )
+        for path, x in floats:
+            if jnp.issubdtype(x.dtype, jnp.complexfloating):
+                raise TypeError(
+                    f"state{jax.tree_util.keystr(path)} has dtype {x.dtype}, but learners work on real states. Keep the real and imaginary "
+                    "parts as two leaves and join them inside the cell."
+                )
         checked_floats(params)
         memory = self.memory(params, state, input, target)
         return Carry(params, state, memory, jnp.zeros((), jnp.int32))
@@ -116,12 +130,15 @@ class OnlineLearner(abc.ABC):
     ) -> tuple[Carry, Float[Array, ""], PyTree]:
         """Takes one input of the stream.
 
+        `key` may be the same for the whole stream: each step folds in how many there were before it.
+
         **Returns:** `(carry, loss, grads)`: the next carry, with the parameters as they were; the loss; the estimate of its gradient,
-        a tree like the parameters, with `None` at leaves that are not float arrays. Works under `jit` and `scan`. What is not finite
-        passes through; `learn` stops before it.
+        a tree like the parameters, with `None` at leaves that are not float arrays. Works under `jit` and `scan`, and under
+        `equinox.filter_jit` where leaves are not arrays. What is not finite passes through; `learn` stops before it.
         """
         check_key(key)
         step = one_step(self.cell, self.loss, carry.params, carry.state, input, target)
+        key = jax.random.fold_in(key, carry.step)
         memory, (loss, floats), rest, grads = self.advance(key, step, carry, input, target)
         return Carry(carry.params, eqx.combine(floats, rest), memory, carry.step + 1), loss, grads
 
@@ -143,7 +160,7 @@ def one_step(
                 f"the cell returned another state than it was given: {differences}. A state keeps structure, shapes and dtypes "
                 "from step to step: convert it at the end of the cell, or start with a state like the one it returns."
             )
-        float_state, other = eqx.partition(following, eqx.is_inexact_array)
+        float_state, other = eqx.partition(jax.tree.map(jnp.asarray, following), eqx.is_inexact_array)
         return (jnp.mean(checked_loss(loss(output, target))), float_state), other
 
     return step

@@ -85,10 +85,10 @@ class DODGE(OnlineLearner):
         if isinstance(self.directions, TangentDistribution):
             drawn = jax.eval_shape(lambda key: self._draw(key, params, None), jax.random.key(0))
             return _Memory(jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), drawn), tangents, None)
-        if input is None:
+        if input is None and target is None:
             raise ValueError(
-                f"input=None, but directions={self.directions!r} look at the inputs of a window: pass init(params, state, input, target) "
-                "examples of what will come, of which only the shapes matter."
+                f"input=None and target=None, but directions={self.directions!r} look at the inputs of a window: pass init(params, state, input, target) "
+                "examples of what will come, of which only shapes and dtypes matter."
             )
         kept = lambda tree: jax.tree.map(  # noqa: E731
             lambda x: jnp.zeros((self.window, *jnp.shape(x)), jnp.result_type(x)), tree
@@ -140,6 +140,9 @@ class DODGE(OnlineLearner):
         grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, floats)
         window = memory.window
         if window is not None:
+            kept = jax.tree.map(lambda x: x[0], (window.inputs, window.targets))
+            if differences := tree_differences(kept, (input, target)):
+                raise ValueError(f"input and target are not like the examples that init was given: {differences}.")
             put = lambda kept, x: jax.tree.map(lambda k, v: k.at[place].set(v), kept, x)  # noqa: E731
             window = _Window(
                 window.state,

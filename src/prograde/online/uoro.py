@@ -27,8 +27,8 @@ class UORO(OnlineLearner):
     **Bias:** none while the parameters stay, at any time and for any cell. **Variance:** grows with the size of the state and with
     how long it remembers; it falls as 1 / `num_products`.
 
-    **Cost:** memory n + s numbers for each product, of n parameters and a state of s. A step takes one forward run with a tangent
-    and, for each product, one reverse run of this one step, after one for the loss. Independent of the length of the stream.
+    **Cost:** memory n + s numbers for each product, of n parameters and a state of s. A step takes one reverse run for the
+    loss and, for each product, a forward run with a tangent and a reverse run of this one step. Independent of the length of the stream.
 
     **Errors:** as `OnlineLearner`; `ValueError` for `num_products` below 1, and for a cell whose single step has no reverse mode, such as
     one with a `while_loop`: `DODGE` and `RTRL` take those.
@@ -80,10 +80,11 @@ class UORO(OnlineLearner):
             signs = jax.random.rademacher(key, flat.shape, flat.dtype)
             carried = jax.jvp(lambda flat: of_both(floats, flat)[0][1], (flat,), (a,))[1]
             new, _ = pull_back((jnp.zeros_like(loss), signs))
-            r0 = _balance(_norm(b), _norm(carried))
-            r1 = _balance(_norm(new), _norm(signs))
-            a = r0.astype(a.dtype) * carried + r1.astype(a.dtype) * signs
-            b = jax.tree.map(lambda b, w: (wide(b) / r0 + wide(w) / r1).astype(b.dtype), b, new)
+            # a product with a factor of zero, as after a reset of the state, leaves nothing behind
+            r0, s0 = _balance(_norm(b), _norm(carried))
+            r1, s1 = _balance(_norm(new), _norm(signs))
+            a = (r0 * wide(carried) + r1 * wide(signs)).astype(a.dtype)
+            b = jax.tree.map(lambda b, w: (s0 * wide(b) + s1 * wide(w)).astype(b.dtype), b, new)
             return (a, b), grads
 
         memory, grads = jax.vmap(of_product)(jax.random.split(key, self.num_products), *carry.memory)
@@ -96,6 +97,7 @@ def _norm(tree):
 
 
 def _balance(above, below):
-    """sqrt(above / below), and 1 where either is zero and their product with it."""
+    """The root of above / below, and one over it; both 0 where either is zero."""
     defined = (above > 0) & (below > 0)
-    return jnp.where(defined, jnp.sqrt(jnp.where(defined, above, 1) / jnp.where(defined, below, 1)), 1)
+    r = jnp.sqrt(jnp.where(defined, above, 1) / jnp.where(defined, below, 1))
+    return jnp.where(defined, r, 0), jnp.where(defined, 1 / r, 0)

@@ -20,8 +20,8 @@ _INTRODUCTION = (
     "wins, it says so."
 )
 _TERMS = (
-    "All methods of a table take turns in one run, round by round, each round in another order; times are medians, and a ratio is the "
-    "median of the rounds' own ratios. Memory is what XLA plans for temporaries, beside arguments and results."
+    "Programs whose time is given take turns in one run, round by round, each round in another order; times are medians, and a ratio to the "
+    "bare run is the median of the rounds' own ratios. Methods that learn for a given time run one after the other. Memory is what XLA plans for temporaries, beside arguments and results."
 )
 _BEGIN, _END = "<!-- {}: begin, written by prograde beyond --markdown -->", "<!-- {}: end -->"
 

@@ -270,7 +270,7 @@ class Stream(Experiment):
         for task in record["tasks"].values():
             rows = []
             for method in task["methods"].values():
-                runs = [run["loss"] for run in method["runs"]]
+                runs = _losses(method)
                 spread = "" if len(runs) == 1 else f" ({min(runs):.3g} to {max(runs):.3g})"
                 steps = np.mean([run["steps"] for run in method["runs"]])
                 rows.append(
@@ -284,23 +284,33 @@ class Stream(Experiment):
     def conclusion(self, record: dict[str, Any]) -> str:
         """Who wins where."""
         said = []
-        for task in record["tasks"].values():
-            ends = {name: float(np.mean([r["loss"] for r in m["runs"]])) for name, m in task["methods"].items()}
+        for kind, task in record["tasks"].items():
+            runs = {name: _losses(m) for name, m in task["methods"].items()}
+            ends = {name: float(np.mean(losses)) for name, losses in runs.items()}
             windows = {name: m["window"] for name, m in task["methods"].items() if m["window"]}
             online = min((n for n in ends if n not in windows), key=ends.__getitem__)
-            if task["episode"] > min(windows.values()):
-                short = min((n for n, w in windows.items() if w < task["episode"]), key=ends.__getitem__)
-                verdict = "lower" if ends[online] < ends[short] else "not lower"
+            title = task["title"].capitalize()
+            short = [n for n, w in windows.items() if w < task["episode"]]
+            if kind != "characters" and short:  # a text has no gap that a window could be shorter than
+                best = min(short, key=ends.__getitem__)
                 said.append(
-                    f"{task['title'].capitalize()}: {online} ends at {ends[online]:.3g}, the best window that is shorter than an episode "
-                    f"({windows[short]} steps) at {ends[short]:.3g}: {verdict}; guessing is {task['guessing']:.3g}."
+                    f"{title}: {online} ends at {ends[online]:.3g}, the best window that is shorter than an episode ({windows[best]} steps) at "
+                    f"{ends[best]:.3g}: {_verdict(runs[online], runs[best])}; guessing is {task['guessing']:.3g}."
                 )
+                title = "With any window"
             best = min(windows, key=ends.__getitem__)
-            word = "worse than" if ends[best] < ends[online] else "no worse than"
             said.append(
-                f"{'With any window' if said else task['title'].capitalize()}, ours is {word} truncated backprop: {ends[online]:.3g} "
-                f"({online}) and {ends[best]:.3g} ({windows[best]} steps)."
+                f"{title}: {online} ends at {ends[online]:.3g}, truncated backprop with {windows[best]} steps at {ends[best]:.3g}: "
+                f"{_verdict(runs[online], runs[best])}."
             )
+        at_edge = [
+            f"{name} ({kind})"
+            for kind, task in record["tasks"].items()
+            for name, m in task["methods"].items()
+            if len(m["trials"]) > 1 and m["rate"] in (min(map(float, m["trials"])), max(map(float, m["trials"])))
+        ]
+        if at_edge:
+            said.append(f"At the edge of the rates that were tried: {', '.join(at_edge)}.")
         return " ".join(said)
 
     def draw(self, record: dict[str, Any], figure: Any) -> None:
@@ -316,7 +326,7 @@ class Stream(Experiment):
             for name, method in task["methods"].items():
                 run = method["runs"][0]
                 style = {"linestyle": "--"} if method["window"] else {}
-                seconds, losses = np.array(run["curve"]).T
+                seconds, losses = np.array(run["curve"], float).T
                 axes.plot(seconds, np.maximum(losses, 1e-4), color=colours[name], label=name, linewidth=1.4, **style)
             axes.axhline(task["guessing"], color="#666666", linewidth=0.8, linestyle=":")
             axes.annotate(
@@ -327,12 +337,24 @@ class Stream(Experiment):
                 fontsize=7,
                 color="#666666",
             )
-            losses = [loss for m in task["methods"].values() for _, loss in m["runs"][0]["curve"]]
+            losses = [loss for m in task["methods"].values() for _, loss in m["runs"][0]["curve"] if loss is not None]
             scale = "log" if max(losses) > 10 * max(min(losses), 1e-4) else "linear"
             axes.set(xlabel="time (s)", ylabel=f"loss ({task['unit']})", yscale=scale)
             axes.set_title(task["title"], fontsize=8, loc="left", wrap=True)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(8, len(labels)), fontsize=8)
+
+
+def _losses(method: dict[str, Any]) -> list[float]:
+    """The losses at the end of its runs; a record has none for a run that diverged."""
+    return [math.inf if run["loss"] is None else run["loss"] for run in method["runs"]]
+
+
+def _verdict(ours: list[float], theirs: list[float]) -> str:
+    """Whether ours is lower, as far as the runs tell."""
+    if max(ours) < min(theirs):
+        return "lower"
+    return "higher" if min(ours) > max(theirs) else "no clear difference"
 
 
 def _share(runs: list[float], task: dict[str, Any]) -> str:
@@ -346,7 +368,7 @@ def _tuned(
     for rate in setting.rates:
         trials[rate] = _run(method, task, setting, rate, 0, seconds)
         display.advance(seconds, f"{name}, rate {rate:g}: {trials[rate]['loss']:.3g}")
-    rate = min(trials, key=lambda r: trials[r]["loss"])
+    rate = min(trials, key=lambda r: np.nan_to_num(trials[r]["loss"], nan=np.inf))
     runs = [trials[rate]]
     if seeds > 1:  # others than the one that chose the rate
         runs = [_run(method, task, setting, rate, seed, seconds) for seed in range(1, seeds + 1)]
@@ -377,7 +399,11 @@ def _run(method: Method, task: Task, setting: Setting, rate: float, seed: int, s
     carry, steps, index, curve, pending = begin, 0, 0, [], (0.0, 0)
     clock = time.perf_counter()
     while (elapsed := time.perf_counter() - clock) < seconds:
-        carry, loss, asked = chunk(carry, index, length)
+        try:
+            carry, loss, asked = chunk(carry, index, length)
+        except pg.online.StreamError:  # diverged, as backprop does without saying so
+            curve.append((elapsed, math.nan))
+            break
         pending = pending[0] + float(loss), pending[1] + int(asked)
         steps, index = steps + length, index + 1
         if elapsed >= len(curve) * seconds / _POINTS and pending[1]:
