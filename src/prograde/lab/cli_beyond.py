@@ -30,7 +30,7 @@ class Beyond:
     quick: Annotated[bool, _LENGTH] = False
     """About a minute each; the default."""
     full: Annotated[bool, _LENGTH] = False
-    """Longer horizons, more rounds, larger networks: several minutes each, and about twenty for stream."""
+    """Longer horizons, more rounds, larger networks: several minutes each."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where records and report go; by default runs/DATE-TIME-beyond."""
     resume: bool = False

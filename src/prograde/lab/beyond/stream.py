@@ -234,9 +234,8 @@ class Stream(Experiment):
         setting = Setting()
         if full:
             setting = Setting(
-                units=64, delay=20, windows=(5, 20, 63), rates=(1e-3, 3e-3, 1e-2), seconds=30.0, other_seconds=5.0, seeds=2,
-                learners=("RTRL", "DODGE", "DODGE, guess", "UORO"),
-            )  # fmt: skip
+                units=64, delay=20, windows=(5, 20, 63), rates=(1e-3, 3e-3), seconds=20.0, other_seconds=3.0
+            )
         return self.measure_setting(setting, display)
 
     def measure_setting(self, setting: Setting, display: Display) -> dict[str, Any]:
