@@ -234,7 +234,7 @@ class Stream(Experiment):
         setting = Setting()
         if full:
             setting = Setting(
-                units=64, delay=20, windows=(5, 20, 63), rates=(1e-3, 3e-3), seconds=20.0, other_seconds=3.0
+                units=64, delay=20, windows=(10, 19, 63), rates=(1e-3, 3e-3), seconds=30.0, other_seconds=2.0
             )
         return self.measure_setting(setting, display)
 
