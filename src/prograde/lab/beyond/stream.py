@@ -233,9 +233,7 @@ class Stream(Experiment):
         """Every method on every task: rates tried for the same time each, then runs at the best."""
         setting = Setting()
         if full:
-            setting = Setting(
-                units=64, delay=20, windows=(10, 19, 63), rates=(1e-3, 3e-3), seconds=30.0, other_seconds=2.0
-            )
+            setting = Setting(units=64, windows=(5, 9, 33), rates=(1e-3, 3e-3), seconds=15.0)
         return self.measure_setting(setting, display)
 
     def measure_setting(self, setting: Setting, display: Display) -> dict[str, Any]:
@@ -306,7 +304,7 @@ class Stream(Experiment):
             f"{name} ({kind})"
             for kind, task in record["tasks"].items()
             for name, m in task["methods"].items()
-            if len(m["trials"]) > 1 and m["rate"] in (min(map(float, m["trials"])), max(map(float, m["trials"])))
+            if len(m["trials"]) > 2 and m["rate"] in (min(map(float, m["trials"])), max(map(float, m["trials"])))
         ]
         if at_edge:
             said.append(f"At the edge of the rates that were tried: {', '.join(at_edge)}.")
