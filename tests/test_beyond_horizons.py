@@ -49,7 +49,7 @@ def test_every_method_has_the_gradient_of_backprop():
         )
         value, gradient = run("backprop", 1)
         assert gradient.dtype == np.float64
-        for method, unroll in (("ours", 1), ("ours", 7), *((m, 1) for m in horizon_loops.CHECKPOINTED)):
+        for method, unroll in (("ours", 7), *((m, 1) for m in horizon_loops.CHECKPOINTED)):
             got = run(method, unroll)
             np.testing.assert_allclose(got[0], value, rtol=1e-12, err_msg=method)
             np.testing.assert_allclose(got[1], gradient, rtol=0, atol=1e-11 * np.abs(gradient).max(), err_msg=method)

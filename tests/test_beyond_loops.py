@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import prograde as pg
-from prograde.lab.beyond import equilibrium, ode, runner, solar_cell
+from prograde.lab.beyond import control, equilibrium, ode, runner, solar_cell
 from prograde.lab.beyond.control import Control, gradient_errors
 from prograde.lab.beyond.newton import OURS, REVERSE, START, Newton, fitted, refusal, smallest_bound
 from prograde.lab.beyond.ode import ODEFit, Oregonator, programs
@@ -211,7 +211,11 @@ def test_a_runner_without_room_for_its_leg_has_fallen():
     assert made.distance == 0
 
 
-def test_control_shows_what_it_measured(quiet, tmp_path):
+def test_control_shows_what_it_measured(quiet, tmp_path, monkeypatch):
+    monkeypatch.setattr(control, "SEARCHES", {"differences along 1": control.SEARCHES["differences along 1"]})
+    monkeypatch.setitem(
+        control.FORWARD, "network", {"forward gradients along 1": pg.WeightPerturbation(pg.Rademacher())}
+    )
     experiment = Control()
     record = experiment.measure(False, quiet, steps=10, batch_size=4)
     assert record["refused"].startswith("Reverse-mode differentiation does not work for lax.while_loop")
