@@ -48,7 +48,15 @@ def beale() -> dict:
     """Seconds from the start of the process to the end of `prograde reproduce beale`."""
     with tempfile.TemporaryDirectory() as folder:
         return {
-            "seconds": seconds(sys.executable, "-m", "prograde.lab.cli", "reproduce", "beale", "--out", f"{folder}/b")
+            "seconds": seconds(
+                sys.executable,
+                "-m",
+                "prograde.lab.cli",
+                "reproduce",
+                "beale",
+                "--out",
+                f"{folder}/b",
+            )
         }
 
 
@@ -56,7 +64,9 @@ def mlp_step(rounds: int) -> dict:
     """A full SGD step of the MLP at batch 64 over the bare forward pass, in the lab's training loop."""
     experiment, data = experiments.EXPERIMENTS["mlp"], costs.synthetic_data()
     methods = {name: experiments.METHODS[name] for name in ("low-rank", "backprop")}
-    trainers = {name: train.Trainer(experiment, estimator, data) for name, estimator in methods.items()}
+    trainers = {
+        name: train.Trainer(experiment, estimator, data) for name, estimator in methods.items()
+    }
     trainers = {"bare": train.Trainer(experiment, None, data), **trainers}
     return costs.step_seconds(trainers, rounds, lambda i: None)
 
@@ -67,7 +77,9 @@ def loop_overhead(rounds: int, steps: int = 50) -> dict:
     for method in ("low-rank", "backprop"):
         experiment, data = experiments.EXPERIMENTS["mlp"], costs.synthetic_data()
         looped = train.Trainer(experiment, experiments.METHODS[method], data)
-        bare = train.Trainer(dataclasses.replace(experiment, in_scan=False), experiments.METHODS[method], data)
+        bare = train.Trainer(
+            dataclasses.replace(experiment, in_scan=False), experiments.METHODS[method], data
+        )
         rows = looped.rows(0, 0, steps)
         ready = jax.numpy.asarray(rows[0])
         rate, key = train.Rate(jax.numpy.float32(0), jax.numpy.float32(steps)), looped._keys(0)[1]
@@ -97,7 +109,9 @@ def main(arguments: Arguments) -> None:
         "loop_overhead": loop_overhead(arguments.rounds // 2),
     }
     records.write_json(arguments.out, record)
-    print(f"import prograde, beyond import jax: {record['import_beyond_jax']['seconds']:.2f} s (at most 0.5)")
+    print(
+        f"import prograde, beyond import jax: {record['import_beyond_jax']['seconds']:.2f} s (at most 0.5)"
+    )
     print(f"prograde reproduce beale: {record['beale']['seconds']:.1f} s (at most 20)")
     for method, cost in record["mlp_step"].items():
         print(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 if metadata.version("jaxlib").startswith("0.10."):  # as the command line does
     os.environ.setdefault(
-        "XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+        "XLA_FLAGS",
+        "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION",
     )
 
 import jax
@@ -36,7 +37,9 @@ class Arguments:
 
 def in_turns(programs: dict, rounds: int) -> dict:
     """Milliseconds of each (function, arguments), in turns: median and quartiles."""
-    compiled = {name: (jax.jit(function), arguments) for name, (function, arguments) in programs.items()}
+    compiled = {
+        name: (jax.jit(function), arguments) for name, (function, arguments) in programs.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for i in range(rounds + 1):
         for name, (function, arguments) in compiled.items():
@@ -55,7 +58,10 @@ def one_product(rounds: int) -> dict:
     return in_turns(
         {
             "two products": (lambda x, v, w: (x @ w, v @ w), (x, 0.5 * x, w)),
-            "one product of stacked rows": (lambda x, v, w: jnp.split(jnp.concatenate([x, v]) @ w, 2), (x, 0.5 * x, w)),
+            "one product of stacked rows": (
+                lambda x, v, w: jnp.split(jnp.concatenate([x, v]) @ w, 2),
+                (x, 0.5 * x, w),
+            ),
         },
         rounds,
     )
@@ -71,7 +77,10 @@ def convolutional_network(rounds: int) -> dict:
     return in_turns(
         {
             "loss": (loss, (params, x)),
-            "jax.jvp by the input": (lambda p, x, v: jax.jvp(lambda x: loss(p, x), (x,), (v,)), (params, x, 0.3 * x)),
+            "jax.jvp by the input": (
+                lambda p, x, v: jax.jvp(lambda x: loss(p, x), (x,), (v,)),
+                (params, x, 0.3 * x),
+            ),
             "forward gradient": (grad_fn, (jax.random.key(2), params, x)),
             "backprop": (jax.value_and_grad(loss), (params, x)),
         },
@@ -87,7 +96,9 @@ def convolution(rounds: int) -> dict:
     conv = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=numbers)
     pool = lambda h: lax.reduce_window(h, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     layer = lambda x, w: jax.nn.relu(conv(x, w))
-    shifted = lambda x, w: sum(x[:, i : i + 24, j : j + 24] @ w[i, j] for i in range(3) for j in range(3))
+    shifted = lambda x, w: sum(
+        x[:, i : i + 24, j : j + 24] @ w[i, j] for i in range(3) for j in range(3)
+    )
     np.testing.assert_allclose(shifted(x, w), conv(x, w), rtol=1e-3, atol=1e-3)
     tangent = lambda x, v, w: jax.jvp(lambda x: layer(x, w), (x,), (v,))
     return in_turns(
@@ -96,7 +107,10 @@ def convolution(rounds: int) -> dict:
             "convolution and ReLU": (layer, (x, w)),
             "convolution, ReLU and pooling": (lambda x, w: pool(layer(x, w)), (x, w)),
             "jvp of convolution and ReLU": (tangent, (x, 0.3 * x, w)),
-            "primal and tangent as one batch": (lambda x, v, w: conv(jnp.concatenate([x, v]), w), (x, 0.3 * x, w)),
+            "primal and tangent as one batch": (
+                lambda x, v, w: conv(jnp.concatenate([x, v]), w),
+                (x, 0.3 * x, w),
+            ),
             "products of shifted slices": (shifted, (x, w)),
         },
         rounds,
@@ -149,7 +163,9 @@ def main(arguments: Arguments) -> None:
         if title != "environment":
             print(title)
             for name, found in figures.items():
-                print(f"  {name:40} {found['median']:.3g} ({found['low']:.3g} to {found['high']:.3g})")
+                print(
+                    f"  {name:40} {found['median']:.3g} ({found['low']:.3g} to {found['high']:.3g})"
+                )
     print(f"record: {arguments.out}")
 
 

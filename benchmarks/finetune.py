@@ -27,24 +27,41 @@ from prograde.lab.finetune import Plan, Tuning, calibration
 BATCH, LENGTH = 4, 64
 LABELS = (1109, 13321)  # " great" and " terrible"
 STEPS = {
-    "forward gradient, K = 1": Plan(train="all", estimator="weight", optimizer="sgd", label_tokens=LABELS),
-    "forward gradient, K = 8": Plan(train="all", estimator="weight", tangents=8, optimizer="sgd", label_tokens=LABELS),
+    "forward gradient, K = 1": Plan(
+        train="all", estimator="weight", optimizer="sgd", label_tokens=LABELS
+    ),
+    "forward gradient, K = 8": Plan(
+        train="all", estimator="weight", tangents=8, optimizer="sgd", label_tokens=LABELS
+    ),
     "MeZO, rank-one directions": Plan(
         train="all", estimator="mezo", directions="low-rank", optimizer="sgd", label_tokens=LABELS
     ),
     "MeZO": Plan(train="all", estimator="mezo", optimizer="sgd", label_tokens=LABELS),
     "backprop": Plan(train="all", estimator="backprop", optimizer="sgd", label_tokens=LABELS),
-    "backprop, checkpointed": Plan(train="all", estimator="checkpointed", optimizer="sgd", label_tokens=LABELS),
+    "backprop, checkpointed": Plan(
+        train="all", estimator="checkpointed", optimizer="sgd", label_tokens=LABELS
+    ),
 }
 SGD, ADAM = {"optimizer": "sgd"}, {"optimizer": "adam"}
 LAST_NORM = {"train": "norm", "optimizer": "adam", "batch_size": 200, "steps": 1500}
 MIDDLE = {"layers": (12, 29)}
 CURVES: dict[str, dict[str, Any]] = {
     "forward gradient, last norm, K = 32": {**LAST_NORM, "tangents": 32, "rate": 0.03},
-    "the same with all 2,878 examples": {**LAST_NORM, "tangents": 32, "rate": 0.03, "batch_size": 500, "steps": 2000},
+    "the same with all 2,878 examples": {
+        **LAST_NORM,
+        "tangents": 32,
+        "rate": 0.03,
+        "batch_size": 500,
+        "steps": 2000,
+    },
     "MeZO, last norm, K = 32": {**LAST_NORM, "estimator": "mezo", "tangents": 32, "rate": 0.03},
     "backprop, last norm": {**LAST_NORM, "estimator": "backprop", "rate": 0.01},
-    "backprop, all weights": {"train": "all", "estimator": "backprop", "optimizer": "adam", "rate": 2e-5},
+    "backprop, all weights": {
+        "train": "all",
+        "estimator": "backprop",
+        "optimizer": "adam",
+        "rate": 2e-5,
+    },
     "backprop, LoRA": {
         "train": "lora",
         **MIDDLE,
@@ -53,7 +70,12 @@ CURVES: dict[str, dict[str, Any]] = {
         "rank": 4,
         "rate": 1e-3,
     },
-    "forward gradient, layers 12 to 28": {"train": "matrices", **MIDDLE, "optimizer": "sgd", "rate": 5e-4},
+    "forward gradient, layers 12 to 28": {
+        "train": "matrices",
+        **MIDDLE,
+        "optimizer": "sgd",
+        "rate": 5e-4,
+    },
     "MeZO (rank one), layers 12 to 28": {
         "train": "matrices",
         **MIDDLE,
@@ -62,7 +84,13 @@ CURVES: dict[str, dict[str, Any]] = {
         "optimizer": "sgd",
         "rate": 5e-4,
     },
-    "forward gradient, LOZO factors": {"train": "subspace", **MIDDLE, "rank": 4, "optimizer": "momentum", "rate": 0.1},
+    "forward gradient, LOZO factors": {
+        "train": "subspace",
+        **MIDDLE,
+        "rank": 4,
+        "optimizer": "momentum",
+        "rate": 0.1,
+    },
 }
 ALL = "the same with all 2,878 examples"
 TRAIN, HELD_OUT = 1000, 1000
@@ -150,12 +178,24 @@ def measure_steps(arguments: Steps) -> None:
             inference(bare, rows) if name == "bare forward" else one_step(tunings[name], rows)
             if turn > 1:
                 times.append(time.perf_counter() - begin)
-        print(turn, {name: round(times[-1], 3) for name, times in seconds.items() if times}, flush=True)
-    ratio = lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+        print(
+            turn,
+            {name: round(times[-1], 3) for name, times in seconds.items() if times},
+            flush=True,
+        )
+    ratio = lambda a, b: statistics.median(
+        x / y for x, y in zip(seconds[a], seconds[b], strict=True)
+    )
     ours = "forward gradient, K = 1"
     record = {
         "kind": "finetune-steps",
-        "config": {"model": "smollm2", "batch": BATCH, "length": LENGTH, "train": "all", "rounds": arguments.rounds},
+        "config": {
+            "model": "smollm2",
+            "batch": BATCH,
+            "length": LENGTH,
+            "train": "all",
+            "rounds": arguments.rounds,
+        },
         "environment": records.environment(),
         "seconds": seconds,
         "over_forward": {name: ratio(name, "bare forward") for name in STEPS},
@@ -165,16 +205,27 @@ def measure_steps(arguments: Steps) -> None:
         "memory": memory,
     }
     records.write_json(arguments.out, record)
-    print(json.dumps({k: v for k, v in record.items() if k not in ("seconds", "environment")}, indent=1))
+    print(
+        json.dumps(
+            {k: v for k, v in record.items() if k not in ("seconds", "environment")}, indent=1
+        )
+    )
 
 
 def short_rows(path: Path, tokenizer: Any) -> list[tuple[str, str]]:
-    return [row for row in texts.read_table(path, "text", "label") if len(tokenizer.encode(row[0]).ids) <= 20]
+    return [
+        row
+        for row in texts.read_table(path, "text", "label")
+        if len(tokenizer.encode(row[0]).ids) <= 20
+    ]
 
 
 def measure_curves(arguments: Curves) -> None:
     model, tokenizer = lm.load("smollm2")
-    rows, words = short_rows(arguments.data, tokenizer), {"negative": " terrible", "positive": " great"}
+    rows, words = (
+        short_rows(arguments.data, tokenizer),
+        {"negative": " terrible", "positive": " great"},
+    )
     record: dict[str, Any] = {
         "kind": "finetune-curves",
         "config": {
@@ -215,9 +266,14 @@ def measure_curves(arguments: Curves) -> None:
             if (method, seed) in have or (arguments.methods and method not in arguments.methods):
                 continue
             mine = dataclasses.replace(start.plan, **{"tangents": 1, "steps": 10**6} | settings)
-            tuning = Tuning(mine, jax.tree.map(jnp.array, model) if mine.train in ("all", "matrices") else model)
+            tuning = Tuning(
+                mine, jax.tree.map(jnp.array, model) if mine.train in ("all", "matrices") else model
+            )
             few = mine.train != "norm"  # they are slow to evaluate
-            mine_train, mine_held_out = train if method == ALL else train[:TRAIN], held_out[: HELD_OUT // (1 + few)]
+            mine_train, mine_held_out = (
+                train if method == ALL else train[:TRAIN],
+                held_out[: HELD_OUT // (1 + few)],
+            )
             if mine.train == "norm":
                 parts = of(mine_train), of(mine_held_out)
             else:
@@ -239,7 +295,9 @@ def _subset(examples: texts.Examples, index: np.ndarray) -> texts.Examples:
     return dataclasses.replace(examples, **arrays, texts=tuple(examples.texts[i] for i in index))
 
 
-def train_for(tuning: Tuning, train: Any, held_out: Any, minutes: float, counted: bool) -> dict[str, Any]:
+def train_for(
+    tuning: Tuning, train: Any, held_out: Any, minutes: float, counted: bool
+) -> dict[str, Any]:
     """Trains for a number of steps, evaluated at four times, or for minutes of steps, evaluated at the end."""
     first = tuple(x[: tuning.plan.batch_size] for x in train)
     each = tuning.rehearse(first, 2)
@@ -263,8 +321,14 @@ def train_for(tuning: Tuning, train: Any, held_out: Any, minutes: float, counted
         if step + 1 in marks:
             jax.block_until_ready(tuning.state.params)
             seconds += time.perf_counter() - begin
-            point = {"step": step + 1, "seconds": seconds, "train_loss": float(np.mean([float(x) for x in losses]))}
-            curve.append(point | (tuning.evaluate(held_out) if counted or step + 1 == steps else {}))
+            point = {
+                "step": step + 1,
+                "seconds": seconds,
+                "train_loss": float(np.mean([float(x) for x in losses])),
+            }
+            curve.append(
+                point | (tuning.evaluate(held_out) if counted or step + 1 == steps else {})
+            )
             losses, begin = [], time.perf_counter()
     return {"trained": tuning.num_trained, "step_seconds": each, "curve": curve}
 

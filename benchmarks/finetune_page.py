@@ -71,12 +71,18 @@ def curves_table(record: dict[str, Any]) -> str:
         steps = spread([point["step"] for point in last], "{:.0f}").split(" (")[0]
         seconds = spread([point["seconds"] for point in last], "{:.0f}").split(" (")[0]
         rows.append([f"{method} ({runs[0]['trained']:,})", steps, seconds, *_figures(figures_)])
-    return markdown(["method (numbers trained)", "steps", "seconds", "test accuracy, %", "loss", "AUC"], rows)
+    return markdown(
+        ["method (numbers trained)", "steps", "seconds", "test accuracy, %", "loss", "AUC"], rows
+    )
 
 
 def _figures(found: list[list[float]]) -> list[str]:
     accuracy, loss, auc = found
-    return [spread([100 * x for x in accuracy], "{:.1f}"), spread(loss, "{:.3f}"), spread(auc, "{:.3f}")]
+    return [
+        spread([100 * x for x in accuracy], "{:.1f}"),
+        spread(loss, "{:.3f}"),
+        spread(auc, "{:.3f}"),
+    ]
 
 
 def draw(record: dict[str, Any]) -> str:
@@ -89,14 +95,33 @@ def draw(record: dict[str, Any]) -> str:
             label = run["method"] if run["seed"] == 0 else None
             seconds = [point["seconds"] for point in run["curve"]]
             left.plot(
-                seconds, [p["train_loss"] for p in run["curve"]], color=colour, label=label, linewidth=1, marker="."
+                seconds,
+                [p["train_loss"] for p in run["curve"]],
+                color=colour,
+                label=label,
+                linewidth=1,
+                marker=".",
             )
             start = record["zero_shot"][str(run["seed"])]["calibrated"]["accuracy"]
-            held_out = [(0.1, start)] + [(p["seconds"], p["accuracy"]) for p in run["curve"] if "accuracy" in p]
-            right.plot([s for s, _ in held_out], [100 * a for _, a in held_out], color=colour, linewidth=1, marker=".")
+            held_out = [(0.1, start)] + [
+                (p["seconds"], p["accuracy"]) for p in run["curve"] if "accuracy" in p
+            ]
+            right.plot(
+                [s for s, _ in held_out],
+                [100 * a for _, a in held_out],
+                color=colour,
+                linewidth=1,
+                marker=".",
+            )
         left.set(xscale="log", xlabel="seconds of steps", ylabel="training loss")
         right.set(xscale="log", xlabel="seconds of steps", ylabel="held-out accuracy, %")
-        fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        fig.legend(
+            *left.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=3,
+            frameon=False,
+            fontsize=8,
+        )
         buffer = io.StringIO()
         fig.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -111,8 +136,12 @@ def between(page: str, name: str, content: str) -> str:
 
 def written(page: str) -> str:
     """The page with what the records say."""
-    page = between(page, "steps", steps_table(records.read_json(ROOT / "records" / "finetune-steps.json")))
-    return between(page, "curves", curves_table(records.read_json(ROOT / "records" / "finetune-curves.json")))
+    page = between(
+        page, "steps", steps_table(records.read_json(ROOT / "records" / "finetune-steps.json"))
+    )
+    return between(
+        page, "curves", curves_table(records.read_json(ROOT / "records" / "finetune-curves.json"))
+    )
 
 
 if __name__ == "__main__":

@@ -116,20 +116,34 @@ def main():
             found.append(kill)
             print(f"{len(found)} of {arguments.kills}: {kill}", flush=True)
         assert Group(disturbed, steps=steps).wait(600) == 0
-        begun = [kill.begun for kill in found[1:]] + [json.loads((disturbed / "0" / "start.json").read_text())["from"]]
+        begun = [kill.begun for kill in found[1:]] + [
+            json.loads((disturbed / "0" / "start.json").read_text())["from"]
+        ]
         assert Group(undisturbed, steps=steps).wait(600) == 0
         record = {
-            "config": {"kills": arguments.kills, "steps": steps, "seed": arguments.seed, "workers": 2},
+            "config": {
+                "kills": arguments.kills,
+                "steps": steps,
+                "seed": arguments.seed,
+                "workers": 2,
+            },
             "environment": records.environment(),
             "hangs": sum(kill.hung for kill in found),
-            "lost_steps": sum(max(0, kill.flushed - start) for kill, start in zip(found, begun, strict=True)),
+            "lost_steps": sum(
+                max(0, kill.flushed - start) for kill, start in zip(found, begun, strict=True)
+            ),
             "same_parameters": len(set(finals(disturbed) + finals(undisturbed))) == 1,
             "seconds_to_end": sorted(round(kill.seconds, 2) for kill in found),
             "kills": [asdict(kill) for kill in found],
         }
         shutil.rmtree(disturbed)
     records.write_json(arguments.out, record)
-    print({name: record[name] for name in ("hangs", "lost_steps", "same_parameters", "seconds_to_end")})
+    print(
+        {
+            name: record[name]
+            for name in ("hangs", "lost_steps", "same_parameters", "seconds_to_end")
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,11 @@ class Link:
 
     @property
     def name(self) -> str:
-        return "unlimited" if self.rate is None else f"{self.rate / 1e6:g} Mbit/s, {2e3 * self.delay:g} ms"
+        return (
+            "unlimited"
+            if self.rate is None
+            else f"{self.rate / 1e6:g} Mbit/s, {2e3 * self.delay:g} ms"
+        )
 
 
 _networks = itertools.count()
@@ -85,13 +89,45 @@ class Network(contextlib.AbstractContextManager):
         ip("-n", self.hub, "link", "add", "bridge0", "type", "bridge")
         ip("-n", self.hub, "link", "set", "bridge0", "mtu", str(MTU), "up")
         for i, name in enumerate(self.names):
-            ip("-n", name, "link", "add", "net0", "type", "veth", "peer", "name", f"port{i}", "netns", self.hub)
-            ip("-n", self.hub, "link", "set", f"port{i}", "mtu", str(MTU), "master", "bridge0", "up")
+            ip(
+                "-n",
+                name,
+                "link",
+                "add",
+                "net0",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                f"port{i}",
+                "netns",
+                self.hub,
+            )
+            ip(
+                "-n",
+                self.hub,
+                "link",
+                "set",
+                f"port{i}",
+                "mtu",
+                str(MTU),
+                "master",
+                "bridge0",
+                "up",
+            )
 
     def _relay(self) -> None:
-        settings = {"names": self.names, "rate": self.link.rate, "delay": self.link.delay, "queue": self.link.queue}
+        settings = {
+            "names": self.names,
+            "rate": self.link.rate,
+            "delay": self.link.delay,
+            "queue": self.link.queue,
+        }
         self.relay = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         if self.relay.stdout.readline() != "ready\n":
             raise RuntimeError("the relay did not start: is this root, and is there /dev/net/tun?")
@@ -101,7 +137,9 @@ class Network(contextlib.AbstractContextManager):
         return ["ip", "netns", "exec", self.names[i], *program]
 
     def run(self, i: int, *program: str) -> str:
-        return subprocess.run(self.inside(i, *program), check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            self.inside(i, *program), check=True, capture_output=True, text=True
+        ).stdout
 
     def dropped(self) -> int:
         """Packets that the relay dropped so far."""
@@ -113,7 +151,9 @@ class Network(contextlib.AbstractContextManager):
 
     def close(self) -> None:
         for name in [*self.names, self.hub]:
-            found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
+            found = subprocess.run(
+                ["ip", "netns", "pids", name], capture_output=True, text=True
+            ).stdout.split()
             for pid in found:  # of processes that were started here, in namespaces of this process
                 with contextlib.suppress(OSError):
                     os.kill(int(pid), signal.SIGKILL)
@@ -170,7 +210,9 @@ print(json.dumps({"round_trip_seconds": sorted(trips)[15], "longest_round_trip_s
 def check(network: Network, size: int) -> dict[str, float]:
     """What a plain TCP connection from one machine to another gets: time there and back of a byte, and rate of so many bytes."""
     with subprocess.Popen(
-        network.inside(1, sys.executable, "-c", _LISTENER, address(1)), stdout=subprocess.PIPE, text=True
+        network.inside(1, sys.executable, "-c", _LISTENER, address(1)),
+        stdout=subprocess.PIPE,
+        text=True,
     ) as listener:
         listener.stdout.readline()
         return json.loads(network.run(0, sys.executable, "-c", _CALLER, address(1), str(size)))
@@ -183,14 +225,20 @@ def relay(names: list[str], rate: float, delay: float, queue: float) -> None:
         device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         tun, no_packet_information, set_interface = 0x0001, 0x1000, 0x400454CA
         given = f"pg{os.getpid()}_{i}"
-        fcntl.ioctl(device, set_interface, struct.pack("16sH22x", given.encode(), tun | no_packet_information))
+        fcntl.ioctl(
+            device,
+            set_interface,
+            struct.pack("16sH22x", given.encode(), tun | no_packet_information),
+        )
         ip("link", "set", given, "netns", name)
         ip("-n", name, "link", "set", given, "name", "net0")
         devices.append(device)
     with contextlib.suppress(OSError):  # a packet does not wait for a processor
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     print("ready", flush=True)
-    of_address = {bytes(map(int, address(i).split("."))): device for i, device in enumerate(devices)}
+    of_address = {
+        bytes(map(int, address(i).split("."))): device for i, device in enumerate(devices)
+    }
     free = dict.fromkeys(devices, 0.0)  # when the line of each machine is free
     waiting = {device: collections.deque() for device in devices}
     dropped = 0

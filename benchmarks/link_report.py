@@ -15,10 +15,15 @@ from typing import Any
 
 from prograde.lab import records
 
-BEGIN, END = "<!-- links: begin, written by benchmarks/links.py --markdown -->", "<!-- links: end -->"
+BEGIN, END = (
+    "<!-- links: begin, written by benchmarks/links.py --markdown -->",
+    "<!-- links: end -->",
+)
 DELAY = 0.025
 RATES = {"10 Mbit/s": 10e6, "100 Mbit/s": 100e6, "1 Gbit/s": 1e9}
-LINKS = {f"{name}, 50 ms": (rate, DELAY) for name, rate in RATES.items()} | {"unlimited": (math.inf, 0.0)}
+LINKS = {f"{name}, 50 ms": (rate, DELAY) for name, rate in RATES.items()} | {
+    "unlimited": (math.inf, 0.0)
+}
 WORKERS = (2, 64, 4096)
 TITLES = {"mlp": "MLP, 32 examples a worker", "smollm2": "135M parameters, 2 x 64 tokens a worker"}
 
@@ -35,7 +40,10 @@ def exchange(collectives: list[str], workers: int, around: float) -> tuple[int, 
     for collective in collectives:
         for size in arrays(collective):
             if collective.startswith("all-gather"):
-                rounds, sent = rounds + workers - 1, sent + (workers - 1) * (size / workers + around)
+                rounds, sent = (
+                    rounds + workers - 1,
+                    sent + (workers - 1) * (size / workers + around),
+                )
             else:
                 rounds, sent = rounds + 2 * (workers - 1), sent + 2 * size * (workers - 1) / workers
     return rounds, sent
@@ -62,8 +70,15 @@ def model(record: dict) -> dict[str, Any]:
     alone = mlp["2"]["100 Mbit/s, 50 ms"]["K = 1"]
     around = alone["bytes"]["median"] - alone["payload"]
     predicted = []
-    measured = [("mlp", w, where, found) for w in ("2", "4") for where, found in mlp[w].items() if where != "apart"]
-    measured += [("smollm2", "2", where, found) for where, found in smollm2.items() if where != "apart"]
+    measured = [
+        ("mlp", w, where, found)
+        for w in ("2", "4")
+        for where, found in mlp[w].items()
+        if where != "apart"
+    ]
+    measured += [
+        ("smollm2", "2", where, found) for where, found in smollm2.items() if where != "apart"
+    ]
     for workload, w, where, found in measured:
         apart = (mlp[w] if workload == "mlp" else smollm2)["apart"]
         for method, one in found.items():
@@ -71,8 +86,19 @@ def model(record: dict) -> dict[str, Any]:
             rounds, sent = exchange(one["collectives"], int(w), around)
             in_all = seconds(compute, rounds, sent, *LINKS[where])
             predicted.append(
-                {"workload": workload, "workers": int(w), "link": where, "method": method, "compute": compute}
-                | {"rounds": rounds, "bytes": sent, "seconds": in_all, "measured": one["seconds"]["median"]}
+                {
+                    "workload": workload,
+                    "workers": int(w),
+                    "link": where,
+                    "method": method,
+                    "compute": compute,
+                }
+                | {
+                    "rounds": rounds,
+                    "bytes": sent,
+                    "seconds": in_all,
+                    "measured": one["seconds"]["median"],
+                }
             )
     projected = []
     for workload, source in (("mlp", mlp["2"]), ("smollm2", smollm2)):
@@ -81,7 +107,9 @@ def model(record: dict) -> dict[str, Any]:
     return {"bytes_around_a_message": around, "predicted": predicted, "projected": projected}
 
 
-def _projected(workload: str, source: dict, updates: dict, workers: int, around: float) -> list[dict]:
+def _projected(
+    workload: str, source: dict, updates: dict, workers: int, around: float
+) -> list[dict]:
     """A step on each link with so many workers, each with its own tangent: by a ring, and by doubling, log2 W rounds."""
     ours, theirs = (source["unlimited"][method] for method in ("K = 1", "backprop"))
     own = max(0.0, source["apart"]["K = 1"]["seconds"]["median"] - updates["1"]["median"])
@@ -94,20 +122,35 @@ def _projected(workload: str, source: dict, updates: dict, workers: int, around:
     update = updates["1"]["median"] if workers == 2 else update
     found = []
     for link, rate in RATES.items():
-        row = {"workload": workload, "workers": workers, "link": link, "parameters": ours["parameters"]}
+        row = {
+            "workload": workload,
+            "workers": workers,
+            "link": link,
+            "parameters": ours["parameters"],
+        }
         row |= {"update": update, "update_measured": workers in known or workers == 2}
         for name, compute, collectives in (
             ("ours", own + update, ["all-gather " + f"f32[{workers},2]"]),
-            ("backprop", source["apart"]["backprop"]["seconds"]["median"], theirs["collectives"][1:]),
+            (
+                "backprop",
+                source["apart"]["backprop"]["seconds"]["median"],
+                theirs["collectives"][1:],
+            ),
         ):
             rounds, sent = exchange(collectives, workers, around)
-            doubling = math.ceil(math.log2(workers)) * (1 if name == "ours" else 2)  # arrays joined into one
+            doubling = math.ceil(math.log2(workers)) * (
+                1 if name == "ours" else 2
+            )  # arrays joined into one
             row[name] = {
                 "compute": compute,
                 "ring": seconds(compute, rounds, sent, rate, DELAY),
                 # messages double in size, so there are but as many around them as rounds
                 "doubling": seconds(
-                    compute, doubling, sent - around * (rounds - doubling) if name == "ours" else sent, rate, DELAY
+                    compute,
+                    doubling,
+                    sent - around * (rounds - doubling) if name == "ours" else sent,
+                    rate,
+                    DELAY,
                 ),
             }
         found.append(row)
@@ -119,7 +162,13 @@ def _seconds(value: float) -> str:
         return f"{value / 86400:,.0f} days"
     if value >= 100:
         return f"{value:,.0f} s"
-    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
+    return (
+        f"{value:.1f} s"
+        if value >= 10
+        else f"{value:.2f} s"
+        if value >= 1
+        else f"{1e3 * value:.1f} ms"
+    )
 
 
 def _spread(found: dict) -> str:
@@ -185,7 +234,9 @@ def markdown(record: dict) -> str:
         ]
         limited = smollm2.get("100 Mbit/s, 50 ms")
         if limited:
-            ours, theirs = (limited[method]["seconds"]["median"] for method in ("K = 1", "backprop"))
+            ours, theirs = (
+                limited[method]["seconds"]["median"] for method in ("K = 1", "backprop")
+            )
             compute = smollm2["apart"]["backprop"]["seconds"]["median"]
             _, sent = exchange(limited["backprop"]["collectives"][1:], 2, 0)
             least = seconds(compute, 2, sent, *LINKS["100 Mbit/s, 50 ms"])
@@ -203,7 +254,11 @@ def markdown(record: dict) -> str:
     if "scaling" in record["parts"]:
         kinds = {"2": "2 processes", "2 apart": "2 that exchange nothing", "4": "4 processes"}
         rows = [
-            [name, _spread(f["seconds"]["1"]), *(f"{_fraction(f['of_ideal'][kind])}" for kind in kinds)]
+            [
+                name,
+                _spread(f["seconds"]["1"]),
+                *(f"{_fraction(f['of_ideal'][kind])}" for kind in kinds),
+            ]
             for name, f in _found(record, "scaling").items()
         ]
         blocks += [
@@ -228,8 +283,16 @@ def _projection_blocks(record: dict) -> list[str]:
         extrapolated = "" if p["update_measured"] else " (extrapolated)"
         ours, theirs = p["ours"], p["backprop"]
         rows.append(
-            [TITLES[p["workload"]], f"{p['workers']:,}", p["link"], _seconds(ours["compute"]) + extrapolated]
-            + [_seconds(x) for x in (ours["ring"], ours["doubling"], theirs["ring"], theirs["doubling"])]
+            [
+                TITLES[p["workload"]],
+                f"{p['workers']:,}",
+                p["link"],
+                _seconds(ours["compute"]) + extrapolated,
+            ]
+            + [
+                _seconds(x)
+                for x in (ours["ring"], ours["doubling"], theirs["ring"], theirs["doubling"])
+            ]
             + [_seconds(ours["doubling"] / rate_factor(p["parameters"], p["workers"]))]
         )
     head = [
@@ -243,21 +306,35 @@ def _projection_blocks(record: dict) -> list[str]:
         "backprop, doubling",
         "ours, doubling, for the progress of a step of backprop",
     ]
-    blocks = ["**Projected**, each worker with a tangent of its own (K = 1, so K W = W):", _table(head, rows)]
+    blocks = [
+        "**Projected**, each worker with a tangent of its own (K = 1, so K W = W):",
+        _table(head, rows),
+    ]
     sizes = {p["workload"]: p["parameters"] for p in record["model"]["projected"]}
     rows = [
-        [f"{w:,}", str(k), f"{k * w:,}", *(f"1/{1 / rate_factor(n, k * w):,.0f}" for n in sizes.values())]
+        [
+            f"{w:,}",
+            str(k),
+            f"{k * w:,}",
+            *(f"1/{1 / rate_factor(n, k * w):,.0f}" for n in sizes.values()),
+        ]
         for w in (1, *WORKERS)
         for k in (1, 64)
     ]
     head = ["workers W", "tangents K", "K W", *(f"{n:,} parameters" for n in sizes.values())]
-    return [*blocks, "**The rate**, as a part of what the gradient allows, 1 / (1 + n / (K W)):", _table(head, rows)]
+    return [
+        *blocks,
+        "**The rate**, as a part of what the gradient allows, 1 / (1 + n / (K W)):",
+        _table(head, rows),
+    ]
 
 
 def write_markdown(record: dict, page: Path) -> None:
     """Writes the tables between the marks of a page."""
     text = page.read_text() if page.exists() else ""
     if BEGIN not in text or END not in text:
-        raise records.RecordError(f"{page} lacks the marks {BEGIN} and {END}. Add them where the tables shall be.")
+        raise records.RecordError(
+            f"{page} lacks the marks {BEGIN} and {END}. Add them where the tables shall be."
+        )
     head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     records.write(page, f"{head}\n\n{markdown(record)}\n{tail}".encode())

@@ -38,13 +38,28 @@ def settled() -> int:
 class Job:
     """A training step of one workload and method, compiled, with its parameters and batch."""
 
-    def __init__(self, mesh: jax.sharding.Mesh, workload: str, batch: int, method: str, tangents: int, sizes: dict):
-        own = workloads.WORKLOADS[workload](batch=batch // mesh.size, **sizes)  # the loss of one worker's part
+    def __init__(
+        self,
+        mesh: jax.sharding.Mesh,
+        workload: str,
+        batch: int,
+        method: str,
+        tangents: int,
+        sizes: dict,
+    ):
+        own = workloads.WORKLOADS[workload](
+            batch=batch // mesh.size, **sizes
+        )  # the loss of one worker's part
         self.estimator = (
-            pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=tangents) if method == "weight" else pg.Backprop()
+            pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=tangents)
+            if method == "weight"
+            else pg.Backprop()
         )
         grad_fn = pg.distributed.value_and_grad(
-            lambda params, *batch: own.loss(params, {}, *batch)[0], self.estimator, mesh, data="workers"
+            lambda params, *batch: own.loss(params, {}, *batch)[0],
+            self.estimator,
+            mesh,
+            data="workers",
         )
 
         def step(params, index, *batch):
@@ -55,11 +70,15 @@ class Job:
         def of_all(spec, x):
             return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), np.asarray(x))
 
-        self.params = jax.tree.map(lambda x: of_all(PartitionSpec(), x), own.init(jax.random.key(0))[0])
+        self.params = jax.tree.map(
+            lambda x: of_all(PartitionSpec(), x), own.init(jax.random.key(0))[0]
+        )
         drawn = own.batch(jax.random.key(1 + jax.process_index()))
         self.batch = [of_all(PartitionSpec("workers"), x) for x in drawn]
         begin = time.perf_counter()
-        self.step = jax.jit(step, donate_argnums=0).lower(self.params, np.int32(0), *self.batch).compile()
+        self.step = (
+            jax.jit(step, donate_argnums=0).lower(self.params, np.int32(0), *self.batch).compile()
+        )
         self.compile_seconds = time.perf_counter() - begin
         self.count = 0
 
@@ -76,7 +95,8 @@ class Job:
 
     def facts(self) -> dict:
         collectives = re.findall(
-            r"= (.*?) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)\(", self.step.as_text()
+            r"= (.*?) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)\(",
+            self.step.as_text(),
         )
         return {
             "parameters": sum(x.size for x in jax.tree.leaves(self.params)),
@@ -91,7 +111,9 @@ def update_seconds(workload: str, tangents: int, steps: int) -> list[float]:
     estimator = pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=tangents)
 
     def update(params, index, derivatives):
-        grads = estimator.gradient(jax.random.fold_in(jax.random.key(7), index), params, derivatives)
+        grads = estimator.gradient(
+            jax.random.fold_in(jax.random.key(7), index), params, derivatives
+        )
         return jax.tree.map(lambda w, g: w - RATE * g, params, grads)
 
     params, seconds = workloads.WORKLOADS[workload]().init(jax.random.key(0))[0], []
@@ -105,7 +127,9 @@ def update_seconds(workload: str, tangents: int, steps: int) -> list[float]:
 
 def main() -> None:
     if SETTINGS["processes"] > 1:
-        pg.distributed.initialize(SETTINGS["coordinator"], SETTINGS["processes"], SETTINGS["process"], timeout=120)
+        pg.distributed.initialize(
+            SETTINGS["coordinator"], SETTINGS["processes"], SETTINGS["process"], timeout=120
+        )
     mesh = jax.make_mesh((jax.device_count(),), ("workers",), axis_types=(AxisType.Auto,))
     jobs: dict[str, Job] = {}
 
@@ -127,7 +151,9 @@ def main() -> None:
             jobs[name] = Job(mesh, **asked["job"])
             answer(jobs[name].facts())
         elif asked["do"] == "update":
-            answer({"seconds": update_seconds(asked["workload"], asked["tangents"], asked["steps"])})
+            answer(
+                {"seconds": update_seconds(asked["workload"], asked["tangents"], asked["steps"])}
+            )
         elif asked["do"] == "run":
             answer(jobs[name].run(asked["steps"]))
         elif asked["do"] == "checksums":

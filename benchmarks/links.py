@@ -56,12 +56,20 @@ class Group:
             settings: dict[str, Any] = {"cores": [CORES[i % len(CORES)]], "processes": 1}
             settings["settle"] = 0.02 if network is None else 0.02 + 8 * network.link.delay
             if network is not None and processes > 1:
-                settings |= {"processes": processes, "process": i, "coordinator": f"{address(0)}:7777"}
+                settings |= {
+                    "processes": processes,
+                    "process": i,
+                    "coordinator": f"{address(0)}:7777",
+                }
             program = [sys.executable, str(WORKER), json.dumps(settings)]
             program = network.inside(i, *program) if network is not None else program
             self.workers.append(
                 subprocess.Popen(
-                    program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                    program,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
                 )
             )
 
@@ -94,7 +102,9 @@ class Group:
 def group(processes: int, link: Link | None = None) -> Iterator[Group]:
     """So many processes on a link; without one, each trains alone on its part of the batch."""
     with contextlib.ExitStack() as stack:
-        found = Group(processes, stack.enter_context(Network(link, processes)) if link is not None else None)
+        found = Group(
+            processes, stack.enter_context(Network(link, processes)) if link is not None else None
+        )
         stack.callback(found.close)
         for worker in found.workers:
             found._answer(worker)  # ready
@@ -102,7 +112,13 @@ def group(processes: int, link: Link | None = None) -> Iterator[Group]:
 
 
 def job(workload: str, batch: int, method: str, tangents: int = 1, **sizes: int) -> dict:
-    return {"workload": workload, "batch": batch, "method": method, "tangents": tangents, "sizes": sizes}
+    return {
+        "workload": workload,
+        "batch": batch,
+        "method": method,
+        "tangents": tangents,
+        "sizes": sizes,
+    }
 
 
 def name_of(job: dict) -> str:
@@ -131,7 +147,9 @@ class Measured:
     def record(self) -> dict:
         found = {"seconds": costs.quartiles(self.seconds), "workers": self.group.size, **self.facts}
         if self.group.network is not None and self.group.size > 1:
-            checks = [answer["checksums"] for answer in self.group.ask(do="checksums", job=self.job)]
+            checks = [
+                answer["checksums"] for answer in self.group.ask(do="checksums", job=self.job)
+            ]
             found |= {
                 "bytes": costs.quartiles(self.bytes),
                 "packets_dropped": self.dropped,
@@ -160,7 +178,9 @@ def the_link(quick: bool) -> dict:
     for name, link in LINKS.items():
         with Network(link, 2) as network:
             seconds = 1 if quick else 6
-            found[name] = check(network, int((link.rate or 4e9) / 8 * seconds)) | {"queue_bytes": link.queue}
+            found[name] = check(network, int((link.rate or 4e9) / 8 * seconds)) | {
+                "queue_bytes": link.queue
+            }
     return found
 
 
@@ -172,7 +192,10 @@ def updates(quick: bool) -> dict:
             found[workload] = {}
             for tangents in counts:
                 (answer,) = alone.ask(
-                    do="update", workload=workload, tangents=tangents, steps=3 if tangents > 64 else 7
+                    do="update",
+                    workload=workload,
+                    tangents=tangents,
+                    steps=3 if tangents > 64 else 7,
                 )
                 found[workload][str(tangents)] = costs.quartiles(answer["seconds"])
                 print(
@@ -198,7 +221,9 @@ def smollm2(quick: bool) -> dict:
                 pair[1].visit(1 if name != "unlimited" else 3)
             found[name] = {name_of(m.job): m.record() for m in pair}
             for method, one in found[name].items():
-                print(f"  2 x smollm2, {method}, {name}: {one['seconds']['median']:.3f} s", flush=True)
+                print(
+                    f"  2 x smollm2, {method}, {name}: {one['seconds']['median']:.3f} s", flush=True
+                )
     return found
 
 
@@ -212,13 +237,17 @@ def mlp(quick: bool) -> dict:
         found["1"]["apart"] = {name_of(each): measure(alone, each, steps) for each in jobs}
     for processes, chosen in ((2, jobs), (4, few)):
         with group(processes) as apart:
-            found[str(processes)]["apart"] = {name_of(each): measure(apart, each, steps) for each in chosen}
+            found[str(processes)]["apart"] = {
+                name_of(each): measure(apart, each, steps) for each in chosen
+            }
         for name, link in LINKS.items():
             if processes == 4 and link.rate == 10e6:
                 continue
             with group(processes, link) as joined:
                 found[str(processes)][name] = {
-                    name_of(each): measure(joined, each, max(3, steps // 4) if each["method"] == "backprop" else steps)
+                    name_of(each): measure(
+                        joined, each, max(3, steps // 4) if each["method"] == "backprop" else steps
+                    )
                     for each in chosen
                 }
                 if processes == 2 and link.rate == 100e6:
@@ -241,7 +270,9 @@ def scaling(quick: bool) -> dict:
         for name, each in jobs.items():
             kinds = {"1": one, "2": two, "4": four, "2 apart": apart}
             measured = {kind: Measured(g, each) for kind, g in kinds.items()}
-            once = measured["1"].group.ask(do="run", job=measured["1"].job, steps=1)[0]["seconds"][0]
+            once = measured["1"].group.ask(do="run", job=measured["1"].job, steps=1)[0]["seconds"][
+                0
+            ]
             steps = max(1, min(20, int(0.4 / once)))
             rounds: dict[str, list[float]] = {kind: [] for kind in kinds}
             for _ in range(2 if quick else 5):
@@ -258,7 +289,9 @@ def scaling(quick: bool) -> dict:
                 "of_ideal": {kind: costs.quartiles(values) for kind, values in ideal.items()},
                 "steps_a_visit": steps,
             }
-            shown = ", ".join(f"{kind} {v['median']:.2f}" for kind, v in found[name]["of_ideal"].items())
+            shown = ", ".join(
+                f"{kind} {v['median']:.2f}" for kind, v in found[name]["of_ideal"].items()
+            )
             print(
                 f"  {name}: {1e3 * found[name]['seconds']['1']['median']:.1f} ms on one core; of ideal: {shown}",
                 flush=True,
@@ -271,13 +304,25 @@ def scaling(quick: bool) -> dict:
 def main(arguments: Arguments) -> None:
     if arguments.from_record is None:
         record = records.read_json(arguments.out) if arguments.out.exists() else {"parts": {}}
-        measures = {"link": the_link, "updates": updates, "smollm2": smollm2, "mlp": mlp, "scaling": scaling}
+        measures = {
+            "link": the_link,
+            "updates": updates,
+            "smollm2": smollm2,
+            "mlp": mlp,
+            "scaling": scaling,
+        }
         for part in arguments.parts:
             print(part, flush=True)
             about = records.environment() | {"note": arguments.note, "load": os.getloadavg()[0]}
-            about["congestion_control"] = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+            about["congestion_control"] = (
+                Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+            )
             found = measures[part](arguments.quick)
-            record["parts"][part] = {"environment": about, "load_after": os.getloadavg()[0], "found": found}
+            record["parts"][part] = {
+                "environment": about,
+                "load_after": os.getloadavg()[0],
+                "found": found,
+            }
             records.write_json(arguments.out, record)
         record["model"] = link_report.model(record)
         records.write_json(arguments.out, record)

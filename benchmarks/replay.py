@@ -55,7 +55,9 @@ def main(arguments: Arguments) -> None:
         for first in range(0, arguments.steps, arguments.turn):
             count = min(arguments.turn, arguments.steps - first)
             rows = trainer.rows(0, first, count)
-            (state, _), spent = timed(lambda: trainer.logged_steps(state, log, 1e-3, 0, first, rows))  # noqa: B023
+            (state, _), spent = timed(
+                lambda: trainer.logged_steps(state, log, 1e-3, 0, first, rows)
+            )
             seconds["training"].append(spent / count)
             scanned, spent = timed(lambda: in_scan.steps(scanned, 1e-3, 0, rows)[0])  # noqa: B023
             seconds["training in one scan"].append(spent / count)
@@ -70,11 +72,14 @@ def main(arguments: Arguments) -> None:
             if first > 0:  # the first turn compiles
                 seconds["replay"].append(spent / count)
         log.close()
-        whole, spent = timed(lambda: pg.replay.replay(pg.replay.ReplayLog.open(log.path), replayed, base))
+        whole, spent = timed(
+            lambda: pg.replay.replay(pg.replay.ReplayLog.open(log.path), replayed, base)
+        )
         size = log.path.stat().st_size
     prints = [pg.replay.fingerprint(s) for s in (state, again, whole)]
     record = {
-        "config": {name: str(value) for name, value in asdict(arguments).items()} | {"estimator": repr(estimator)},
+        "config": {name: str(value) for name, value in asdict(arguments).items()}
+        | {"estimator": repr(estimator)},
         "environment": records.environment(),
         "parameters": sum(int(np.size(x)) for x in jax.tree.leaves(base)),
         "log_bytes": size,

@@ -35,7 +35,11 @@ def main(directory, steps, options):
     update = pg.replay.Update(estimator, optax.adam(1.0))
 
     k1, k2, k3 = jax.random.split(jax.random.key(1), 3)
-    base = {"in": jax.random.normal(k1, (16, 32)) / 4, "bias": jnp.zeros(32), "out": jax.random.normal(k2, (32, 4)) / 6}
+    base = {
+        "in": jax.random.normal(k1, (16, 32)) / 4,
+        "bias": jnp.zeros(32),
+        "out": jax.random.normal(k2, (32, 4)) / 6,
+    }
     examples = np.asarray(jax.random.normal(k3, (64, 16)))
     path = directory / str(here) / "run.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,17 +53,23 @@ def main(directory, steps, options):
     (path.parent / "start.json").write_text(json.dumps({"from": len(log)}))
 
     state = update.init(base)
-    derivatives_of = jax.jit(lambda params, key, x, y: shared.derivatives(loss, key, params, x, y)[::2])
+    derivatives_of = jax.jit(
+        lambda params, key, x, y: shared.derivatives(loss, key, params, x, y)[::2]
+    )
     for step in range(steps):
         if step < len(log.records):
             derivatives = jnp.asarray(log.records["derivatives"][step])
         else:
             x = np.roll(examples, step, axis=0)[:16]
-            value, derivatives = derivatives_of(state.params, update.key(7, step), x, np.sin(x[:, :4]))
+            value, derivatives = derivatives_of(
+                state.params, update.key(7, step), x, np.sin(x[:, :4])
+            )
             log.append(step, 7, 0.01, value, derivatives)
             time.sleep(float(options.get("sleep", 0)))
         if step == int(options.get("spoil", -1)) and here == 1:
-            state = state._replace(params=state.params | {"bias": np.asarray(state.params["bias"]) + np.float32(1e-6)})
+            state = state._replace(
+                params=state.params | {"bias": np.asarray(state.params["bias"]) + np.float32(1e-6)}
+            )
         state = update(state, step, 7, 0.01, derivatives)
         if step % 20 == 19:
             pg.distributed.check_replicas(state.params, mesh, step + 1)
@@ -69,7 +79,9 @@ def main(directory, steps, options):
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), int(sys.argv[2]), dict(option.split("=") for option in sys.argv[3:]))
+        main(
+            Path(sys.argv[1]), int(sys.argv[2]), dict(option.split("=") for option in sys.argv[3:])
+        )
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()

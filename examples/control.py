@@ -32,13 +32,17 @@ def landing(params):
     falls = jnp.sqrt(2 * (1.2 - foot_to_body[1]))
     y = jnp.concatenate([foot_to_body, jnp.stack([jnp.ones_like(angle), -falls])])
     first = (move(y, stiffness, STEP), y)
-    y, before = jax.lax.while_loop(lambda s: length(s[0]) < 1, lambda s: (move(s[0], stiffness, STEP), s[0]), first)
+    y, before = jax.lax.while_loop(
+        lambda s: length(s[0]) < 1, lambda s: (move(s[0], stiffness, STEP), s[0]), first
+    )
     # the leg lets go within the last step: when, depends on the parameters, too
     y = move(before, stiffness, STEP * (1 - length(before)) / (length(y) - length(before)))
     return jnp.stack([y[0] + y[2] * y[3], y[1] + y[3] ** 2 / 2])
 
 
-target = jnp.array([0.9, 1.25])  # where the next apex is to be: 0.9 after the foot, and at a height of 1.25
+target = jnp.array(
+    [0.9, 1.25]
+)  # where the next apex is to be: 0.9 after the foot, and at a height of 1.25
 loss_fn = lambda params: jnp.sum((landing(params) - target) ** 2)
 params = {"angle": jnp.array(0.2), "log_stiffness": jnp.log(20.0)}
 optimizer = optax.adam(0.01)
@@ -52,8 +56,12 @@ def step(carry, _):
 
 
 print("before: apex at", landing(params).round(3), "target", target)
-(params, _), losses = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, length=500))(params)
+(params, _), losses = jax.jit(
+    lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, length=500)
+)(params)
 print(
-    "after: apex at", landing(params).round(3), f"angle {params['angle']:.3f}, loss {losses[0]:.2g} to {losses[-1]:.2g}"
+    "after: apex at",
+    landing(params).round(3),
+    f"angle {params['angle']:.3f}, loss {losses[0]:.2g} to {losses[-1]:.2g}",
 )
 assert losses[-1] < 1e-3 * losses[0]

@@ -53,9 +53,13 @@ def update(carry, key):
 
 
 scores = jnp.zeros(200)
-train = jax.jit(lambda key: lax.scan(update, (scores, optimizer.init(scores)), jax.random.split(key, 500)))
+train = jax.jit(
+    lambda key: lax.scan(update, (scores, optimizer.init(scores)), jax.random.split(key, 500))
+)
 (scores, _), loss = train(KEYS[2])
 found = int(jnp.sum(WRONG[jnp.argsort(scores)[:60]]))
-print(f"held-out loss {loss[0]:.3f} with equal weights, {loss[-1]:.3f} with those that were learned")
+print(
+    f"held-out loss {loss[0]:.3f} with equal weights, {loss[-1]:.3f} with those that were learned"
+)
 print(f"{found} of the 60 examples of least weight have a wrong label (18 by chance)")
 assert found >= 45

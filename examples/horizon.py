@@ -41,10 +41,13 @@ def main():
 
     gains = jnp.array([-1.5, -0.5, 0.0, 0.0, 0.0, 0.0])  # stands up, but leans
     memory = [
-        jax.jit(lambda g, n=n: grad_fn(None, g, n)).lower(gains).compile().memory_analysis() for n in (1000, STEPS)
+        jax.jit(lambda g, n=n: grad_fn(None, g, n)).lower(gains).compile().memory_analysis()
+        for n in (1000, STEPS)
     ]
     short, long = (m.temp_size_in_bytes for m in memory)
-    print(f"memory of the gradient beside its result: {short} bytes for 1,000 steps, {long} for {STEPS:,}")
+    print(
+        f"memory of the gradient beside its result: {short} bytes for 1,000 steps, {long} for {STEPS:,}"
+    )
     state, costs = optimizer.init(gains), []
     for i in range(101):
         gains, state, cost = update(gains, state)

@@ -32,13 +32,19 @@ TRAIN, HELD_OUT, TEST = (make_data(jax.random.key(i), n) for i, n in enumerate((
 
 def train(hyper, steps=STEPS):
     """The weights after a run of gradient descent with momentum, from 0.1 of a random start."""
-    rate, momentum, decay = jnp.exp(hyper["rate"]), jax.nn.sigmoid(hyper["momentum"]), jnp.exp(hyper["decay"])
+    rate, momentum, decay = (
+        jnp.exp(hyper["rate"]),
+        jax.nn.sigmoid(hyper["momentum"]),
+        jnp.exp(hyper["decay"]),
+    )
     weights = {"hidden": jax.random.normal(jax.random.key(3), (20, 8)) / 5, "out": jnp.full(8, 0.1)}
 
     def step(_, carry):
         weights, velocity = carry
         grads = jax.grad(loss_of)(weights, *TRAIN)
-        velocity = jax.tree.map(lambda v, g, w, d: momentum * v + g + d * w, velocity, grads, weights, decays)
+        velocity = jax.tree.map(
+            lambda v, g, w, d: momentum * v + g + d * w, velocity, grads, weights, decays
+        )
         return jax.tree.map(lambda w, v: w - rate * v, weights, velocity), velocity
 
     decays = {"hidden": decay[0], "out": decay[1]}

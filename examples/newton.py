@@ -27,13 +27,17 @@ def eccentric_anomaly(e, mean_anomaly):
 def velocity(orbit, days):
     e = jax.nn.sigmoid(orbit["eccentricity"])
     x = eccentric_anomaly(e, 2 * jnp.pi * days / jnp.exp(orbit["log_period"]) - orbit["phase"])
-    true_anomaly = 2 * jnp.arctan2(jnp.sqrt(1 + e) * jnp.sin(x / 2), jnp.sqrt(1 - e) * jnp.cos(x / 2))
+    true_anomaly = 2 * jnp.arctan2(
+        jnp.sqrt(1 + e) * jnp.sin(x / 2), jnp.sqrt(1 - e) * jnp.cos(x / 2)
+    )
     along = jnp.cos(true_anomaly + orbit["periastron"]) + e * jnp.cos(orbit["periastron"])
     return orbit["speed"] * along + orbit["drift"]
 
 
 names = ("log_period", "eccentricity", "phase", "periastron", "speed", "drift")
-truth = dict(zip(names, jnp.array([jnp.log(11.2), 1.2, 1.0, 0.6, 1.5, 0.3]), strict=True))  # days, km/s
+truth = dict(
+    zip(names, jnp.array([jnp.log(11.2), 1.2, 1.0, 0.6, 1.5, 0.3]), strict=True)
+)  # days, km/s
 orbit = dict(zip(names, jnp.array([jnp.log(11.3), 0.0, 0.6, 0.9, 1.0, 0.0]), strict=True))
 days = jax.random.uniform(jax.random.key(0), (80,), maxval=60.0)
 measured = velocity(truth, days) + 0.03 * jax.random.normal(jax.random.key(1), (80,))
@@ -53,7 +57,9 @@ def step(carry, _):
     return (optax.apply_updates(orbit, updates), state), loss
 
 
-(orbit, _), losses = jax.jit(lambda o: jax.lax.scan(step, (o, optimizer.init(o)), None, length=4000))(orbit)
+(orbit, _), losses = jax.jit(
+    lambda o: jax.lax.scan(step, (o, optimizer.init(o)), None, length=4000)
+)(orbit)
 before, after = losses[0] ** 0.5, losses[-1] ** 0.5
 print(f"forward mode: rms error {before:.3f} km/s, after 4000 steps {after:.3f} (the noise: 0.030)")
 period, e = jnp.exp(orbit["log_period"]), jax.nn.sigmoid(orbit["eccentricity"])

@@ -43,10 +43,18 @@ def catalyst(log_params):
 
 measured = catalyst(jnp.zeros(4)) + 0.02 * jax.random.normal(jax.random.key(0), times.shape)
 misfit = lambda log_params: jnp.mean(((catalyst(log_params) - measured) / 0.02) ** 2)
-grad_fn = jax.jit(lambda log_params: pg.value_and_grad(misfit, pg.ForwardJacobian())(None, log_params))
+grad_fn = jax.jit(
+    lambda log_params: pg.value_and_grad(misfit, pg.ForwardJacobian())(None, log_params)
+)
 
 start = np.array([0.2, -0.2, 0.15, 0.1])
-fit = minimize(lambda p: jax.tree.map(np.asarray, grad_fn(p)), start, jac=True, method="BFGS", options={"gtol": 1e-2})
+fit = minimize(
+    lambda p: jax.tree.map(np.asarray, grad_fn(p)),
+    start,
+    jac=True,
+    method="BFGS",
+    options={"gtol": 1e-2},
+)
 print(
     f"misfit in squares of the noise: {float(misfit(start)):.1f} at the start, {fit.fun:.3f} after {fit.nfev} gradients"
 )

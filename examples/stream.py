@@ -21,7 +21,9 @@ DELAY, SYMBOLS, UNITS = 8, 4, 24
 def stream(key, episodes):
     """Inputs and targets, step by step; a target of -1 is a step where nothing is asked."""
     shown = jax.random.randint(key, (episodes,), 0, SYMBOLS)
-    inputs = jnp.zeros((episodes, DELAY + 1, SYMBOLS + 1)).at[jnp.arange(episodes), 0, shown].set(1.0)
+    inputs = (
+        jnp.zeros((episodes, DELAY + 1, SYMBOLS + 1)).at[jnp.arange(episodes), 0, shown].set(1.0)
+    )
     inputs = inputs.at[:, -1, -1].set(1.0)  # the question
     targets = jnp.full((episodes, DELAY + 1), -1).at[:, -1].set(shown)
     return inputs.reshape(-1, SYMBOLS + 1), targets.reshape(-1)
@@ -44,15 +46,24 @@ model = {
     "readout": eqx.nn.Linear(UNITS, SYMBOLS, key=key_readout),
 }
 learner, optimizer = pg.online.RTRL(cell, loss), optax.adam(3e-3)
-carry, opt_state = learner.init(model, jnp.zeros(UNITS)), optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+carry, opt_state = (
+    learner.init(model, jnp.zeros(UNITS)),
+    optimizer.init(eqx.filter(model, eqx.is_inexact_array)),
+)
 
 with tempfile.TemporaryDirectory() as folder:
     for chunk in range(10):
         inputs, targets = stream(jax.random.fold_in(key_stream, chunk), episodes=100)
-        carry, opt_state, losses = pg.online.learn(learner, optimizer, key_learn, carry, opt_state, inputs, targets)
+        carry, opt_state, losses = pg.online.learn(
+            learner, optimizer, key_learn, carry, opt_state, inputs, targets
+        )
         found = float(losses.sum()) / 100
-        print(f"after {int(carry.step):5} steps: loss {found:.3f} where asked (guessing: {jnp.log(SYMBOLS):.3f})")
+        print(
+            f"after {int(carry.step):5} steps: loss {found:.3f} where asked (guessing: {jnp.log(SYMBOLS):.3f})"
+        )
         if chunk == 4:
             eqx.tree_serialise_leaves(Path(folder) / "carry.eqx", (carry, opt_state))
-            carry, opt_state = eqx.tree_deserialise_leaves(Path(folder) / "carry.eqx", (carry, opt_state))
+            carry, opt_state = eqx.tree_deserialise_leaves(
+                Path(folder) / "carry.eqx", (carry, opt_state)
+            )
 assert found < 0.3

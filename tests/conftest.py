@@ -27,7 +27,9 @@ jax.config.update("jax_debug_key_reuse", True)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--vary-seed", action="store_true", help="use a new seed instead of the fixed one")
+    parser.addoption(
+        "--vary-seed", action="store_true", help="use a new seed instead of the fixed one"
+    )
     parser.addoption("--seed", type=int, default=0, help="use this seed")
 
 

@@ -98,7 +98,9 @@ def eqx_frozen_layers(draw):
     """Only the last layer is trained; the others are merged in from outside."""
     model = draw.equinox(_EqxMLP)
     spec = jax.tree.map(lambda _: False, model)
-    spec = eqx.tree_at(lambda m: (m.layers[-1].weight, m.layers[-1].bias), spec, replace=(True, True))
+    spec = eqx.tree_at(
+        lambda m: (m.layers[-1].weight, m.layers[-1].bias), spec, replace=(True, True)
+    )
     trained, frozen = eqx.partition(model, spec)
 
     def loss(trained, frozen, x, y):
@@ -166,7 +168,11 @@ def _eqx_rnn(cell, draw):
         p = jax.vmap(model)(x)[:, 0]
         return -jnp.mean(y * jnp.log(p) + (1 - y) * jnp.log(1 - p))
 
-    return draw.equinox(functools.partial(_EqxRNN, cell)), loss, (draw.normal(4, 6, 3), jnp.array([0, 1, 0, 1]))
+    return (
+        draw.equinox(functools.partial(_EqxRNN, cell)),
+        loss,
+        (draw.normal(4, 6, 3), jnp.array([0, 1, 0, 1])),
+    )
 
 
 def eqx_gru(draw):
@@ -203,16 +209,22 @@ class _EqxTransformerLayer(eqx.Module):
     def __init__(self, key):
         attention_key, ff_key = jax.random.split(key)
         bias = {f"use_{name}_bias": True for name in ("query", "key", "value", "output")}
-        self.attention = eqx.nn.MultiheadAttention(HEADS, WIDTH, dropout_p=0.2, key=attention_key, **bias)
+        self.attention = eqx.nn.MultiheadAttention(
+            HEADS, WIDTH, dropout_p=0.2, key=attention_key, **bias
+        )
         self.layernorm = eqx.nn.LayerNorm(WIDTH)
         self.dropout = eqx.nn.Dropout(0.2)
         self.feed_forward = _EqxFeedForward(ff_key)
 
     def __call__(self, x, mask, key):
-        attention_key, dropout_key, ff_key = (None, None, None) if key is None else jax.random.split(key, 3)
+        attention_key, dropout_key, ff_key = (
+            (None, None, None) if key is None else jax.random.split(key, 3)
+        )
         attended = self.attention(x, x, x, mask=mask, key=attention_key)
         x = jax.vmap(self.layernorm)(x + self.dropout(attended, key=dropout_key))
-        return jax.vmap(self.feed_forward)(x, None if key is None else jax.random.split(ff_key, x.shape[0]))
+        return jax.vmap(self.feed_forward)(
+            x, None if key is None else jax.random.split(ff_key, x.shape[0])
+        )
 
 
 def eqx_bert(draw):
@@ -230,7 +242,8 @@ def eqx_bert(draw):
         def __init__(self, key):
             k = jax.random.split(key, 6)
             self.tokens, self.segments, self.positions = (
-                eqx.nn.Embedding(size, WIDTH, key=key) for size, key in zip((VOCAB, 2, 6), k[:3], strict=True)
+                eqx.nn.Embedding(size, WIDTH, key=key)
+                for size, key in zip((VOCAB, 2, 6), k[:3], strict=True)
             )
             self.layernorm = eqx.nn.LayerNorm(WIDTH)
             self.layer = _EqxTransformerLayer(k[3])
@@ -240,7 +253,11 @@ def eqx_bert(draw):
         def __call__(self, tokens, key):
             seq = tokens.shape[0]
             positions, segments = jnp.arange(seq), jnp.zeros(seq, jnp.int32)
-            x = jax.vmap(self.tokens)(tokens) + jax.vmap(self.segments)(segments) + jax.vmap(self.positions)(positions)
+            x = (
+                jax.vmap(self.tokens)(tokens)
+                + jax.vmap(self.segments)(segments)
+                + jax.vmap(self.positions)(positions)
+            )
             present = tokens != 0
             mask = jnp.repeat((present[:, None] & present[None])[None], HEADS, axis=0)
             x = self.layer(jax.vmap(self.layernorm)(x), mask, key)
@@ -271,7 +288,9 @@ def eqx_vit(draw):
             self.positional_embedding = jax.random.normal(k[1], (patches + 2, WIDTH))
             self.cls_token = jax.random.normal(k[2], (1, WIDTH))
             self.blocks = [_EqxTransformerLayer(k[3]), _EqxTransformerLayer(k[4])]
-            self.head = eqx.nn.Sequential([eqx.nn.LayerNorm(WIDTH), eqx.nn.Linear(WIDTH, CLASSES, key=k[5])])
+            self.head = eqx.nn.Sequential(
+                [eqx.nn.LayerNorm(WIDTH), eqx.nn.Linear(WIDTH, CLASSES, key=k[5])]
+            )
             self.patch_size = patch
 
         def __call__(self, x):
@@ -313,11 +332,15 @@ def eqx_unet(draw):
             self.norm = eqx.nn.GroupNorm(2, WIDTH)
             self.to_qkv = eqx.nn.Conv2d(WIDTH, 3 * WIDTH, 1, key=k[3])
             self.to_out = eqx.nn.Conv2d(WIDTH, WIDTH, 1, key=k[4])
-            self.up = eqx.nn.ConvTranspose2d(WIDTH, WIDTH, kernel_size=4, stride=2, padding=1, key=k[5])
+            self.up = eqx.nn.ConvTranspose2d(
+                WIDTH, WIDTH, kernel_size=4, stride=2, padding=1, key=k[5]
+            )
             self.last = eqx.nn.Conv2d(2 * WIDTH, 2, 3, padding=1, key=k[6])
 
         def __call__(self, x, t):
-            t = self.time(jnp.concatenate((jnp.sin(t * self.frequencies), jnp.cos(t * self.frequencies))))
+            t = self.time(
+                jnp.concatenate((jnp.sin(t * self.frequencies), jnp.cos(t * self.frequencies)))
+            )
             skip = h = jax.nn.silu(self.first(x) + t[:, None, None])
             h = self.down(h)
             c, height, width = h.shape
@@ -330,7 +353,11 @@ def eqx_unet(draw):
     def loss(model, x, t, noise):
         return jnp.mean(jnp.square(jax.vmap(model)(x + noise, t) - noise))
 
-    return draw.equinox(UNet), loss, (draw.normal(2, 2, 8, 8), jnp.array([0.3, 0.7]), draw.normal(2, 2, 8, 8))
+    return (
+        draw.equinox(UNet),
+        loss,
+        (draw.normal(2, 2, 8, 8), jnp.array([0.3, 0.7]), draw.normal(2, 2, 8, 8)),
+    )
 
 
 def eqx_scan_over_layers(draw):
@@ -370,7 +397,9 @@ def eqx_mamba(draw):
             self.embedding = eqx.nn.Embedding(VOCAB, WIDTH, key=k[0])
             self.norm = eqx.nn.RMSNorm(WIDTH)
             self.in_proj = eqx.nn.Linear(WIDTH, 2 * inner, use_bias=False, key=k[1])
-            self.conv = eqx.nn.Conv1d(inner, inner, kernel_size=3, groups=inner, padding=2, key=k[2])
+            self.conv = eqx.nn.Conv1d(
+                inner, inner, kernel_size=3, groups=inner, padding=2, key=k[2]
+            )
             self.x_proj = eqx.nn.Linear(inner, rank + 2 * states, use_bias=False, key=k[3])
             self.dt_proj = eqx.nn.Linear(rank, inner, key=k[4])
             self.a_log = jnp.log(jnp.broadcast_to(jnp.arange(1.0, states + 1), (inner, states)))
@@ -410,7 +439,9 @@ def eqx_shared_embedding(draw):
             k = jax.random.split(key, 3)
             embedding = eqx.nn.Embedding(VOCAB, WIDTH, key=k[0])
             linear = eqx.nn.Linear(WIDTH, VOCAB, key=k[1])
-            self.shared = eqx.nn.Shared((embedding, linear), lambda pair: pair[1].weight, lambda pair: pair[0].weight)
+            self.shared = eqx.nn.Shared(
+                (embedding, linear), lambda pair: pair[1].weight, lambda pair: pair[0].weight
+            )
             self.hidden = eqx.nn.WeightNorm(eqx.nn.Linear(WIDTH, WIDTH, key=k[2]))
 
         def __call__(self, tokens):
@@ -432,7 +463,9 @@ def eqx_batch_norm_and_dropout(draw):
         def __init__(self, key):
             k = jax.random.split(key, 4)
             self.conv = eqx.nn.Conv2d(2, WIDTH, 3, key=k[0])
-            self.spectral = eqx.nn.SpectralNorm(eqx.nn.Linear(WIDTH, WIDTH, key=k[1]), "weight", key=k[2])
+            self.spectral = eqx.nn.SpectralNorm(
+                eqx.nn.Linear(WIDTH, WIDTH, key=k[1]), "weight", key=k[2]
+            )
             self.norm = eqx.nn.BatchNorm(WIDTH, axis_name="batch", mode="batch")
             self.dropout = eqx.nn.Dropout(0.5)
             self.head = eqx.nn.Linear(WIDTH, CLASSES, key=k[3])
@@ -475,14 +508,23 @@ def nnx_mlp(draw):
             nnx.LinearGeneral((2, 4), 2, axis=(-2, -1), rngs=rngs),
         )
 
-    return _nnx(draw, make, lambda model, x, y: jnp.mean((model(x) - y) ** 2), draw.normal(4, 6), draw.normal(4, 2))
+    return _nnx(
+        draw,
+        make,
+        lambda model, x, y: jnp.mean((model(x) - y) ** 2),
+        draw.normal(4, 6),
+        draw.normal(4, 2),
+    )
 
 
 class _NNXBlock(nnx.Module):
     def __init__(self, rngs):
         self.norm_1, self.norm_2 = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.RMSNorm(WIDTH, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
-        self.up, self.down = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs), nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
+        self.up, self.down = (
+            nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs),
+            nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs),
+        )
 
     def __call__(self, x):
         x = x + self.attention(self.norm_1(x), mask=nnx.make_causal_mask(x[..., 0]))
@@ -539,7 +581,9 @@ def nnx_rnn(draw):
         def __init__(self, rngs):
             cell = lambda kind, size: nnx.RNN(kind(size, WIDTH, rngs=rngs))
             self.lstm = cell(nnx.OptimizedLSTMCell, 3)
-            self.both = nnx.Bidirectional(cell(nnx.GRUCell, WIDTH), cell(nnx.GRUCell, WIDTH), rngs=rngs)
+            self.both = nnx.Bidirectional(
+                cell(nnx.GRUCell, WIDTH), cell(nnx.GRUCell, WIDTH), rngs=rngs
+            )
             self.head = nnx.Linear(2 * WIDTH, CLASSES, rngs=rngs)
 
         def __call__(self, x):
@@ -556,13 +600,17 @@ def nnx_experts(draw):
     class Experts(nnx.Module):
         def __init__(self, rngs):
             self.router = nnx.Linear(WIDTH, experts, use_bias=False, rngs=rngs)
-            self.up = nnx.Einsum("etd,edf->etf", (experts, WIDTH, 2 * WIDTH), (experts, 1, 2 * WIDTH), rngs=rngs)
+            self.up = nnx.Einsum(
+                "etd,edf->etf", (experts, WIDTH, 2 * WIDTH), (experts, 1, 2 * WIDTH), rngs=rngs
+            )
             self.down = nnx.Einsum("etf,efd->etd", (experts, 2 * WIDTH, WIDTH), rngs=rngs)
 
         def __call__(self, x):
             weights, chosen = lax.top_k(nnx.softmax(self.router(x)), 2)
             gates = jnp.einsum("tk,tke->te", weights, nnx.one_hot(chosen, experts))
-            h = self.down(nnx.silu(self.up(jnp.einsum("te,td->etd", (gates > 0).astype(x.dtype), x))))
+            h = self.down(
+                nnx.silu(self.up(jnp.einsum("te,td->etd", (gates > 0).astype(x.dtype), x)))
+            )
             return x + jnp.einsum("te,etd->td", gates, h)
 
     loss = lambda model, x, y: jnp.mean((model(x) - y) ** 2)
@@ -603,7 +651,10 @@ def nnx_cnn(draw):
 
     def loss(model, x, y):
         logits, dropped = model(x)
-        return _cross_entropy(logits, y), {"state": nnx.split(model, nnx.Param, ...)[2], "dropped": dropped}
+        return _cross_entropy(logits, y), {
+            "state": nnx.split(model, nnx.Param, ...)[2],
+            "dropped": dropped,
+        }
 
     return _nnx(draw, CNN, loss, draw.normal(4, 8, 8, 1), jnp.arange(4))
 
@@ -621,7 +672,9 @@ def linen_scan_over_layers(draw):
         @nn.compact
         def __call__(self, tokens):
             embed = nn.Embed(VOCAB, WIDTH)
-            stack = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+            stack = nn.scan(
+                nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+            )
             return embed.attend(stack()(embed(tokens), None)[0])
 
     model, tokens = Model(), draw.tokens(2, 5)
@@ -633,8 +686,12 @@ def linen_batch_norm_and_dropout(draw):
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
-            x = nn.BatchNorm(use_running_average=False)(nn.Conv(WIDTH, (3, 3), feature_group_count=2)(x))
-            x = nn.Dropout(0.5, deterministic=False)(nn.tanh(nn.max_pool(x, (2, 2)).reshape(x.shape[0], -1)))
+            x = nn.BatchNorm(use_running_average=False)(
+                nn.Conv(WIDTH, (3, 3), feature_group_count=2)(x)
+            )
+            x = nn.Dropout(0.5, deterministic=False)(
+                nn.tanh(nn.max_pool(x, (2, 2)).reshape(x.shape[0], -1))
+            )
             return nn.Dense(CLASSES)(x), x
 
     model, x = Model(), draw.normal(4, 4, 4, 2)
@@ -642,7 +699,9 @@ def linen_batch_norm_and_dropout(draw):
 
     def loss(params, statistics, x, y, key):
         variables = {"params": params, "batch_stats": statistics}
-        (logits, dropped), new = model.apply(variables, x, rngs={"dropout": key}, mutable=["batch_stats"])
+        (logits, dropped), new = model.apply(
+            variables, x, rngs={"dropout": key}, mutable=["batch_stats"]
+        )
         return _cross_entropy(logits, y), {"state": new["batch_stats"], "dropped": dropped}
 
     statistics = draw.fill(variables["batch_stats"], positive=True)
@@ -657,14 +716,27 @@ def _haiku(draw, make, loss_of_output, *args):
     hk = pytest.importorskip("haiku")
     network = hk.without_apply_rng(hk.transform(make(hk)))
     params = jax.eval_shape(network.init, draw.key(), *args[:-1])
-    return draw.fill(params), lambda params, *args: loss_of_output(network.apply(params, *args[:-1]), args[-1]), args
+    return (
+        draw.fill(params),
+        lambda params, *args: loss_of_output(network.apply(params, *args[:-1]), args[-1]),
+        args,
+    )
 
 
 def haiku_mlp(draw):
     def make(hk):
         def forward(images):
             x = images.astype(jnp.float32) / 255.0
-            mlp = hk.Sequential([hk.Flatten(), hk.Linear(16), jax.nn.relu, hk.Linear(WIDTH), jax.nn.relu, hk.Linear(5)])
+            mlp = hk.Sequential(
+                [
+                    hk.Flatten(),
+                    hk.Linear(16),
+                    jax.nn.relu,
+                    hk.Linear(WIDTH),
+                    jax.nn.relu,
+                    hk.Linear(5),
+                ]
+            )
             return mlp(x)
 
         return forward
@@ -684,7 +756,13 @@ def haiku_lstm(draw):
 
         return forward
 
-    return _haiku(draw, make, lambda out, y: jnp.mean((out - y) ** 2), draw.normal(5, 3, 2), draw.normal(5, 3, 1))
+    return _haiku(
+        draw,
+        make,
+        lambda out, y: jnp.mean((out - y) ** 2),
+        draw.normal(5, 3, 2),
+        draw.normal(5, 3, 1),
+    )
 
 
 def haiku_autoencoder(draw):
@@ -694,7 +772,9 @@ def haiku_autoencoder(draw):
         def forward(x):
             x = jax.nn.elu(hk.GroupNorm(2)(hk.Conv2D(WIDTH, 3, stride=2)(x)))
             x = hk.InstanceNorm(True, True)(hk.SeparableDepthwiseConv2D(1, 3, padding="SAME")(x))
-            x = hk.max_pool(x, (2, 2, 1), (1, 1, 1), "SAME") + hk.avg_pool(x, (2, 2, 1), (1, 1, 1), "SAME")
+            x = hk.max_pool(x, (2, 2, 1), (1, 1, 1), "SAME") + hk.avg_pool(
+                x, (2, 2, 1), (1, 1, 1), "SAME"
+            )
             return hk.Conv2DTranspose(2, 4, stride=2)(x)
 
         return forward
@@ -747,7 +827,9 @@ def haiku_resnet(draw):
 
     def forward(x):
         norm = {"create_scale": True, "create_offset": True, "decay_rate": 0.9}
-        block = hk.nets.ResNet.BlockV1(WIDTH, 2, use_projection=True, bn_config=norm, bottleneck=False)
+        block = hk.nets.ResNet.BlockV1(
+            WIDTH, 2, use_projection=True, bn_config=norm, bottleneck=False
+        )
         x = block(hk.Conv2D(4, 3)(x), is_training=True, test_local_stats=False)
         x = hk.dropout(hk.next_rng_key(), 0.5, jnp.tanh(hk.Linear(WIDTH)(x.mean((1, 2)))))
         return hk.Linear(CLASSES)(x), x
@@ -782,7 +864,9 @@ def _rotate(x):
 
 def _causal_softmax(scores):
     allowed = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-    return jax.nn.softmax(jnp.where(allowed, scores / math.sqrt(HEAD_DIM), jnp.finfo(scores.dtype).min), axis=-1)
+    return jax.nn.softmax(
+        jnp.where(allowed, scores / math.sqrt(HEAD_DIM), jnp.finfo(scores.dtype).min), axis=-1
+    )
 
 
 def _attention_by_reshape(layer, x):
@@ -834,7 +918,11 @@ def _llama(attention, loop, draw):
     def block(x, layer):
         x = x + attention(layer, _rms_norm(x, layer["input_norm"]))
         h = _rms_norm(x, layer["post_norm"])
-        return x + (jax.nn.silu(h @ layer["gate_proj"].T) * (h @ layer["up_proj"].T)) @ layer["down_proj"].T
+        return (
+            x
+            + (jax.nn.silu(h @ layer["gate_proj"].T) * (h @ layer["up_proj"].T))
+            @ layer["down_proj"].T
+        )
 
     def loss(params, tokens):
         x = params["embed_tokens"][tokens]
@@ -842,9 +930,13 @@ def _llama(attention, loop, draw):
             for layer in params["layers"]:
                 x = block(x, layer)
         elif loop == "scan":
-            x, _ = lax.scan(jax.checkpoint(lambda x, layer: (block(x, layer), None)), x, params["layers"])
+            x, _ = lax.scan(
+                jax.checkpoint(lambda x, layer: (block(x, layer), None)), x, params["layers"]
+            )
         else:
-            x = lax.fori_loop(0, 2, lambda i, x: block(x, jax.tree.map(lambda w: w[i], params["layers"])), x)
+            x = lax.fori_loop(
+                0, 2, lambda i, x: block(x, jax.tree.map(lambda w: w[i], params["layers"])), x
+            )
         logits = _rms_norm(x, params["norm"]) @ params["embed_tokens"].T
         return _next_token_loss(logits, tokens)
 
@@ -876,7 +968,11 @@ def llama_by_einsum_in_fori_loop(draw):
 
 def experts_by_ragged_dot(draw):
     """Tokens sorted by expert, one ragged product for all of them, and back by a gather of each token's own matrix."""
-    params = {"router": draw.normal(WIDTH, 3), "up": draw.normal(3, WIDTH, 6), "down": draw.normal(3, 6, WIDTH)}
+    params = {
+        "router": draw.normal(WIDTH, 3),
+        "up": draw.normal(3, WIDTH, 6),
+        "down": draw.normal(3, 6, WIDTH),
+    }
 
     def loss(params, x):
         gates = jax.nn.softmax(x @ params["router"])
@@ -892,22 +988,35 @@ def experts_by_ragged_dot(draw):
 
 def graph_network(draw):
     """Messages along edges, summed by `segment_sum`, as in Jraph."""
-    params = [{"message": draw.normal(2 * WIDTH, WIDTH), "update": draw.normal(WIDTH, WIDTH)} for _ in range(2)]
+    params = [
+        {"message": draw.normal(2 * WIDTH, WIDTH), "update": draw.normal(WIDTH, WIDTH)}
+        for _ in range(2)
+    ]
 
     def loss(params, nodes, senders, receivers):
         for layer in params:
-            messages = jnp.concatenate((nodes[senders], nodes[receivers]), axis=-1) @ layer["message"]
+            messages = (
+                jnp.concatenate((nodes[senders], nodes[receivers]), axis=-1) @ layer["message"]
+            )
             received = jax.ops.segment_sum(jax.nn.relu(messages), receivers, len(nodes))
             nodes = jnp.tanh(nodes @ layer["update"] + received)
         return jnp.mean(jnp.square(nodes.sum(axis=0)))
 
-    return params, loss, (draw.normal(5, WIDTH), jnp.array([0, 1, 2, 3, 4, 0]), jnp.array([1, 2, 3, 4, 0, 2]))
+    return (
+        params,
+        loss,
+        (draw.normal(5, WIDTH), jnp.array([0, 1, 2, 3, 4, 0]), jnp.array([1, 2, 3, 4, 0, 2])),
+    )
 
 
 def fourier_operator(draw):
     """Complex weights from two real ones, applied to the lowest frequencies."""
     modes = 3
-    params = {"real": draw.normal(4, 4, modes), "imag": draw.normal(4, 4, modes), "bypass": draw.normal(4, 4)}
+    params = {
+        "real": draw.normal(4, 4, modes),
+        "imag": draw.normal(4, 4, modes),
+        "bypass": draw.normal(4, 4),
+    }
 
     def loss(params, x):
         frequencies = jnp.fft.rfft(x)
@@ -921,9 +1030,27 @@ def fourier_operator(draw):
 
 
 STATELESS = [
-    *(eqx_mlp, eqx_frozen_layers, eqx_cnn, eqx_gru, eqx_lstm, eqx_bert, eqx_vit, eqx_unet, eqx_mamba),
+    *(
+        eqx_mlp,
+        eqx_frozen_layers,
+        eqx_cnn,
+        eqx_gru,
+        eqx_lstm,
+        eqx_bert,
+        eqx_vit,
+        eqx_unet,
+        eqx_mamba,
+    ),
     *(eqx_scan_over_layers, eqx_shared_embedding),
-    *(nnx_mlp, nnx_transformer, nnx_scan_over_layers, nnx_rnn, nnx_experts, nnx_lora, linen_scan_over_layers),
+    *(
+        nnx_mlp,
+        nnx_transformer,
+        nnx_scan_over_layers,
+        nnx_rnn,
+        nnx_experts,
+        nnx_lora,
+        linen_scan_over_layers,
+    ),
     *(haiku_mlp, haiku_lstm, haiku_autoencoder, haiku_layer_stack, haiku_transformer),
     *(llama_by_reshape, llama_by_reshape_in_scan),
     *(llama_by_einsum, llama_by_einsum_in_scan, llama_by_einsum_in_fori_loop),

@@ -8,7 +8,9 @@ from jax import lax
 
 
 def _normal(key, *shape, dtype=jnp.float32):
-    return jax.random.normal(key, shape, dtype) / jnp.asarray(shape[0], dtype) ** jnp.asarray(0.5, dtype)
+    return jax.random.normal(key, shape, dtype) / jnp.asarray(shape[0], dtype) ** jnp.asarray(
+        0.5, dtype
+    )
 
 
 def mlp(key, dtype=jnp.float32):
@@ -59,7 +61,10 @@ def attention(key, dtype=jnp.float32):
 
 def tied_embedding(key, dtype=jnp.float32):
     k = jax.random.split(jax.random.fold_in(key, 17), 3)
-    params = {"embedding": _normal(k[0], 8, 5, dtype=dtype), "mix": _normal(k[1], 5, 5, dtype=dtype)}
+    params = {
+        "embedding": _normal(k[0], 8, 5, dtype=dtype),
+        "mix": _normal(k[1], 5, 5, dtype=dtype),
+    }
     tokens = jax.random.randint(k[2], (3, 4), 0, 8)
 
     def loss(params, tokens):
@@ -74,17 +79,24 @@ def tied_embedding(key, dtype=jnp.float32):
 
 def convolution(key, dtype=jnp.float32):
     k = jax.random.split(jax.random.fold_in(key, 17), 3)
-    params = {"kernel": _normal(k[0], 3, 3, 3, 4, dtype=dtype), "out": _normal(k[1], 4, 2, dtype=dtype)}
+    params = {
+        "kernel": _normal(k[0], 3, 3, 3, 4, dtype=dtype),
+        "out": _normal(k[1], 4, 2, dtype=dtype),
+    }
 
     def loss(params, x):
-        h = lax.conv_general_dilated(x, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        h = lax.conv_general_dilated(
+            x, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         return jnp.mean(jnp.square(jax.nn.relu(h).mean(axis=(1, 2)) @ params["out"]))
 
     return params, loss, (_normal(k[2], 2, 6, 6, 3, dtype=dtype),)
 
 
 def equinox_model(key, dtype=jnp.float32):
-    model = eqx.nn.MLP(5, 3, 8, 2, activation=jax.nn.gelu, dtype=dtype, key=jax.random.fold_in(key, 17))
+    model = eqx.nn.MLP(
+        5, 3, 8, 2, activation=jax.nn.gelu, dtype=dtype, key=jax.random.fold_in(key, 17)
+    )
 
     def loss(model, x):
         return jnp.mean(jnp.square(jax.vmap(model)(x)))

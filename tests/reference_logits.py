@@ -38,10 +38,13 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 CONFIGS = {
-    "llama_tied": _TINY | {"model_type": "llama", "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "llama_tied": _TINY
+    | {"model_type": "llama", "num_key_value_heads": 4, "tie_word_embeddings": True},
     "llama_groups": _TINY | {"model_type": "llama"},
-    "llama_one_key": _TINY | {"model_type": "llama", "num_key_value_heads": 1, "num_hidden_layers": 3},
-    "llama3_positions": _TINY | {"model_type": "llama", "head_dim": 8, "rope_scaling": _LLAMA3, "rope_theta": 5000.0},
+    "llama_one_key": _TINY
+    | {"model_type": "llama", "num_key_value_heads": 1, "num_hidden_layers": 3},
+    "llama3_positions": _TINY
+    | {"model_type": "llama", "head_dim": 8, "rope_scaling": _LLAMA3, "rope_theta": 5000.0},
     "qwen2_biases": _TINY | {"model_type": "qwen2", "tie_word_embeddings": True},
     "mistral_wide_heads": _TINY | {"model_type": "mistral", "head_dim": 6, "sliding_window": None},
     "mistral_window": _TINY | {"model_type": "mistral", "sliding_window": 5},
@@ -50,7 +53,11 @@ CONFIGS = {
 
 def shapes(config):
     """Names and shapes of the tensors, as Hugging Face has them."""
-    width, hidden, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    width, hidden, vocabulary = (
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["vocab_size"],
+    )
     head = config.get("head_dim") or width // config["num_attention_heads"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     found = {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,)}
@@ -106,7 +113,10 @@ def logits_by_transformers(directory, tokens, **options):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=options.pop("dtype", torch.float32), output_loading_info=True, attn_implementation="eager"
+        directory,
+        dtype=options.pop("dtype", torch.float32),
+        output_loading_info=True,
+        attn_implementation="eager",
     )
     with torch.no_grad():
         found = model.eval()(input_ids=torch.asarray(np.asarray(tokens)), **options).logits
@@ -122,12 +132,16 @@ def main():
         for name, config in CONFIGS.items():
             found, trouble = logits_by_transformers(write(Path(temporary) / name, config), TOKENS)
             assert not trouble, trouble
-            record["logits"][name] = [[float(f"{x:.7g}") for x in row] for row in found[0, POSITIONS].tolist()]
+            record["logits"][name] = [
+                [float(f"{x:.7g}") for x in row] for row in found[0, POSITIONS].tolist()
+            ]
     rows = ",\n".join(
         f'    "{name}": [\n' + ",\n".join(f"      {json.dumps(row)}" for row in found) + "\n    ]"
         for name, found in record["logits"].items()
     )
-    RECORD.write_text(f'{{\n  "transformers": "{record["transformers"]}",\n  "logits": {{\n{rows}\n  }}\n}}\n')
+    RECORD.write_text(
+        f'{{\n  "transformers": "{record["transformers"]}",\n  "logits": {{\n{rows}\n  }}\n}}\n'
+    )
 
 
 if __name__ == "__main__":

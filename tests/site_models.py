@@ -98,9 +98,13 @@ def convolution(key):
     }
 
     def losses(params, x):
-        h = lax.conv_general_dilated(x, params["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        h = lax.conv_general_dilated(
+            x, params["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         h = jax.nn.relu(h + params["bias"])
-        h = lax.reduce_window(h, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "VALID").mean(axis=(1, 2))
+        h = lax.reduce_window(h, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "VALID").mean(
+            axis=(1, 2)
+        )
         return jnp.sum(jnp.square(h @ params["out"]), axis=-1)
 
     return params, losses, (normal(k[3], 5, 4, 4, 1, scale=1),)
@@ -121,7 +125,9 @@ def used_otherwise(key):
         b, s, _ = x.shape
         h = (x.reshape(b * s, 3) @ params["flat"]).reshape(b, s, 3).mean(1)
         h = jnp.tanh(h @ (params["a"] @ params["b"] + jnp.square(params["a"])))
-        h = h * lax.cond(params["branch"][0] > 9, lambda w: w, lambda w: jnp.sin(w), params["branch"])
+        h = h * lax.cond(
+            params["branch"][0] > 9, lambda w: w, lambda w: jnp.sin(w), params["branch"]
+        )
         return jnp.sum(jnp.square(h @ params["c"]), axis=-1) + jnp.sum(params["c"] ** 2)
 
     return params, losses, (normal(k[4], 4, 2, 3, scale=1),)

@@ -32,7 +32,9 @@ TINY = {
 }  # fmt: skip
 
 
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
+quick = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)  # compiles faster
 
 
 @pytest.fixture(scope="module", params=TINY)
@@ -67,24 +69,32 @@ def test_loss_is_a_scalar_and_state_keeps_its_shape(tiny):
     workload, params, state, batch, _, _ = tiny
     loss, new = jax.eval_shape(workload.loss, params, state, *batch)
     assert loss.shape == ()
-    assert jax.tree.map(lambda s: (s.shape, s.dtype), new) == jax.tree.map(lambda s: (s.shape, s.dtype), state)
+    assert jax.tree.map(lambda s: (s.shape, s.dtype), new) == jax.tree.map(
+        lambda s: (s.shape, s.dtype), state
+    )
 
 
 def test_forward_gradient_is_the_slope_along_signs_times_the_signs(tiny):
     """A rank-one tangent of signs is read off the estimate, and jax.jvp along it, dense, gives the same slope."""
     workload, params, state, batch, _, gradient = tiny
-    grad_fn = pg.value_and_grad(workload.loss, pg.WeightPerturbation(pg.LowRank(rank=1)), has_aux=True)
+    grad_fn = pg.value_and_grad(
+        workload.loss, pg.WeightPerturbation(pg.LowRank(rank=1)), has_aux=True
+    )
 
     @quick
     def both(key, params):
         (loss, new), estimate = grad_fn(key, params, state, *batch)
         direction = jax.tree.map(jnp.sign, estimate)
-        along = jax.jvp(lambda p: workload.loss(p, state, *batch), (params,), (direction,), has_aux=True)
+        along = jax.jvp(
+            lambda p: workload.loss(p, state, *batch), (params,), (direction,), has_aux=True
+        )
         return loss, new, estimate, direction, *along
 
     loss, new, estimate, direction, expected, slope, expected_new = both(jax.random.key(3), params)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), new, expected_new)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), new, expected_new
+    )
     for g, v in zip(jax.tree.leaves(estimate), jax.tree.leaves(direction), strict=True):
         assert np.all(np.asarray(v) != 0)
         np.testing.assert_allclose(g, slope * v, atol=1e-3 * norm(gradient))
@@ -114,9 +124,13 @@ def test_pytorch_computes_the_same_loss_and_gradient(tiny, tmp_path):
     worker = bench_torch.Worker(workload.name, workload.sizes, str(tmp_path / "arrays.npz"))
     theirs = worker.loss(worker.leaves, worker.state, *worker.batches[0])
     np.testing.assert_allclose(theirs.item(), loss, rtol=1e-5)
-    squares = [float((g**2).sum()) for g in torch.autograd.grad(theirs, list(worker.leaves.values()))]
+    squares = [
+        float((g**2).sum()) for g in torch.autograd.grad(theirs, list(worker.leaves.values()))
+    ]
     np.testing.assert_allclose(sum(squares) ** 0.5, norm(gradient), rtol=1e-4)
-    _, value = worker.steps("torch-jvp", 1)  # attention and batch normalisation have forward derivatives
+    _, value = worker.steps(
+        "torch-jvp", 1
+    )  # attention and batch normalisation have forward derivatives
     assert np.isfinite(value)
 
 
@@ -132,7 +146,9 @@ def test_methods_move_the_weights_as_their_names_say(monkeypatch):
         direction = jax.tree.map(np.sign, moved)
         return dot(gradient, direction), direction
 
-    assert set(side.methods) == {m for m in bench_methods.METHODS if "torch" not in m and m != "backprop-unrolled"}
+    assert set(side.methods) == {
+        m for m in bench_methods.METHODS if "torch" not in m and m != "backprop-unrolled"
+    }
     for name in set(side.methods) - {"prograde-16"}:
         side.carry = jax.tree.map(jnp.copy, (params, state, count))
         assert side.compile(name)["compile_seconds"] > 0
@@ -165,13 +181,17 @@ def test_each_round_visits_every_method_once_in_an_order_of_its_own():
         return steps
 
     names = ["bare", "backprop", "mezo"]
-    seconds = bench.take_turns({n: visit(n) for n in names}, dict.fromkeys(names, 2), 6, lambda name: None)
+    seconds = bench.take_turns(
+        {n: visit(n) for n in names}, dict.fromkeys(names, 2), 6, lambda name: None
+    )
     assert seconds == {n: [0.5] * 6 for n in names}
     rounds = [tuple(n for n, _ in log[3 * i : 3 * i + 3]) for i in range(6)]
     assert all(sorted(r) == sorted(names) for r in rounds)
     assert len(set(rounds)) > 1
     with pytest.raises(RuntimeError, match="not finite"):
-        bench.take_turns({"bare": lambda count: (1.0, float("nan"))}, {"bare": 1}, 1, lambda name: None)
+        bench.take_turns(
+            {"bare": lambda count: (1.0, float("nan"))}, {"bare": 1}, 1, lambda name: None
+        )
 
 
 def test_a_visit_takes_as_many_steps_as_fill_it():
@@ -200,7 +220,12 @@ def fabricated(rounds=4):
             **more,
         }
 
-    common = {"bare": method(1.0), "prograde-1": method(2.0), "backprop": method(4.0), "checkpointed": method(5.0)}
+    common = {
+        "bare": method(1.0),
+        "prograde-1": method(2.0),
+        "backprop": method(4.0),
+        "checkpointed": method(5.0),
+    }
     torch = {"torch-backprop": method(1.6, temp_bytes=None, compile_seconds=None)}
     model = {"sizes": {}, "parameters": 1234, "missing": {}}
     return {
@@ -252,8 +277,12 @@ def test_page_marks_the_fastest_backprop_and_where_it_wins(tmp_path):
 def test_the_page_in_the_docs_is_that_of_the_record():
     path, page = ROOT / "records" / "bench.json", ROOT / "docs" / "benchmarks.md"
     text = page.read_text()
-    block = text[text.index(bench_report.BEGIN) + len(bench_report.BEGIN) : text.index(bench_report.END)].strip()
-    expected = bench_report.markdown(bench.read(path), "benchmarks/overview.svg") if path.exists() else ""
+    block = text[
+        text.index(bench_report.BEGIN) + len(bench_report.BEGIN) : text.index(bench_report.END)
+    ].strip()
+    expected = (
+        bench_report.markdown(bench.read(path), "benchmarks/overview.svg") if path.exists() else ""
+    )
     assert block == expected.strip()
 
 
@@ -262,7 +291,10 @@ def test_a_record_is_continued_but_never_mixed_or_overwritten(tmp_path):
     records.write_json(path, fabricated())
     before = path.read_bytes()
     assert set(bench.claim(path, ["logreg"], 4)["models"]) == {"mlp", "cnn"}
-    for names, rounds, words in ((["logreg"], 5, "another rounds"), (["logreg", "mlp"], 4, "holds mlp already")):
+    for names, rounds, words in (
+        (["logreg"], 5, "another rounds"),
+        (["logreg", "mlp"], 4, "holds mlp already"),
+    ):
         with pytest.raises(records.RecordError, match=words):
             bench.claim(path, names, rounds)
     assert path.read_bytes() == before
@@ -280,7 +312,9 @@ def test_ctrl_c_leaves_the_models_that_are_complete(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # the command changes it
     monkeypatch.setattr(bench.Measurement, "record", record)
     monkeypatch.setattr(bench, "keep_freed_memory", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["prograde", "bench", "logreg", "mlp", "--out", str(tmp_path / "new")])
+    monkeypatch.setattr(
+        sys, "argv", ["prograde", "bench", "logreg", "mlp", "--out", str(tmp_path / "new")]
+    )
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 130
@@ -292,9 +326,7 @@ def test_ctrl_c_leaves_the_models_that_are_complete(tmp_path, monkeypatch, capsy
 @pytest.fixture
 def without_torch(tmp_path):
     """An environment in which PyTorch is not installed."""
-    hidden = (
-        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, p=None: None if n == 'torch' else f(n, p)"
-    )
+    hidden = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, p=None: None if n == 'torch' else f(n, p)"
     (tmp_path / "sitecustomize.py").write_text(hidden)
     return {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "150", "PYTHONPATH": str(tmp_path)}
 
@@ -327,7 +359,9 @@ def test_command_measures_records_and_shows(tmp_path, without_torch, monkeypatch
         assert figures["temp_bytes"] >= 0
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
     page = tmp_path / "page.md"
-    monkeypatch.setattr(sys, "argv", ["prograde", "bench", "--from", str(path), "--markdown", str(page)])
+    monkeypatch.setattr(
+        sys, "argv", ["prograde", "bench", "--from", str(path), "--markdown", str(page)]
+    )
     cli.main()
     assert "fastest backprop" in capsys.readouterr().out
     assert "## logreg" in page.read_text()

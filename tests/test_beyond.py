@@ -13,7 +13,14 @@ from rich.console import Console
 from prograde.lab import records
 from prograde.lab.beyond import report, run
 from prograde.lab.beyond.experiment import Experiment
-from prograde.lab.beyond.stream import Setting, Stream, adding, characters, delayed_copy, library_text
+from prograde.lab.beyond.stream import (
+    Setting,
+    Stream,
+    adding,
+    characters,
+    delayed_copy,
+    library_text,
+)
 from prograde.lab.display import Display
 from prograde.lab.report import Table
 
@@ -103,7 +110,9 @@ def test_the_copy_task_asks_for_what_was_shown_delay_steps_before(key):
 def test_the_adding_task_asks_for_the_sum_of_two_marked_numbers(key):
     inputs, targets = adding(9).draw(key, 2000)
     assert (inputs[:, :, 1].sum(1) == 2).all()
-    np.testing.assert_allclose(((inputs[:, :, 0] + 0.5) * inputs[:, :, 1]).sum(1), targets[:, -1], rtol=1e-6)
+    np.testing.assert_allclose(
+        ((inputs[:, :, 0] + 0.5) * inputs[:, :, 1]).sum(1), targets[:, -1], rtol=1e-6
+    )
     # the best guess without looking is the mean, 1, whose error is the variance, 1/6
     error = np.asarray((targets[:, -1] - 1) ** 2)
     assert error.mean() == pytest.approx(adding(9).guessing, abs=5 * float(error.std()) / 2000**0.5)
@@ -114,16 +123,31 @@ def test_characters_are_those_that_follow(key):
     assert len(text) > 100_000
     task = characters(text)
     inputs, targets = task.draw(key, 3)
-    np.testing.assert_array_equal(jnp.argmax(inputs.reshape(-1, task.inputs)[1:], -1), targets.reshape(-1)[:-1])
+    np.testing.assert_array_equal(
+        jnp.argmax(inputs.reshape(-1, task.inputs)[1:], -1), targets.reshape(-1)[:-1]
+    )
 
 
 def test_stream_is_told_from_a_tiny_record():
-    setting = Setting(units=4, delay=2, windows=(2, 6), rates=(1e-2,), seconds=0.2, learners=("RTRL",), tasks=("copy",))
+    setting = Setting(
+        units=4,
+        delay=2,
+        windows=(2, 6),
+        rates=(1e-2,),
+        seconds=0.2,
+        learners=("RTRL",),
+        tasks=("copy",),
+    )
     experiment = Stream()
     record = experiment.measure_setting(setting, Display(Console(quiet=True)))
     (table,) = experiment.tables(record)
-    assert [row[0] for row in table.rows] == ["RTRL, exact", *(f"backprop truncated to {w} steps" for w in (2, 6))]
-    assert all(run["steps"] > 0 for m in record["tasks"]["copy"]["methods"].values() for run in m["runs"])
+    assert [row[0] for row in table.rows] == [
+        "RTRL, exact",
+        *(f"backprop truncated to {w} steps" for w in (2, 6)),
+    ]
+    assert all(
+        run["steps"] > 0 for m in record["tasks"]["copy"]["methods"].values() for run in m["runs"]
+    )
     figure = Figure(layout="constrained")
     experiment.draw(record, figure)
     ends = record["tasks"]["copy"]["methods"]
@@ -147,7 +171,9 @@ def test_the_page_says_what_the_records_hold(request):
     for experiment, record in run.find(root / "records" / "beyond"):
         begin, end = report._BEGIN.format(experiment.name), report._END.format(experiment.name)
         between = page.split(begin)[1].split(end)[0].strip()
-        assert between == report.markdown(experiment, record, f"beyond/{experiment.name}.svg"), experiment.name
+        assert between == report.markdown(experiment, record, f"beyond/{experiment.name}.svg"), (
+            experiment.name
+        )
         assert (root / "docs" / "beyond" / f"{experiment.name}.svg").exists()
         shown.add(experiment.name)
     assert shown == set(re.findall("<!-- (\\w+): begin", page))

@@ -52,7 +52,9 @@ def test_every_method_has_the_gradient_of_backprop():
         for method, unroll in (("ours", 7), *((m, 1) for m in horizon_loops.CHECKPOINTED)):
             got = run(method, unroll)
             np.testing.assert_allclose(got[0], value, rtol=1e-12, err_msg=method)
-            np.testing.assert_allclose(got[1], gradient, rtol=0, atol=1e-11 * np.abs(gradient).max(), err_msg=method)
+            np.testing.assert_allclose(
+                got[1], gradient, rtol=0, atol=1e-11 * np.abs(gradient).max(), err_msg=method
+            )
 
 
 def test_one_tangent_of_the_gru_is_a_directional_derivative(key):
@@ -87,9 +89,13 @@ def test_exact_gradient_runs_the_function_once():
 
 def test_horizon_is_told_from_a_tiny_record(display, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # in the process that it starts
-    plan = horizon.Plan(lengths=(64,), unrolls=(1,), search_length=16, rounds=1, widths=(2,), recurrent=(16,))
+    plan = horizon.Plan(
+        lengths=(64,), unrolls=(1,), search_length=16, rounds=1, widths=(2,), recurrent=(16,)
+    )
     plan = dataclasses.replace(plan, methods=("bare", "ours", "backprop", "each step"))
-    record = horizon.Horizon().measured({"default": dataclasses.replace(plan, lengths=()), "one kernel": plan}, display)
+    record = horizon.Horizon().measured(
+        {"default": dataclasses.replace(plan, lengths=()), "one kernel": plan}, display
+    )
     said = shown(horizon.Horizon(), record)
     assert "the target of 0.5 is" in said
     # where ours takes ten times as long, and its memory grows, that is what is said
@@ -123,7 +129,10 @@ def test_hypergradients_are_those_of_reverse_mode():
 def test_hypergradient_memory_does_not_grow_with_the_training_run():
     at = hyper_training.centre()
     ours, backprop = (
-        [temp_bytes(hyper.hypergradients(hyper_training.Classifier(t).outcome)[method], at) for t in (20, 640)]
+        [
+            temp_bytes(hyper.hypergradients(hyper_training.Classifier(t).outcome)[method], at)
+            for t in (20, 640)
+        ]
         for method in (hyper.OURS, hyper.BACKPROP)
     )
     assert ours[1] <= 1.05 * ours[0]
@@ -148,7 +157,9 @@ def test_hyper_is_told_from_a_tiny_record(display):
     said = shown(hyper.Hyper(), record)
     assert "is missed in float64" in said  # eight steps are no memory to speak of
     for figures in record["long"].values():
-        figures["methods"][hyper.BACKPROP]["temp_bytes"] = 100 * figures["methods"][hyper.OURS]["temp_bytes"]
+        figures["methods"][hyper.BACKPROP]["temp_bytes"] = (
+            100 * figures["methods"][hyper.OURS]["temp_bytes"]
+        )
         figures["errors"] = {"float32": 1e-3, "float64": 1e-14}
     said = hyper.Hyper().conclusion(record)
     assert "is met in float64, in float32 not" in said
@@ -158,6 +169,8 @@ def test_hyper_is_told_from_a_tiny_record(display):
 def test_the_examples_run(name, request):
     """Each ends with an assertion about what it shows."""
     done = subprocess.run(
-        [sys.executable, request.config.rootpath / "examples" / f"{name}.py"], capture_output=True, text=True
+        [sys.executable, request.config.rootpath / "examples" / f"{name}.py"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr

@@ -27,7 +27,9 @@ def quiet():
 
 def differences(fun, params, h=1e-5):
     """Central differences of a function of a vector, whose error is about h^2 and 1e-16 / h."""
-    return jnp.stack([(fun(params + h * e) - fun(params - h * e)) / (2 * h) for e in jnp.eye(params.size)])
+    return jnp.stack(
+        [(fun(params + h * e) - fun(params - h * e)) / (2 * h) for e in jnp.eye(params.size)]
+    )
 
 
 def relative(a, b):
@@ -55,7 +57,9 @@ def test_derivative_of_a_converged_loop_is_that_of_the_implicit_function():
         amperes = solar_cell.solve(params, volts)[0]
         slopes = jax.vmap(jax.grad(solar_cell.residual, 2), (None, 0, 0))(params, volts, amperes)
         exact = (
-            (2e4 * (amperes - solar_cell.AMPERES)) @ (-by_hand(params, volts, amperes) / slopes[:, None]) / len(volts)
+            (2e4 * (amperes - solar_cell.AMPERES))
+            @ (-by_hand(params, volts, amperes) / slopes[:, None])
+            / len(volts)
         )
         assert relative(grads, exact) < 1e-12
         assert relative(differences(loss, params), exact) < 1e-7
@@ -78,7 +82,9 @@ def test_bound_serves_the_ranges_and_no_smaller_one_does():
         bound, volts = smallest_bound(), jnp.asarray(solar_cell.VOLTS)
         worst = jnp.log(jnp.array([1.0, 1e-6, 1.0, 0.5, 100.0]))
         exact = solar_cell.solve(worst, volts)[0]
-        error = lambda bound: float(jnp.max(jnp.abs(solar_cell.by_scan_cond(worst, volts, bound) - exact)))
+        error = lambda bound: float(
+            jnp.max(jnp.abs(solar_cell.by_scan_cond(worst, volts, bound) - exact))
+        )
         assert error(bound) < 1e-12 < 1e-8 < error(bound - 3)
 
 
@@ -88,7 +94,9 @@ def test_fit_finds_the_published_optimum_of_the_cell():
     with jax.enable_x64(True):
         loss = partial(solar_cell.misfit, solar_cell.by_while_loop, bound=0)
         gradient = partial(pg.value_and_grad(loss, pg.ForwardJacobian()), None)
-        best, losses = jax.jit(lambda p: fitted(gradient, loss, p, 150))(jnp.log(jnp.asarray(START)))
+        best, losses = jax.jit(lambda p: fitted(gradient, loss, p, 150))(
+            jnp.log(jnp.asarray(START))
+        )
         np.testing.assert_allclose(np.exp(best), published, rtol=1e-4)
         np.testing.assert_allclose(1e-2 * np.sqrt(losses[-1]), rmse, rtol=1e-4)
 
@@ -98,7 +106,9 @@ def test_gradient_of_the_equilibrium_network_is_exact(key):
     with jax.enable_x64(True):
         inputs, targets = equilibrium.examples(key_examples, 8)
         weights = equilibrium.initial(key_weights, 4)
-        loss = lambda w, implicit=False: jnp.mean((equilibrium.predict(w, inputs, implicit) - targets) ** 2)
+        loss = lambda w, implicit=False: jnp.mean(
+            (equilibrium.predict(w, inputs, implicit) - targets) ** 2
+        )
         _, grads = jax.jit(pg.value_and_grad(loss, pg.ForwardJacobian()))(None, weights)
         flat, unravel = jax.flatten_util.ravel_pytree(weights)
         grads = jax.flatten_util.ravel_pytree(grads)[0]
@@ -113,9 +123,13 @@ def test_gradient_of_the_equilibrium_network_is_exact(key):
 def test_newton_shows_what_it_measured(quiet, tmp_path):
     experiment = Newton()
     record = experiment.measure(False, quiet, steps=60, rounds=2)
-    assert record["refused"].startswith("Reverse-mode differentiation does not work for lax.while_loop")
+    assert record["refused"].startswith(
+        "Reverse-mode differentiation does not work for lax.while_loop"
+    )
     assert record["costs"][OURS]["error"] < 1e-6
-    assert all(run["losses"][-1] < 0.5 * run["losses"][0] for run in record["network"]["runs"].values())
+    assert all(
+        run["losses"][-1] < 0.5 * run["losses"][0] for run in record["network"]["runs"].values()
+    )
     assert "missed" not in shown(experiment, slower(record, 1 / 1000), tmp_path)
     assert "missed" in shown(experiment, slower(record, 1000), tmp_path)
 
@@ -147,23 +161,46 @@ def hires(t, y, k):
 
 
 def test_forward_gradient_through_a_stiff_solver_has_the_published_value_and_the_derivative_of_reverse_mode():
-    reference = [7.371312573325668e-4, 1.442485726315185e-4, 5.888729740967575e-5, 1.175651343283149e-3]
-    reference += [2.386356198831331e-3, 6.238968252742796e-3, 2.849998395185769e-3, 2.850001604814231e-3]
+    reference = [
+        7.371312573325668e-4,
+        1.442485726315185e-4,
+        5.888729740967575e-5,
+        1.175651343283149e-3,
+    ]
+    reference += [
+        2.386356198831331e-3,
+        6.238968252742796e-3,
+        2.849998395185769e-3,
+        2.850001604814231e-3,
+    ]
     rates = np.array([1.71, 0.43, 8.32, 0.69, 0.035, 8.32, 280.0, 0.69, 0.69, 0.0007])
     start = np.array([1.0, 0, 0, 0, 0, 0, 0, 0.0057])
 
     def end(log_factors, adjoint):
         controller = diffrax.PIDController(rtol=1e-6, atol=1e-10)
-        term, solver, args = diffrax.ODETerm(hires), diffrax.Kvaerno5(), rates * jnp.exp(log_factors)
-        many = {"stepsize_controller": controller, "adjoint": adjoint, "max_steps": 8192, "throw": False}
+        term, solver, args = (
+            diffrax.ODETerm(hires),
+            diffrax.Kvaerno5(),
+            rates * jnp.exp(log_factors),
+        )
+        many = {
+            "stepsize_controller": controller,
+            "adjoint": adjoint,
+            "max_steps": 8192,
+            "throw": False,
+        }
         ys = diffrax.diffeqsolve(term, solver, 0.0, 321.8122, 1e-4, start, args, **many).ys
         return jnp.sum((ys[0] / np.array(reference) - 1.5) ** 2), ys[0]
 
     with jax.enable_x64(True):
-        forward = pg.value_and_grad(partial(end, adjoint=diffrax.ForwardMode()), pg.ForwardJacobian(), has_aux=True)
+        forward = pg.value_and_grad(
+            partial(end, adjoint=diffrax.ForwardMode()), pg.ForwardJacobian(), has_aux=True
+        )
         (_, ys), grads = jax.jit(forward)(None, jnp.zeros(10))
         np.testing.assert_allclose(ys, reference, rtol=1e-4)
-        reverse = jax.jit(jax.grad(partial(end, adjoint=diffrax.RecursiveCheckpointAdjoint()), has_aux=True))
+        reverse = jax.jit(
+            jax.grad(partial(end, adjoint=diffrax.RecursiveCheckpointAdjoint()), has_aux=True)
+        )
         assert relative(grads, reverse(jnp.zeros(10))[0]) < 1e-9
 
 
@@ -180,7 +217,9 @@ def test_gradient_of_the_oregonator_is_that_of_differences(key):
 def test_ode_shows_what_it_measured(quiet, tmp_path, monkeypatch):
     monkeypatch.setattr(ode, "_ALLOWED", (64,))
     experiment = ODEFit()
-    record = experiment.measure(False, quiet, Oregonator(until=12.0, solver=diffrax.Tsit5()), evaluations=4)
+    record = experiment.measure(
+        False, quiet, Oregonator(until=12.0, solver=diffrax.Tsit5()), evaluations=4
+    )
     assert record["fit"]["disagreement"] < 1e-8
     assert min(record["fit"]["losses"]) < record["fit"]["losses"][0]
     # of so few steps nobody has to keep much
@@ -212,14 +251,24 @@ def test_a_runner_without_room_for_its_leg_has_fallen():
 
 
 def test_control_shows_what_it_measured(quiet, tmp_path, monkeypatch):
-    monkeypatch.setattr(control, "SEARCHES", {"differences along 1": control.SEARCHES["differences along 1"]})
+    monkeypatch.setattr(
+        control, "SEARCHES", {"differences along 1": control.SEARCHES["differences along 1"]}
+    )
     monkeypatch.setitem(
-        control.FORWARD, "network", {"forward gradients along 1": pg.WeightPerturbation(pg.Rademacher())}
+        control.FORWARD,
+        "network",
+        {"forward gradients along 1": pg.WeightPerturbation(pg.Rademacher())},
     )
     experiment = Control()
     record = experiment.measure(False, quiet, steps=10, batch_size=4)
-    assert record["refused"].startswith("Reverse-mode differentiation does not work for lax.while_loop")
-    assert all(r["after"] < f["runs"][n]["losses"][0] for f in record["found"].values() for n, r in f["runs"].items())
+    assert record["refused"].startswith(
+        "Reverse-mode differentiation does not work for lax.while_loop"
+    )
+    assert all(
+        r["after"] < f["runs"][n]["losses"][0]
+        for f in record["found"].values()
+        for n, r in f["runs"].items()
+    )
     assert "lowest cost" in shown(experiment, record, tmp_path)
 
 

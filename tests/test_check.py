@@ -16,7 +16,9 @@ def doubled(x):
     return 2 * x
 
 
-doubled.defvjp(lambda x: (doubled(x), None), lambda residual, cotangent: (cotangent,))  # not the derivative of its code
+doubled.defvjp(
+    lambda x: (doubled(x), None), lambda residual, cotangent: (cotangent,)
+)  # not the derivative of its code
 
 
 def in_a_scan(params, x):
@@ -44,8 +46,12 @@ def test_a_custom_vjp_in_the_way_is_named_with_its_place():
 
 @pytest.mark.parametrize("jit", [False, True])
 def test_the_estimate_refuses_it_with_the_same_words(jit, key):
-    estimate = lambda key, params: pg.value_and_grad(in_a_scan, pg.WeightPerturbation())(key, params, X)
-    with pytest.raises(TypeError, match=r"doubled, called at .*test_check.py:\d+.*custom_vjp='inline'"):
+    estimate = lambda key, params: pg.value_and_grad(in_a_scan, pg.WeightPerturbation())(
+        key, params, X
+    )
+    with pytest.raises(
+        TypeError, match=r"doubled, called at .*test_check.py:\d+.*custom_vjp='inline'"
+    ):
         (jax.jit(estimate) if jit else estimate)(key, PARAMS)
 
 
@@ -54,10 +60,16 @@ def test_inline_differentiates_the_code_of_the_function(jit, key):
     estimator = pg.WeightPerturbation(pg.Basis(), num_tangents=48, custom_vjp="inline")
     grad_fn = pg.value_and_grad(in_a_scan, estimator)
     grads = (jax.jit(grad_fn) if jit else grad_fn)(key, PARAMS, X)[1]
-    plain = lambda params, x: jnp.mean(lax.scan(lambda h, w: (2 * (h @ w), None), x, params["w"])[0])
+    plain = lambda params, x: jnp.mean(
+        lax.scan(lambda h, w: (2 * (h @ w), None), x, params["w"])[0]
+    )
     np.testing.assert_allclose(grads["w"], jax.grad(plain)(PARAMS, X)["w"], rtol=1e-5)
-    assert not np.allclose(grads["w"], jax.grad(in_a_scan)(PARAMS, X)["w"])  # the rule of the test is another
-    report = pg.check(in_a_scan, PARAMS, X, estimator=pg.WeightPerturbation(custom_vjp="inline"), memory=False)
+    assert not np.allclose(
+        grads["w"], jax.grad(in_a_scan)(PARAMS, X)["w"]
+    )  # the rule of the test is another
+    report = pg.check(
+        in_a_scan, PARAMS, X, estimator=pg.WeightPerturbation(custom_vjp="inline"), memory=False
+    )
     assert report.ok
     assert report.bypassed[0].startswith("doubled (")
 
@@ -78,7 +90,9 @@ def test_tangents_that_never_arrive_are_named():
 
     names = ["rounded", "scanned", "scores", "stopped", "table", "unused"]
     report = pg.check(loss, {name: jnp.ones((4, 5)) for name in names}, memory=False)
-    assert report.always_zero == tuple(f"params['{n}']" for n in ("rounded", "scores", "stopped", "unused"))
+    assert report.always_zero == tuple(
+        f"params['{n}']" for n in ("rounded", "scores", "stopped", "unused")
+    )
 
 
 def test_dense_fallbacks_are_named_with_primitive_shape_and_place():
@@ -100,12 +114,16 @@ def test_only_what_is_formed_is_listed():
     def loss(w, x):
         return jnp.mean(x @ lax.stop_gradient(w) @ w.T), w  # and w as auxiliary output
 
-    assert pg.check(loss, jnp.ones((6, 6)), jnp.ones((3, 6)), has_aux=True, memory=False).dense == ()
+    assert (
+        pg.check(loss, jnp.ones((6, 6)), jnp.ones((3, 6)), has_aux=True, memory=False).dense == ()
+    )
     for function, name in (
         (lambda w: jnp.sum(jax.nn.relu(w.T)), "relu"),
         (lambda w: w.ravel() @ jnp.ones(36), "reshape"),
     ):
-        assert [f.primitive for _, f in pg.check(function, jnp.ones((6, 6)), memory=False).dense] == [name]
+        assert [
+            f.primitive for _, f in pg.check(function, jnp.ones((6, 6)), memory=False).dense
+        ] == [name]
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -121,19 +139,31 @@ def test_cost_ratio_is_that_of_the_products():
     """Two square layers: the first has no tangent at its input. 2 of 2 products, 1 of 2 tangents, and the rest is small."""
     n, batch = 256, 128
     loss = lambda params, x: jnp.mean(jnp.tanh(x @ params[0]) @ params[1])
-    params, x = [jax.ShapeDtypeStruct((n, n), jnp.float32)] * 2, jax.ShapeDtypeStruct((batch, n), jnp.float32)
+    params, x = (
+        [jax.ShapeDtypeStruct((n, n), jnp.float32)] * 2,
+        jax.ShapeDtypeStruct((batch, n), jnp.float32),
+    )
     report = pg.check(loss, params, x, memory=False)
     assert 1.5 < report.cost_ratio < 1.6
-    dense = pg.check(loss, params, x, estimator=pg.WeightPerturbation(pg.Rademacher()), memory=False)
-    assert 2.5 < dense.cost_ratio < 2.8  # the first layer has a product of its tangent now, the second two
+    dense = pg.check(
+        loss, params, x, estimator=pg.WeightPerturbation(pg.Rademacher()), memory=False
+    )
+    assert (
+        2.5 < dense.cost_ratio < 2.8
+    )  # the first layer has a product of its tangent now, the second two
     many = pg.check(loss, params, x, estimator=pg.WeightPerturbation(num_tangents=4), memory=False)
     assert 1 + 4 * 0.5 < many.cost_ratio < 1 + 4 * (report.cost_ratio - 1) + 0.05
 
 
 def test_multiply_adds_by_hand():
-    count = lambda f, *shapes: multiply_adds(jax.make_jaxpr(f)(*(jnp.zeros(s) for s in shapes)).jaxpr)
+    count = lambda f, *shapes: multiply_adds(
+        jax.make_jaxpr(f)(*(jnp.zeros(s) for s in shapes)).jaxpr
+    )
     assert count(lambda x, w: x @ w, (3, 4), (4, 5)) == 3 * 4 * 5
-    assert count(lambda x, w: lax.scan(lambda h, w: (h @ w, None), x, w)[0], (3, 4), (7, 4, 4)) == 7 * 3 * 4 * 4
+    assert (
+        count(lambda x, w: lax.scan(lambda h, w: (h @ w, None), x, w)[0], (3, 4), (7, 4, 4))
+        == 7 * 3 * 4 * 4
+    )
     assert count(lambda x: lax.cond(True, lambda: x @ x, lambda: x), (4, 4)) == 4**3
     kernel = dict(window_strides=(1,), padding="VALID", dimension_numbers=("NHC", "HIO", "NHC"))
     conv = lambda x, w: lax.conv_general_dilated(x, w, **kernel)
@@ -143,7 +173,9 @@ def test_multiply_adds_by_hand():
 
 def test_live_bytes_by_hand():
     live = lambda f, *shapes: live_bytes(jax.make_jaxpr(f)(*(jnp.zeros(s) for s in shapes)).jaxpr)
-    assert live(lambda x: jnp.sin(jnp.sin(jnp.sin(x))), (100,)) == 2 * 400  # what is read and what is written
+    assert (
+        live(lambda x: jnp.sin(jnp.sin(jnp.sin(x))), (100,)) == 2 * 400
+    )  # what is read and what is written
     wide = lambda x: jnp.sum(jnp.broadcast_to(x, (50, 100)) * 2)
     assert live(wide, (100,)) == 2 * 50 * 400
 
@@ -153,7 +185,9 @@ def test_the_report_says_what_xla_says_of_memory(key):
     w, x = jnp.ones((64, 64)), jnp.ones((1024, 64))
     estimator = pg.WeightPerturbation(num_tangents=8)
     report = pg.check(loss, w, x, estimator=estimator)
-    temporaries = lambda f, *args: jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    temporaries = lambda f, *args: (
+        jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    )
     assert abs(report.memory_alone - temporaries(loss, w, x)) < 2**14
     assert abs(report.memory - temporaries(pg.value_and_grad(loss, estimator), key, w, x)) < 2**16
     assert report.memory > report.memory_alone
@@ -180,14 +214,24 @@ def test_shapes_are_enough_and_other_leaves_pass():
         (lambda: pg.check(jnp.sum, {}), ValueError, "no floating-point array"),
         (lambda: pg.check(jnp.sum, jnp.ones(3, complex)), TypeError, "complex"),
         (lambda: pg.check(lambda w: w, jnp.ones((3, 3))), ValueError, r"shape \(3, 3\)"),
-        (lambda: pg.check(jnp.sum, jnp.ones(3), estimator=pg.LowRank()), TypeError, "estimator=LowRank"),
-        (lambda: pg.WeightPerturbation(custom_vjp="ignore"), ValueError, "custom_vjp='ignore'.*'inline'"),
+        (
+            lambda: pg.check(jnp.sum, jnp.ones(3), estimator=pg.LowRank()),
+            TypeError,
+            "estimator=LowRank",
+        ),
+        (
+            lambda: pg.WeightPerturbation(custom_vjp="ignore"),
+            ValueError,
+            "custom_vjp='ignore'.*'inline'",
+        ),
         (lambda: pg.WeightPerturbation(num_tangents=True), ValueError, "num_tangents=True"),
         (lambda: pg.WeightPerturbation(chunk=0), ValueError, "chunk=0"),
         (lambda: pg.Separable(rank=0), ValueError, "rank=0"),
         (lambda: pg.Separable(factors=pg.Basis()), ValueError, r"factors=Basis\(\)"),
         (
-            lambda: pg.LowRank(rank=9).sample(jax.random.key(0), {"w": jnp.ones((8, 6)), "b": jnp.ones(6)}),
+            lambda: pg.LowRank(rank=9).sample(
+                jax.random.key(0), {"w": jnp.ones((8, 6)), "b": jnp.ones(6)}
+            ),
             ValueError,
             r"rank=9.*\(8, 6\).*rank <= 3",
         ),
@@ -223,9 +267,18 @@ def test_a_hand_made_reverse_rule_blocks_every_forward_estimator(key):
 
     doubled.defvjp(lambda x: (2 * x, None), lambda _, ct: (2 * ct,))
     fun = lambda w, x: jnp.sum(doubled(x @ w), axis=-1)
-    for estimator in (pg.ActivityPerturbation(), pg.Guided(), pg.ForwardJacobian(), pg.LearnedFeedback()):
-        report = pg.check(fun, jnp.ones((3, 2)), jnp.ones((4, 3)), estimator=estimator, memory=False)
+    for estimator in (
+        pg.ActivityPerturbation(),
+        pg.Guided(),
+        pg.ForwardJacobian(),
+        pg.LearnedFeedback(),
+    ):
+        report = pg.check(
+            fun, jnp.ones((3, 2)), jnp.ones((4, 3)), estimator=estimator, memory=False
+        )
         assert len(report.blocking) == 1
         assert "doubled" in report.blocking[0]
     for estimator in (pg.Backprop(), pg.CentralDifference()):
-        assert pg.check(fun, jnp.ones((3, 2)), jnp.ones((4, 3)), estimator=estimator, memory=False).ok
+        assert pg.check(
+            fun, jnp.ones((3, 2)), jnp.ones((4, 3)), estimator=estimator, memory=False
+        ).ok

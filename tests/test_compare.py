@@ -36,14 +36,18 @@ class Counting(pg.Estimator):
 
     def estimate(self, fun, key, state, params, *args, has_aux=False):
         found = pg.Backprop().estimate(fun, key, None, params, *args, has_aux=has_aux)
-        return dataclasses.replace(found, grads=jax.tree.map(lambda g: state * g, found.grads), state=state + 1)
+        return dataclasses.replace(
+            found, grads=jax.tree.map(lambda g: state * g, found.grads), state=state + 1
+        )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
     """A model that trains in no time, timed in two rounds."""
     with pytest.MonkeyPatch.context() as patch:
-        model = compare.Model("logistic regression", lambda merged: models.logreg(), visit=1, estimates=8)
+        model = compare.Model(
+            "logistic regression", lambda merged: models.logreg(), visit=1, estimates=8
+        )
         patch.setitem(compare.MODELS, "mlp", model)
         patch.setattr(compare, "ROUNDS", 2)
         patch.setattr(compare, "_LEARNING_STEPS", 2)
@@ -56,7 +60,9 @@ def small_data(seed):
 
     def part(n):
         labels = generator.integers(0, 10, n).astype(np.int32)
-        return (generator.random((n, 28, 28)) * 0.3 + labels[:, None, None] / 10).astype(np.float32), labels
+        return (generator.random((n, 28, 28)) * 0.3 + labels[:, None, None] / 10).astype(
+            np.float32
+        ), labels
 
     return Dataset("small", part(128), part(20), part(20))
 
@@ -66,7 +72,9 @@ def silent():
 
 
 def plan(**changes):
-    return compare.Plan(**{"model": "mlp", "estimators": NAMES, "steps": STEPS, "seeds": SEEDS} | changes)
+    return compare.Plan(
+        **{"model": "mlp", "estimators": NAMES, "steps": STEPS, "seeds": SEEDS} | changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +97,9 @@ def test_the_record_of_a_comparison_is_complete(finished):
     trained = ["backprop-sgd", "weight-sgd"]  # the gradient of the checkpointed one is the same
     assert sorted(p.stem for p in (finished / "search").iterdir()) == trained
     for name in trained:
-        assert len(records.read_json(finished / "search" / f"{name}.json")["trials"]) == compare.TRIALS
+        assert (
+            len(records.read_json(finished / "search" / f"{name}.json")["trials"]) == compare.TRIALS
+        )
     runs = {p.stem: records.read_lines(p) for p in (finished / "runs").iterdir()}
     assert sorted(runs) == sorted(f"{name}-seed{seed}" for name in trained for seed in range(SEEDS))
     assert all(run[-1]["kind"] == "end" and run[-1]["step"] == STEPS for run in runs.values())
@@ -106,19 +116,28 @@ def test_diagnoses_are_of_the_estimators(finished):
     assert not weight["bias_detected"]
     assert weight["num_estimates"] == 8
     assert 0.2 < weight["variance"]["value"] / weight["num_parameters"] < 5
-    assert len(weight["leaves"]) == len(jax.tree.leaves(compare.MODELS["mlp"].build(False).init(jax.random.key(0))))
+    assert len(weight["leaves"]) == len(
+        jax.tree.leaves(compare.MODELS["mlp"].build(False).init(jax.random.key(0)))
+    )
 
 
 def test_the_page_and_the_tables_name_everything(finished, capsys):
     page = compare_report.build(finished).read_text()
     assert page.count("<svg") == 1
-    assert not re.search(r"""(src|href)=["']?https?:|url\(["']?http|@import|<script""", page)  # needs no network
+    assert not re.search(
+        r"""(src|href)=["']?https?:|url\(["']?http|@import|<script""", page
+    )  # needs no network
     compare_report.print_tables(compare_report.read(finished), Console(width=120))
     printed = capsys.readouterr().out
     for name in NAMES:
         assert name in printed
         assert f"<td>{name}</td>" in page
-    for words in ("bare forward pass", "rate bound", f"after {STEPS} steps", "Bias was seen in none"):
+    for words in (
+        "bare forward pass",
+        "rate bound",
+        f"after {STEPS} steps",
+        "Bias was seen in none",
+    ):
         assert words in printed
         assert words in page
     assert "params[&#x27;out&#x27;][&#x27;w&#x27;]" in page
@@ -133,7 +152,9 @@ def test_equal_steps_and_equal_time_are_read_off_the_curves(finished):
     exact = [by_name["backprop"], by_name["checkpointed"]]
     for result in exact:
         if result.outcome.compared:  # its best loss came after the start
-            assert result.outcome.time_ratio == pytest.approx(result.seconds / min(r.seconds for r in exact))
+            assert result.outcome.time_ratio == pytest.approx(
+                result.seconds / min(r.seconds for r in exact)
+            )
     for result in found.results:
         step = found.equal_seconds / result.seconds
         expected = []
@@ -201,9 +222,18 @@ def test_another_comparison_is_refused_and_nothing_changes(finished, small_data)
 
 def test_estimators_that_learn_and_both_optimizers(small_data, tmp_path, monkeypatch):
     monkeypatch.setitem(compare.ESTIMATORS, "counting", Counting())
-    chosen = plan(estimators=("counting",), optimizers=("sgd", "adam"), seeds=1, estimates=30, steps=None, minutes=1e-6)
+    chosen = plan(
+        estimators=("counting",),
+        optimizers=("sgd", "adam"),
+        seeds=1,
+        estimates=30,
+        steps=None,
+        minutes=1e-6,
+    )
     compare.run(chosen, small_data, tmp_path, False, silent())
-    assert records.read_json(tmp_path / "length.json")["steps"] == compare.POINTS  # no fewer, however few the minutes
+    assert (
+        records.read_json(tmp_path / "length.json")["steps"] == compare.POINTS
+    )  # no fewer, however few the minutes
     diagnosis = records.read_json(tmp_path / "diagnosis" / "counting.json")
     assert diagnosis["projection"]["value"] == pytest.approx(3)  # after two steps of learning
     assert diagnosis["bias_detected"]
@@ -214,13 +244,20 @@ def test_estimators_that_learn_and_both_optimizers(small_data, tmp_path, monkeyp
     assert "counting, adam" in compare_report.build(tmp_path).read_text()
 
 
-def test_the_state_of_an_estimator_goes_from_step_to_step_and_into_checkpoints(small_data, tmp_path):
+def test_the_state_of_an_estimator_goes_from_step_to_step_and_into_checkpoints(
+    small_data, tmp_path
+):
     network = models.logreg()
-    experiment = Experiment("tiny", "", lambda _: network, (), Reported(), Budget(), Budget(), in_scan=False)
+    experiment = Experiment(
+        "tiny", "", lambda _: network, (), Reported(), Budget(), Budget(), in_scan=False
+    )
     trainer = train.Trainer(experiment, Counting(), small_data, losses="each")
     carry, _, _ = trainer.steps(trainer.start(0), 0.0, 0, trainer.rows(0, 0, 3))
     assert float(carry[3]) == 4
-    budget, run = Budget(steps=4, points=4, eval_examples=20), train.Run("counting", "sgd", 0.01, 0, 4)
+    budget, run = (
+        Budget(steps=4, points=4, eval_examples=20),
+        train.Run("counting", "sgd", 0.01, 0, 4),
+    )
     whole = train.train(trainer, run, budget, tmp_path / "whole", lambda run, point: None)
 
     def stop(run, point):
@@ -236,7 +273,9 @@ def test_the_state_of_an_estimator_goes_from_step_to_step_and_into_checkpoints(s
 def test_minutes_decide_the_steps_once(small_data, tmp_path):
     chosen = plan(steps=None, minutes=10.0, seeds=2)
     network = compare.MODELS["mlp"].build(False)
-    experiment = Experiment("tiny", "", lambda _: network, (), Reported(), Budget(), Budget(), in_scan=False)
+    experiment = Experiment(
+        "tiny", "", lambda _: network, (), Reported(), Budget(), Budget(), in_scan=False
+    )
     trainers = {"backprop-sgd": train.Trainer(experiment, pg.Backprop(), small_data, losses="each")}
     seconds = {"backprop-sgd": 0.01, "weight-sgd": 0.02, "checkpointed-sgd": 5.0}
     steps = compare._steps(chosen, trainers, seconds, compare.time.monotonic(), tmp_path)
@@ -255,11 +294,17 @@ class Ones(pg.Estimator):
         return dataclasses.replace(found, grads=jax.tree.map(jnp.ones_like, found.grads))
 
 
-@pytest.mark.parametrize(("schedule", "total"), [("exp", sum(math.exp(-1e-4 * t) for t in range(4))), ("cosine", 2.5)])
+@pytest.mark.parametrize(
+    ("schedule", "total"), [("exp", sum(math.exp(-1e-4 * t) for t in range(4))), ("cosine", 2.5)]
+)
 def test_rates_follow_the_schedule_and_batches_have_the_size_asked_for(small_data, schedule, total):
     network = models.logreg()
-    experiment = Experiment("tiny", "", lambda _: network, (), Reported(), Budget(), Budget(), in_scan=False)
-    trainer = train.Trainer(experiment, Ones(), small_data, losses="each", batch_size=48, schedule=schedule)
+    experiment = Experiment(
+        "tiny", "", lambda _: network, (), Reported(), Budget(), Budget(), in_scan=False
+    )
+    trainer = train.Trainer(
+        experiment, Ones(), small_data, losses="each", batch_size=48, schedule=schedule
+    )
     trainer.length = 4
     rows = trainer.rows(0, 0, 4)
     assert rows.shape == (4, 48)
@@ -270,7 +315,9 @@ def test_rates_follow_the_schedule_and_batches_have_the_size_asked_for(small_dat
     np.testing.assert_allclose(before - carry[0]["out"]["b"], 0.1 * total, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("rates", "expected"), [((0.1,), (0.1, 0.1)), ((0.1, 0.2, 0.3), (0.1, 0.3))])
+@pytest.mark.parametrize(
+    ("rates", "expected"), [((0.1,), (0.1, 0.1)), ((0.1, 0.2, 0.3), (0.1, 0.3))]
+)
 def test_rates_that_are_given_are_not_searched(rates, expected, small_data, tmp_path):
     compare.run(plan(rates=rates, seeds=1), small_data, tmp_path, False, silent())
     assert not (tmp_path / "search").exists()
@@ -291,9 +338,13 @@ def test_batch_schedule_and_evaluation_reach_the_runs(small_data, tmp_path):
     assert "cos(pi t / T)" in config["schedule"]
     (run,) = (records.read_lines(path) for path in (tmp_path / "runs").iterdir())
     assert all(
-        p["test_accuracy"] * 7 == pytest.approx(round(p["test_accuracy"] * 7)) for p in run if "test_accuracy" in p
+        p["test_accuracy"] * 7 == pytest.approx(round(p["test_accuracy"] * 7))
+        for p in run
+        if "test_accuracy" in p
     )
-    assert "Batches of 16, rate eta_0 (1 + cos" in compare_report.made_on(compare_report.read(tmp_path))
+    assert "Batches of 16, rate eta_0 (1 + cos" in compare_report.made_on(
+        compare_report.read(tmp_path)
+    )
     assert "end of their schedule" in compare_report.conclusion(compare_report.read(tmp_path))
     with pytest.raises(DataError, match="--batch-size 129: small has 128 examples"):
         compare.run(plan(batch_size=129, **changes), small_data, tmp_path / "none", False, silent())
@@ -354,7 +405,9 @@ def test_networks_tell_examples_apart_and_merged_ones_compute_the_same(name, key
     images, labels = jax.random.uniform(key_images, (5, 28, 28)), jnp.arange(5)
     logits = network.logits(params, images)
     assert logits.shape == (5, 10)
-    np.testing.assert_allclose(network.logits(params, images[2:3])[0], logits[2], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        network.logits(params, images[2:3])[0], logits[2], rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_allclose(merged.logits(params, images), logits, rtol=1e-4, atol=1e-5)
     losses = network.losses(params, images, labels)
     assert losses.shape == (5,)
@@ -366,7 +419,9 @@ def test_a_frontier_is_what_nothing_beats_in_both(seed):
     x, loss = np.random.default_rng(seed).random((2, 60)).round(1)  # with ties
     kept = set(zip(*compare_report._frontier(x, loss), strict=True))
     points = set(zip(x, loss, strict=True))
-    beaten = {(a, b) for a, b in points if any(c <= a and d <= b and (c, d) != (a, b) for c, d in points)}
+    beaten = {
+        (a, b) for a, b in points if any(c <= a and d <= b and (c, d) != (a, b) for c, d in points)
+    }
     assert kept == points - beaten
 
 
@@ -385,7 +440,9 @@ def test_the_page_in_the_docs_says_what_the_record_does(record):
     comparison = compare_summary.read(root / "records" / record)
     page = (root / "docs" / "compare.md").read_text()
     assert compare_report.conclusion(comparison) in page
-    for table, columns in zip(compare_report.tables(comparison)[::2], [(2, 3), (1, 2, 4)], strict=True):
+    for table, columns in zip(
+        compare_report.tables(comparison)[::2], [(2, 3), (1, 2, 4)], strict=True
+    ):
         for row in table.rows[-len(comparison.results) :]:
             for column in columns:
                 assert row[column] in page

@@ -41,7 +41,12 @@ ESTIMATORS = [
     pg.CheckpointedBackprop(),
 ]
 EXACT = (pg.ForwardJacobian, pg.Backprop, pg.CheckpointedBackprop)
-CONTAINERS = [site_models.relu_mlp, site_models.scanned_layers, site_models.equinox_mlp, site_models.nnx_model]
+CONTAINERS = [
+    site_models.relu_mlp,
+    site_models.scanned_layers,
+    site_models.equinox_mlp,
+    site_models.nnx_model,
+]
 
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 every_container = pytest.mark.parametrize("model", CONTAINERS, ids=lambda m: m.__name__)
@@ -75,7 +80,9 @@ def test_value_structure_shapes_and_dtypes(model, estimator, key):
         equal(result.grads, grads)
     state = estimator.init(losses, params, *args)
     assert jax.tree.structure(result.state) == jax.tree.structure(state)
-    assert [x.shape for x in jax.tree.leaves(result.state)] == [x.shape for x in jax.tree.leaves(state)]
+    assert [x.shape for x in jax.tree.leaves(result.state)] == [
+        x.shape for x in jax.tree.leaves(state)
+    ]
 
 
 @every_estimator
@@ -117,11 +124,17 @@ def test_auxiliary_output(estimator, key):
     params, losses, (x, y) = site_models.relu_mlp(key)
 
     def with_aux(params, x, y):
-        return losses(params, x, y), {"logits": x @ params["w"], "count": jnp.asarray(3), "name": "mlp"}
+        return losses(params, x, y), {
+            "logits": x @ params["w"],
+            "count": jnp.asarray(3),
+            "name": "mlp",
+        }
 
     result = estimate(estimator, with_aux, key, params, x, y, has_aux=True)
     logits = result.aux["logits"].reshape(4, 8)  # groups have an axis of their own
-    equal(logits, x @ params["w"], rtol=1e-2, atol=1e-2)  # a difference evaluates beside the parameters
+    equal(
+        logits, x @ params["w"], rtol=1e-2, atol=1e-2
+    )  # a difference evaluates beside the parameters
     assert set(np.ravel(result.aux["count"]).tolist()) == {3}
     assert result.aux["name"] == "mlp"
 
@@ -139,7 +152,9 @@ def test_half_precision(estimator, key):
     if result.directional is not None:
         assert result.directional.dtype == jnp.float32
     if isinstance(estimator, EXACT):
-        equal(result.grads, jax.grad(lambda p: losses(p, *args).mean())(params), rtol=0.1, atol=0.05)
+        equal(
+            result.grads, jax.grad(lambda p: losses(p, *args).mean())(params), rtol=0.1, atol=0.05
+        )
 
 
 @every_estimator
@@ -155,11 +170,15 @@ def test_shard_map_over_four_devices(estimator, key):
         grads = estimate(estimator, losses, k, params, x, y).grads
         return jax.tree.map(lambda g: g[None], grads)
 
-    sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data")))
+    sharded = jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data"))
+    )
     grads = sharded(params, x, y)
     for i in range(4):
         part = slice(2 * i, 2 * i + 2)
-        expected = estimate(estimator, losses, jax.random.fold_in(key, i), params, x[part], y[part]).grads
+        expected = estimate(
+            estimator, losses, jax.random.fold_in(key, i), params, x[part], y[part]
+        ).grads
         # a difference of two losses multiplies their rounding by 1 / step
         tolerance = 1e-2 if isinstance(estimator, pg.CentralDifference) else 1e-5
         equal(jax.tree.map(lambda g, i=i: g[i], grads), expected, atol=tolerance)

@@ -75,7 +75,11 @@ def damage(path: Path, change) -> None:
         ("train-images-idx3-ubyte.gz", lambda c: b"\0\0\x09" + c[3:], r"00000803.*found 00000903"),
         ("t10k-labels-idx1-ubyte", lambda c: b"", r"00000801.*empty file"),
         ("train-labels-idx1-ubyte", lambda c: c[:6], r"header of 8 bytes, found 6"),
-        ("train-images-idx3-ubyte.gz", lambda c: c[:-1], r"expected 62720 bytes.*found 62719.*truncated"),
+        (
+            "train-images-idx3-ubyte.gz",
+            lambda c: c[:-1],
+            r"expected 62720 bytes.*found 62719.*truncated",
+        ),
         ("train-labels-idx1-ubyte", lambda c: c + b"x", r"expected 80 bytes.*found 81.*too long"),
         (
             "train-labels-idx1-ubyte",
@@ -83,7 +87,11 @@ def damage(path: Path, change) -> None:
             r"one label for each of 80 images, found 79",
         ),
         ("train-labels-idx1-ubyte", lambda c: c[:-1] + b"\x0a", r"labels from 0 to 9, found 10"),
-        ("t10k-images-idx3-ubyte.gz", lambda c: idx(np.zeros((10, 8, 8), np.uint8)), r"28 x 28, found 8 x 8"),
+        (
+            "t10k-images-idx3-ubyte.gz",
+            lambda c: idx(np.zeros((10, 8, 8), np.uint8)),
+            r"28 x 28, found 8 x 8",
+        ),
     ],
 )
 def test_damage_is_named(directory, name, change, words):
@@ -94,7 +102,10 @@ def test_damage_is_named(directory, name, change, words):
 
 
 def test_too_few_images_for_a_batch_are_refused(directory):
-    for name, array in (("images-idx3", np.zeros((71, 28, 28), np.uint8)), ("labels-idx1", np.zeros(71, np.uint8))):
+    for name, array in (
+        ("images-idx3", np.zeros((71, 28, 28), np.uint8)),
+        ("labels-idx1", np.zeros(71, np.uint8)),
+    ):
         for path in directory.glob(f"train-{name}*"):
             damage(path, lambda c: idx(array))
     with pytest.raises(data.DataError, match="at least 72 images, found 71"):
@@ -113,7 +124,9 @@ def test_damaged_compression_is_named(directory):
 
 def test_a_missing_file_or_directory_is_named(directory):
     (directory / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(data.DataError, match=r"t10k-labels-idx1-ubyte.gz or t10k-labels-idx1-ubyte"):
+    with pytest.raises(
+        data.DataError, match=r"t10k-labels-idx1-ubyte.gz or t10k-labels-idx1-ubyte"
+    ):
         data.load(str(directory))
     with pytest.raises(data.DataError, match=r"no such directory. Use digits, mnist"):
         data.load(str(directory / "nowhere"))
@@ -124,7 +137,9 @@ def test_a_missing_file_or_directory_is_named(directory):
 def test_an_mnist_file_with_another_checksum_is_refused(directory):
     name = f"{NAMES[0]}.gz"
     found = hashlib.sha256((directory / name).read_bytes()).hexdigest()
-    with pytest.raises(data.DataError, match=f"expected SHA-256 {data._MNIST_SHA256[name]}, found {found}") as caught:
+    with pytest.raises(
+        data.DataError, match=f"expected SHA-256 {data._MNIST_SHA256[name]}, found {found}"
+    ) as caught:
         data.load("mnist", directory)
     assert str(directory / name) in str(caught.value)
 
@@ -137,7 +152,9 @@ def test_without_file_or_network_the_remedy_is_named(tmp_path, monkeypatch):
         raise ConnectionError(url)
 
     monkeypatch.setattr(pooch, "retrieve", offline)
-    with pytest.raises(data.DataError, match=r"--data-dir DIR or set PROGRADE_DATA_DIR.*--data digits"):
+    with pytest.raises(
+        data.DataError, match=r"--data-dir DIR or set PROGRADE_DATA_DIR.*--data digits"
+    ):
         data.load("mnist")
 
 
@@ -153,10 +170,16 @@ def test_a_mirror_that_serves_something_else_is_not_believed(tmp_path, monkeypat
     assert not list((tmp_path / "cache").rglob(name))
 
 
-@pytest.mark.skipif(not SHARED_MNIST.is_dir(), reason="the MNIST files are not beside this checkout")
+@pytest.mark.skipif(
+    not SHARED_MNIST.is_dir(), reason="the MNIST files are not beside this checkout"
+)
 def test_mnist_from_a_data_directory(monkeypatch):
     mnist = data.load("mnist", SHARED_MNIST)
-    assert [len(part[1]) for part in (mnist.train, mnist.validation, mnist.test)] == [54_000, 6_000, 10_000]
+    assert [len(part[1]) for part in (mnist.train, mnist.validation, mnist.test)] == [
+        54_000,
+        6_000,
+        10_000,
+    ]
     assert list(mnist.test[1][:5]) == [7, 2, 1, 0, 4]
     monkeypatch.setenv("PROGRADE_DATA_DIR", str(SHARED_MNIST))
     assert data.load("mnist").fingerprint() == mnist.fingerprint()

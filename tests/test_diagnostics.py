@@ -17,7 +17,9 @@ from prograde._measured import distance_of
 from prograde.diagnostics import Measured, diagnose
 from prograde.testing import assert_mean, required_samples
 
-LIMIT = NormalDist().inv_cdf(1 - 0.5e-6)  # standard errors that a right figure exceeds once in a million
+LIMIT = NormalDist().inv_cdf(
+    1 - 0.5e-6
+)  # standard errors that a right figure exceeds once in a million
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Shifted(pg.WeightPerturbation):
 
     def estimate(self, fun, key, state, params, *args, has_aux=False):
         found = super().estimate(fun, key, state, params, *args, has_aux=has_aux)
-        bias = jax.tree.map(lambda g: self.shift * (_across(g) if self.across else jnp.ones_like(g)), found.grads)
+        bias = jax.tree.map(
+            lambda g: self.shift * (_across(g) if self.across else jnp.ones_like(g)), found.grads
+        )
         return dataclasses.replace(found, grads=jax.tree.map(jnp.add, found.grads, bias))
 
 
@@ -42,7 +46,9 @@ class Learning(pg.Estimator):
 
     def estimate(self, fun, key, state, params, *args, has_aux=False):
         found = pg.Backprop().estimate(fun, key, None, params, *args, has_aux=has_aux)
-        return dataclasses.replace(found, grads=jax.tree.map(lambda g: state * g, found.grads), state=state + 1)
+        return dataclasses.replace(
+            found, grads=jax.tree.map(lambda g: state * g, found.grads), state=state + 1
+        )
 
 
 def _across(g):
@@ -75,7 +81,13 @@ def same(found, expected):
 def test_exact_gradient_has_neither_bias_nor_variance(key, strict):
     losses, params, x = problem()
     found = diagnose(losses, pg.Backprop(), key, params, x, num_estimates=30)
-    for name, value in (("cosine", 1), ("projection", 1), ("relative_error", 0), ("bias_squared", 0), ("variance", 0)):
+    for name, value in (
+        ("cosine", 1),
+        ("projection", 1),
+        ("relative_error", 0),
+        ("bias_squared", 0),
+        ("variance", 0),
+    ):
         assert getattr(found, name).value == pytest.approx(value, abs=1e-6)
         assert getattr(found, name).error == pytest.approx(0, abs=1e-6)
     assert found.cosine_of_mean == pytest.approx(1, abs=1e-6)
@@ -83,14 +95,21 @@ def test_exact_gradient_has_neither_bias_nor_variance(key, strict):
     assert not found.bias_detected
     assert found.tangents_needed(1e-3) == 1
     gradient = jax.grad(lambda p: jnp.mean(losses(p, x)))(params)
-    assert found.gradient_norm == pytest.approx(math.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient))))
+    assert found.gradient_norm == pytest.approx(
+        math.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient)))
+    )
     assert sum(leaf.gradient_share for leaf in found.leaves) == pytest.approx(1)
-    assert [(leaf.path, leaf.size) for leaf in found.leaves] == [("params['matrix']", 20), ("params['vector']", 5)]
+    assert [(leaf.path, leaf.size) for leaf in found.leaves] == [
+        ("params['matrix']", 20),
+        ("params['vector']", 5),
+    ]
 
 
 def test_all_tangents_of_a_basis_are_an_exact_gradient(key):
     losses, params, x = problem()
-    found = diagnose(losses, pg.WeightPerturbation(pg.Basis(), num_tangents=25), key, params, x, num_estimates=30)
+    found = diagnose(
+        losses, pg.WeightPerturbation(pg.Basis(), num_tangents=25), key, params, x, num_estimates=30
+    )
     assert found.relative_error.value < 1e-10
     assert not found.bias_detected
 
@@ -107,7 +126,8 @@ def test_streamed_figures_are_those_of_stored_estimates(key):
 
     def flat(tree, axes):
         return np.concatenate(
-            [np.asarray(v, np.float64).reshape(*v.shape[:axes], -1) for v in jax.tree.leaves(tree)], -1
+            [np.asarray(v, np.float64).reshape(*v.shape[:axes], -1) for v in jax.tree.leaves(tree)],
+            -1,
         )
 
     g, exact = flat(estimates, 1), flat(gradient, 0)
@@ -130,9 +150,14 @@ def test_streamed_figures_are_those_of_stored_estimates(key):
     same(found.projection, np.mean(g @ exact) / (exact @ exact))
     same(found.effective_dimension, (g**2).sum(1).mean() / (exact @ exact))
     mean = g.mean(0)
-    assert found.cosine_of_mean == pytest.approx(mean @ exact / np.linalg.norm(mean) / np.linalg.norm(exact), rel=1e-5)
+    assert found.cosine_of_mean == pytest.approx(
+        mean @ exact / np.linalg.norm(mean) / np.linalg.norm(exact), rel=1e-5
+    )
     bent = np.einsum("ni,ij,nj->n", g, np.asarray(hessian, np.float64), g)
-    same(found.learning_rate_bound, max(2 * np.mean(g @ exact) / bent.mean(), 0) if bent.mean() > 0 else math.inf)
+    same(
+        found.learning_rate_bound,
+        max(2 * np.mean(g @ exact) / bent.mean(), 0) if bent.mean() > 0 else math.inf,
+    )
     assert found.value == pytest.approx(float(mean_loss(params)))
     for leaf, part in zip(found.leaves, (slice(0, 20), slice(20, 25)), strict=True):
         bias, variance, _ = moments(g[:, part], exact[part])
@@ -145,9 +170,17 @@ def test_second_moment_of_signs_is_the_number_of_parameters(key):
     losses, params, x = problem()
     count = required_samples(2**0.5, 0.03)
     found = diagnose(
-        losses, pg.WeightPerturbation(pg.Rademacher()), key, params, x, num_estimates=count, curvature=False
+        losses,
+        pg.WeightPerturbation(pg.Rademacher()),
+        key,
+        params,
+        x,
+        num_estimates=count,
+        curvature=False,
     )
-    assert found.effective_dimension.value / 25 == pytest.approx(1, abs=LIMIT * found.effective_dimension.error / 25)
+    assert found.effective_dimension.value / 25 == pytest.approx(
+        1, abs=LIMIT * found.effective_dimension.error / 25
+    )
     assert 2 * LIMIT * found.effective_dimension.error / 25 < 0.03
     # of a leaf: E |g_l|^2 = n_l |grad|^2, of which |E g_l|^2 is no noise
     for leaf in found.leaves:
@@ -165,9 +198,13 @@ def test_a_known_bias_is_detected_and_measured(across, key):
     assert found.bias_detected
     assert found.bias_squared.value == pytest.approx(0.25, abs=LIMIT * found.bias_squared.error)
     assert found.bias_squared.error < 0.02
-    assert found.projection.value == pytest.approx(1 if across else 1.5, abs=LIMIT * found.projection.error)
+    assert found.projection.value == pytest.approx(
+        1 if across else 1.5, abs=LIMIT * found.projection.error
+    )
     assert found.variance.value == pytest.approx(19 / 4, abs=LIMIT * found.variance.error)
-    assert found.relative_error.value == pytest.approx(found.bias_squared.value + found.variance.value)
+    assert found.relative_error.value == pytest.approx(
+        found.bias_squared.value + found.variance.value
+    )
 
 
 def test_shrinking_is_a_bias(key):
@@ -176,13 +213,18 @@ def test_shrinking_is_a_bias(key):
     shrunk = 5 / (5 + 19)
     assert found.bias_detected
     assert found.projection.value == pytest.approx(shrunk, abs=LIMIT * found.projection.error)
-    assert found.bias_squared.value == pytest.approx((1 - shrunk) ** 2, abs=LIMIT * found.bias_squared.error)
+    assert found.bias_squared.value == pytest.approx(
+        (1 - shrunk) ** 2, abs=LIMIT * found.bias_squared.error
+    )
 
 
 def test_bias_of_few_noisy_estimates_is_zero_in_the_mean_and_its_error_is_right(key):
     """30 estimates of variance 19: their average is off by 0.63 |grad|^2, of which nothing may be called bias."""
     estimator = pg.WeightPerturbation(pg.Rademacher())
-    found = [diagnose(bowl, estimator, k, jnp.ones(20), num_estimates=30) for k in jax.random.split(key, 400)]
+    found = [
+        diagnose(bowl, estimator, k, jnp.ones(20), num_estimates=30)
+        for k in jax.random.split(key, 400)
+    ]
     values = np.array([f.bias_squared.value for f in found])
     errors = np.array([f.bias_squared.error for f in found])
     assert_mean(values, 0, effect=0.15)
@@ -194,7 +236,9 @@ def test_false_alarms_of_skewed_projections_are_rare(seed):
     """Squares of products of two normals, as rank-one tangents give: 4 standard errors are passed in 2 % of the means of 100."""
     generator = np.random.default_rng(seed)
     samples = (generator.normal(size=(4000, 100)) * generator.normal(size=(4000, 100))) ** 2
-    assert sum(abs(distance_of(row, 1.0)) > 4 for row in samples) <= 14  # expected 2; 14 once in 10^7 times
+    assert (
+        sum(abs(distance_of(row, 1.0)) > 4 for row in samples) <= 14
+    )  # expected 2; 14 once in 10^7 times
     plain = (samples.mean(1) - 1) / samples.std(1, ddof=1) * 10
     assert (np.abs(plain) > 4).mean() > 0.01
     assert all(distance_of(row, 10.0) < -4 for row in samples[:50])
@@ -204,28 +248,47 @@ def test_false_alarms_of_skewed_projections_are_rare(seed):
 
 def test_the_error_of_a_bias_is_right(key):
     estimator = Shifted(pg.Rademacher(), shift=0.6)
-    found = [diagnose(bowl, estimator, k, jnp.ones(20), num_estimates=100) for k in jax.random.split(key, 300)]
+    found = [
+        diagnose(bowl, estimator, k, jnp.ones(20), num_estimates=100)
+        for k in jax.random.split(key, 300)
+    ]
     values = np.array([f.bias_squared.value for f in found])
     assert 0.75 < np.mean([f.bias_squared.error for f in found]) / values.std() < 1.4
 
 
 def test_predicted_tangents_reach_the_error(key):
     key_one, key_four, key_many = jax.random.split(key, 3)
-    one = diagnose(bowl, pg.WeightPerturbation(pg.Rademacher()), key_one, jnp.ones(20), num_estimates=4000)
+    one = diagnose(
+        bowl, pg.WeightPerturbation(pg.Rademacher()), key_one, jnp.ones(20), num_estimates=4000
+    )
     four = diagnose(
-        bowl, pg.WeightPerturbation(pg.Rademacher(), num_tangents=4), key_four, jnp.ones(20), num_estimates=4000
+        bowl,
+        pg.WeightPerturbation(pg.Rademacher(), num_tangents=4),
+        key_four,
+        jnp.ones(20),
+        num_estimates=4000,
     )
     needed = one.tangents_needed(0.5)
     assert needed == pytest.approx(19 / 0.5, rel=0.1)
     assert four.tangents_needed(0.5) == pytest.approx(needed, rel=0.1)
     reached = diagnose(
-        bowl, pg.WeightPerturbation(pg.Rademacher(), num_tangents=needed), key_many, jnp.ones(20), num_estimates=4000
+        bowl,
+        pg.WeightPerturbation(pg.Rademacher(), num_tangents=needed),
+        key_many,
+        jnp.ones(20),
+        num_estimates=4000,
     )
     assert reached.relative_error.value == pytest.approx(0.5, rel=0.1)
 
 
 def test_tangents_cannot_reduce_a_bias(key):
-    found = diagnose(bowl, Shifted(pg.Rademacher(), num_tangents=8, shift=0.5), key, jnp.ones(20), num_estimates=500)
+    found = diagnose(
+        bowl,
+        Shifted(pg.Rademacher(), num_tangents=8, shift=0.5),
+        key,
+        jnp.ones(20),
+        num_estimates=500,
+    )
     with pytest.raises(ValueError, match="bias alone"):
         found.tangents_needed(0.1)
     assert found.tangents_needed(0.5) == pytest.approx(19 / 0.25, rel=0.3)
@@ -237,16 +300,24 @@ def test_tangents_cannot_reduce_a_bias(key):
 def test_rate_bound_of_normal_tangents_on_a_bowl(curvature, key):
     """2 / (a (n + 2)), to 3 %."""
     n, estimator = 10, pg.WeightPerturbation(pg.Normal())
-    found = diagnose(lambda w: curvature * bowl(w), estimator, key, jnp.ones(n), num_estimates=100_000)
+    found = diagnose(
+        lambda w: curvature * bowl(w), estimator, key, jnp.ones(n), num_estimates=100_000
+    )
     expected = 2 / (curvature * (n + 2))
-    assert found.learning_rate_bound.value == pytest.approx(expected, abs=LIMIT * found.learning_rate_bound.error)
+    assert found.learning_rate_bound.value == pytest.approx(
+        expected, abs=LIMIT * found.learning_rate_bound.error
+    )
     assert LIMIT * found.learning_rate_bound.error < 0.06 * expected
 
 
 def test_rate_bound_of_the_gradient_is_that_of_a_quadratic(key):
     a = jnp.array([[3.0, 1.0], [1.0, 2.0]])
     found = diagnose(
-        lambda w: w @ a @ w / 2, pg.Backprop(), jax.random.clone(key), jnp.array([1.0, 2.0]), num_estimates=8
+        lambda w: w @ a @ w / 2,
+        pg.Backprop(),
+        jax.random.clone(key),
+        jnp.array([1.0, 2.0]),
+        num_estimates=8,
     )
     g = np.asarray(a @ jnp.array([1.0, 2.0]))
     assert found.learning_rate_bound.value == pytest.approx(2 * g @ g / (g @ np.asarray(a) @ g))
@@ -256,7 +327,9 @@ def test_rate_bound_of_the_gradient_is_that_of_a_quadratic(key):
 
 def test_state_of_an_estimator_that_learns_is_held_fixed(key):
     for state, projection in ((None, 1.0), (jnp.full((), 2.0), 2.0)):
-        found = diagnose(bowl, Learning(), jax.random.clone(key), jnp.ones(5), num_estimates=30, state=state)
+        found = diagnose(
+            bowl, Learning(), jax.random.clone(key), jnp.ones(5), num_estimates=30, state=state
+        )
         assert found.projection.value == pytest.approx(projection)
         assert found.variance.value == pytest.approx(0, abs=1e-6)
         assert found.bias_squared.value == pytest.approx((projection - 1) ** 2, abs=1e-6)
@@ -266,7 +339,15 @@ def test_state_of_an_estimator_that_learns_is_held_fixed(key):
 def test_functions_with_auxiliary_output_and_leaves_that_are_no_floats(key):
     params = {"w": jnp.ones(3), "steps": 7}
     fun = lambda p, x: (jnp.sum(p["w"] * x) ** 2, {"steps": p["steps"]})
-    found = diagnose(fun, pg.WeightPerturbation(pg.Normal()), key, params, jnp.ones(3), num_estimates=8, has_aux=True)
+    found = diagnose(
+        fun,
+        pg.WeightPerturbation(pg.Normal()),
+        key,
+        params,
+        jnp.ones(3),
+        num_estimates=8,
+        has_aux=True,
+    )
     assert found.num_parameters == 3
     assert found.value == 9
 
@@ -276,9 +357,13 @@ def test_reference_goes_where_reverse_mode_does_not(key):
         return jax.lax.while_loop(lambda x: jnp.abs(x * x - a) > 1e-4, lambda x: (x + a / x) / 2, a)
 
     estimator = pg.WeightPerturbation(pg.Rademacher())
-    found = diagnose(root, estimator, key, jnp.array(4.0), num_estimates=30, reference=pg.ForwardJacobian())
+    found = diagnose(
+        root, estimator, key, jnp.array(4.0), num_estimates=30, reference=pg.ForwardJacobian()
+    )
     assert found.gradient_norm == pytest.approx(0.25, rel=1e-3)
-    assert found.relative_error.value == pytest.approx(0, abs=1e-6)  # one sign for one parameter is exact
+    assert found.relative_error.value == pytest.approx(
+        0, abs=1e-6
+    )  # one sign for one parameter is exact
 
 
 def test_half_precision_rounding_is_no_bias(key, strict):
@@ -343,7 +428,12 @@ def test_compiled_once(key):
     ],
 )
 def test_errors_say_what_is_needed(changed, error, words, key):
-    given = {"fun": bowl, "estimator": pg.WeightPerturbation(pg.Normal()), "key": key, "params": jnp.ones(3)} | changed
+    given = {
+        "fun": bowl,
+        "estimator": pg.WeightPerturbation(pg.Normal()),
+        "key": key,
+        "params": jnp.ones(3),
+    } | changed
     options = {k: given.pop(k) for k in ("num_estimates", "reference") if k in given}
     with pytest.raises(error, match=words):
         diagnose(*given.values(), **options)
@@ -351,7 +441,14 @@ def test_errors_say_what_is_needed(changed, error, words, key):
 
 def test_a_diagnosis_reads_as_a_text(key):
     losses, params, x = problem()
-    found = diagnose(losses, pg.WeightPerturbation(pg.LowRank(), num_tangents=2), key, params, x, num_estimates=50)
+    found = diagnose(
+        losses,
+        pg.WeightPerturbation(pg.LowRank(), num_tangents=2),
+        key,
+        params,
+        x,
+        num_estimates=50,
+    )
     text = str(found)
     for words in (
         "LowRank",
@@ -371,7 +468,9 @@ def test_a_diagnosis_reads_as_a_text(key):
 
 def test_api_page_lists_exactly_the_public_names():
     page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
-    assert set(re.findall(r"^::: prograde\.diagnostics\.(\w+)$", page, re.M)) == set(diagnostics.__all__)
+    assert set(re.findall(r"^::: prograde\.diagnostics\.(\w+)$", page, re.M)) == set(
+        diagnostics.__all__
+    )
     for name in diagnostics.__all__:
         text = getattr(diagnostics, name).__doc__
         assert ">>>" in text

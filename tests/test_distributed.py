@@ -10,10 +10,20 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import prograde as pg
-from prograde.distributed import Distributed, ReplicaError, agree, check_replicas, checksums, initialize, payload
+from prograde.distributed import (
+    Distributed,
+    ReplicaError,
+    agree,
+    check_replicas,
+    checksums,
+    initialize,
+    payload,
+)
 from prograde.estimators import Share
 
-COLLECTIVE = re.compile(r"= (.*) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+COLLECTIVE = re.compile(
+    r"= (.*) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
 NUMBERS = re.compile(r"[a-z]+\d+\[([\d,]*)\]")
 
 
@@ -62,7 +72,10 @@ SEEDED = {
     "rank one": (pg.WeightPerturbation(num_tangents=8), 1e-5),
     "dense": (pg.WeightPerturbation(pg.Rademacher(), num_tangents=8, chunk=2), 1e-5),
     "groups": (pg.WeightPerturbation(num_tangents=8, num_groups=8), 1e-5),
-    "projection": (pg.WeightPerturbation(pg.Rademacher(), num_tangents=8, combine="projection"), 1e-5),
+    "projection": (
+        pg.WeightPerturbation(pg.Rademacher(), num_tangents=8, combine="projection"),
+        1e-5,
+    ),
     "1.5-spsa": (pg.CentralDifference(num_tangents=8, step=0.1, curvature_power=0.5), 1e-3),
 }
 MODES = {
@@ -74,7 +87,8 @@ MODES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [*(("rank one", m) for m in MODES), *((n, "both") for n in SEEDED if n != "rank one")]
+    ("name", "mode"),
+    [*(("rank one", m) for m in MODES), *((n, "both") for n in SEEDED if n != "rank one")],
 )
 def test_eight_devices_estimate_what_one_does_and_exchange_scalars(name, mode, key, problem):
     estimator, rtol = SEEDED[name]
@@ -96,8 +110,12 @@ def test_sharded_weights_get_the_same_tangents_shard_by_shard(name, axis_type, k
     estimator, rtol = SEEDED[name]
     mesh = mesh_of(2, 2, 2, axis_type=axis_type)
     layout = {"in": P(None, "model"), "bias": P("model"), "out": P("model")}
-    sharded = jax.tree.map(lambda w, s: jax.device_put(w, NamedSharding(mesh, s)), problem[0], layout)
-    shared, sizes = estimated(Distributed(estimator, mesh, data="workers", tangents="more"), key, problem, sharded)
+    sharded = jax.tree.map(
+        lambda w, s: jax.device_put(w, NamedSharding(mesh, s)), problem[0], layout
+    )
+    shared, sizes = estimated(
+        Distributed(estimator, mesh, data="workers", tangents="more"), key, problem, sharded
+    )
     alone, _ = estimated(estimator, key, problem)
     assert_close(shared, alone, rtol)
     for name, g in shared.grads.items():
@@ -121,7 +139,10 @@ def test_activity_perturbation_is_the_mean_of_estimates_with_keys_of_their_own(k
     estimator = pg.ActivityPerturbation()
     shared, _ = estimated(Distributed(estimator, mesh_of(8), data="workers"), key, problem)
     one = jax.jit(lambda key, x, y: estimator.estimate(loss, key, None, params, x, y).grads)
-    parts = [one(jax.random.fold_in(key, i), x[2 * i : 2 * i + 2], y[2 * i : 2 * i + 2]) for i in range(8)]
+    parts = [
+        one(jax.random.fold_in(key, i), x[2 * i : 2 * i + 2], y[2 * i : 2 * i + 2])
+        for i in range(8)
+    ]
     for name, found in shared.grads.items():
         wanted = sum(part[name] for part in parts) / 8
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * float(jnp.abs(wanted).max()))
@@ -133,14 +154,18 @@ def test_shares_need_no_promotion_of_their_indices(key, strict):
         shared = Distributed(estimator, mesh_of(2, 2), data="workers", tangents="more")
         w, x = jnp.ones((6, 5)), jnp.linspace(0, 1, 48).reshape(8, 6)
         squares = lambda w, x: jnp.mean((x @ w) ** 2)
-        run = lambda e: jax.jit(lambda w, x: e.estimate(squares, jax.random.clone(key), None, w, x).grads)(w, x)
+        run = lambda e: jax.jit(
+            lambda w, x: e.estimate(squares, jax.random.clone(key), None, w, x).grads
+        )(w, x)
         np.testing.assert_allclose(run(shared), run(estimator), rtol=1e-12)
 
 
 def test_aux_stays_with_its_worker(key, problem):
     params, x, y = problem
     run = lambda params, x, y: (loss(params, x, y), {"first": x[0, 0], "rows": len(x)})
-    shared = pg.distributed.value_and_grad(run, pg.WeightPerturbation(), mesh_of(8), data="workers", has_aux=True)
+    shared = pg.distributed.value_and_grad(
+        run, pg.WeightPerturbation(), mesh_of(8), data="workers", has_aux=True
+    )
     (_, aux), _ = jax.jit(shared)(key, params, x, y)
     assert aux["rows"] == 2
     np.testing.assert_array_equal(aux["first"], x[::2, 0])
@@ -152,7 +177,10 @@ def test_numbers_of_workers_do_not_depend_on_how_they_are_counted(key, problem):
     params, x, y = problem
     _, _, whole = estimator.derivatives(loss, key, params, x, y)
     parts = [
-        [estimator.derivatives(loss, key, params, x[j::2], y[j::2], share=Share(i, 4, j, 2))[2] for j in range(2)]
+        [
+            estimator.derivatives(loss, key, params, x[j::2], y[j::2], share=Share(i, 4, j, 2))[2]
+            for j in range(2)
+        ]
         for i in range(4)
     ]
     found = jnp.concatenate([(a + b) / 2 for a, b in parts])
@@ -170,12 +198,15 @@ def test_replicas_that_differ_are_named(problem):
             copies[i][5, 7] = change(copies[i][5, 7])
         placed = [jax.device_put(c, d) for c, d in zip(copies, mesh.devices, strict=True)]
         sharding = NamedSharding(mesh, P())
-        return params | {"in": jax.make_array_from_single_device_arrays(copies[0].shape, sharding, placed)}
+        return params | {
+            "in": jax.make_array_from_single_device_arrays(copies[0].shape, sharding, placed)
+        }
 
     check_replicas(replicas([2], lambda x: x), mesh, step=10)
     one_bit = lambda x: np.nextafter(x, np.float32(np.inf))
     with pytest.raises(
-        ReplicaError, match=r"after step 10 the parameters of worker 2 differ .* worker 0, 1, 3, in \['in'\]"
+        ReplicaError,
+        match=r"after step 10 the parameters of worker 2 differ .* worker 0, 1, 3, in \['in'\]",
     ):
         check_replicas(replicas([2], one_bit), mesh, step=10)
     with pytest.raises(ReplicaError, match="worker 0 differ from those of worker 1, 2, 3"):
@@ -209,7 +240,9 @@ def test_payload_does_not_depend_on_the_model(problem):
 def test_what_cannot_be_shared_is_refused_by_name(key, problem):
     mesh = mesh_of(4)
     params, x, y = problem
-    with pytest.raises(ValueError, match=r"\['nodes'\] are not among those of the mesh, \['workers'\]"):
+    with pytest.raises(
+        ValueError, match=r"\['nodes'\] are not among those of the mesh, \['workers'\]"
+    ):
         Distributed(pg.WeightPerturbation(), mesh, data="nodes")
     with pytest.raises(ValueError, match="name an axis twice"):
         Distributed(pg.WeightPerturbation(), mesh, data="workers", tangents="workers")
@@ -220,9 +253,13 @@ def test_what_cannot_be_shared_is_refused_by_name(key, problem):
             loss, key, None, params, x, y
         )
     with pytest.raises(ValueError, match="num_groups=2, but the batch is cut among 4 workers"):
-        Distributed(pg.WeightPerturbation(num_groups=2), mesh, data="workers").estimate(loss, key, None, params, x, y)
+        Distributed(pg.WeightPerturbation(num_groups=2), mesh, data="workers").estimate(
+            loss, key, None, params, x, y
+        )
     with pytest.raises(ValueError, match=r"\(15, 48\).* among 4 workers"):
-        Distributed(pg.WeightPerturbation(), mesh, data="workers").estimate(loss, key, None, params, x[:15], y[:15])
+        Distributed(pg.WeightPerturbation(), mesh, data="workers").estimate(
+            loss, key, None, params, x[:15], y[:15]
+        )
     with pytest.raises(TypeError, match="learns from step to step"):
         Distributed(pg.LearnedFeedback(), mesh, data="workers").init(loss, params, x, y)
     with pytest.raises(TypeError, match="more than a seed and a few numbers"):

@@ -37,7 +37,9 @@ def floats(params):
 def close(actual, expected, tolerance):
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
-        np.testing.assert_allclose(a, e, rtol=tolerance, atol=tolerance * max(1e-30, np.abs(e).max()))
+        np.testing.assert_allclose(
+            a, e, rtol=tolerance, atol=tolerance * max(1e-30, np.abs(e).max())
+        )
 
 
 def slow_twin(loss, params, args, tangents):
@@ -49,7 +51,10 @@ def slow_twin(loss, params, args, tangents):
         value, slope = along(part, tangent)
         directional.append(slope)
     grads = jax.tree.map(
-        lambda *v: sum(float(d) * np.asarray(t, np.float64) for d, t in zip(directional, v, strict=True)) / len(v),
+        lambda *v: (
+            sum(float(d) * np.asarray(t, np.float64) for d, t in zip(directional, v, strict=True))
+            / len(v)
+        ),
         *tangents,
     )
     return value, jnp.stack(directional), grads
@@ -69,7 +74,9 @@ def test_estimate_equals_plain_jvp_along_the_dense_twins(model, distribution, ke
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-@pytest.mark.parametrize("model", [models.mlp, models.scan_over_layers, models.attention], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "model", [models.mlp, models.scan_over_layers, models.attention], ids=lambda m: m.__name__
+)
 def test_low_rank_equals_dense_twin_in_other_dtypes(model, dtype, key):
     with jax.enable_x64(dtype == "float64"):
         params, loss, args = model(key, jnp.dtype(dtype))
@@ -78,7 +85,9 @@ def test_low_rank_equals_dense_twin_in_other_dtypes(model, dtype, key):
         assert result.directional.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
         assert all(g.dtype == dtype for g in jax.tree.leaves(result.grads))
         tangents = dense(pg.LowRank(2).sample(key, params))
-        wide = jnp.float64 if dtype == "float64" else jnp.float32  # the twin of bfloat16 computes in float32
+        wide = (
+            jnp.float64 if dtype == "float64" else jnp.float32
+        )  # the twin of bfloat16 computes in float32
         cast = lambda tree: jax.tree.map(lambda x: x.astype(wide), tree)
         value, directional, _ = slow_twin(loss, cast(params), cast(args), [cast(tangents)])
         close(result.value, value, TOLERANCE[dtype])
@@ -129,7 +138,11 @@ def test_weight_on_either_side_and_both(key):
         left = params["w"] @ x
         right = x.T @ params["u"]
         batched = jax.vmap(lambda column: params["w"] @ column, in_axes=1)(x)
-        return jnp.sum(jnp.sin(left)) + jnp.sum(jnp.cos(right)) + jnp.sum((params["w"] @ params["u"]) * batched.sum())
+        return (
+            jnp.sum(jnp.sin(left))
+            + jnp.sum(jnp.cos(right))
+            + jnp.sum((params["w"] @ params["u"]) * batched.sum())
+        )
 
     estimator = pg.WeightPerturbation(pg.LowRank(2))
     result = estimator.estimate(loss, key, None, params)
@@ -156,14 +169,22 @@ ON_THE_WEIGHT_ITSELF = {
     "softplus in scan": lambda w, x: jnp.sum(
         jax.lax.scan(lambda h, _: (jnp.tanh(h @ jax.nn.softplus(w)), None), x, None, 3)[0]
     ),
-    "carried by scan": lambda w, x: jnp.sum(x @ jax.lax.scan(lambda c, _: (0.9 * c + 0.1 * c**2, None), w, None, 3)[0]),
+    "carried by scan": lambda w, x: jnp.sum(
+        x @ jax.lax.scan(lambda c, _: (0.9 * c + 0.1 * c**2, None), w, None, 3)[0]
+    ),
     "carried unchanged": lambda w, x: jnp.sum(
         jax.lax.scan(lambda c, _: ((c[0] @ c[1], c[1]), None), (x, w), None, 3)[0][0]
     ),
     "fori_loop": lambda w, x: jnp.sum(x @ jax.lax.fori_loop(0, 3, lambda i, c: jnp.sin(c), w)),
-    "while_loop": lambda w, x: jnp.sum(x @ jax.lax.while_loop(lambda c: jnp.sum(c**2) > 9, lambda c: 0.8 * c, w)),
-    "cond": lambda w, x: jnp.sum((x @ jax.lax.cond(x[0, 0] > 0, lambda w: w, lambda w: 2 * w, w)) ** 2),
-    "switch": lambda w, x: jnp.sum(jax.lax.switch(1, [lambda w: x @ w, lambda w: x @ jnp.sin(w)], w)),
+    "while_loop": lambda w, x: jnp.sum(
+        x @ jax.lax.while_loop(lambda c: jnp.sum(c**2) > 9, lambda c: 0.8 * c, w)
+    ),
+    "cond": lambda w, x: jnp.sum(
+        (x @ jax.lax.cond(x[0, 0] > 0, lambda w: w, lambda w: 2 * w, w)) ** 2
+    ),
+    "switch": lambda w, x: jnp.sum(
+        jax.lax.switch(1, [lambda w: x @ w, lambda w: x @ jnp.sin(w)], w)
+    ),
     "checkpoint": lambda w, x: jnp.sum(jax.checkpoint(lambda w: jnp.tanh(x @ w))(w)),
     "custom_jvp of product": lambda w, x: jnp.sum(jax.nn.silu(jax.nn.relu(x @ w))),
 }
@@ -175,7 +196,9 @@ def test_whatever_is_done_to_a_weight_its_tangent_arrives(use, jit, key):
     k = jax.random.split(jax.random.fold_in(key, 17))
     w, x = jax.random.normal(k[0], (5, 5)), jax.random.normal(k[1], (3, 5))
     loss = ON_THE_WEIGHT_ITSELF[use]
-    estimate = lambda w, x: pg.WeightPerturbation(pg.LowRank(1)).estimate(loss, key, None, w, x).directional
+    estimate = lambda w, x: (
+        pg.WeightPerturbation(pg.LowRank(1)).estimate(loss, key, None, w, x).directional
+    )
     expected = slow_twin(loss, w, (x,), [dense(pg.LowRank(1).sample(key, w))])[1]
     assert np.abs(expected).max() > 1e-3
     close((jax.jit(estimate) if jit else estimate)(w, x), expected, 1e-3)
@@ -189,7 +212,9 @@ def test_directional_derivatives_can_be_differentiated_again(distribution, key):
     loss = lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 3)
     tangent = dense(distribution.sample(key, w))
     slope = lambda w, x: jax.jvp(lambda w: loss(w, x), (w,), (tangent,))[1]
-    estimate = lambda w, x: pg.WeightPerturbation(distribution).estimate(loss, key, None, w, x).directional[0]
+    estimate = lambda w, x: (
+        pg.WeightPerturbation(distribution).estimate(loss, key, None, w, x).directional[0]
+    )
     close(jax.grad(estimate, (0, 1))(w, x), jax.grad(slope, (0, 1))(w, x), 1e-3)
 
 
@@ -203,7 +228,9 @@ def test_chunks_of_bfloat16_lose_nothing(key):
 def test_an_empty_stack_of_weights(key):
     params = {"w": jnp.ones((8, 8)), "none": jnp.zeros((0, 8, 8))}
     loss = lambda p: jnp.sum(p["w"]) + jnp.sum(p["none"])
-    assert pg.WeightPerturbation(pg.LowRank(1)).estimate(loss, key, None, params).grads["none"].shape == (0, 8, 8)
+    assert pg.WeightPerturbation(pg.LowRank(1)).estimate(loss, key, None, params).grads[
+        "none"
+    ].shape == (0, 8, 8)
 
 
 def test_inject_refuses_another_shape():
@@ -226,10 +253,14 @@ def test_low_rank_tangent_is_not_formed(key):
 
 
 @pytest.mark.parametrize("model", models.STRICT, ids=lambda m: m.__name__)
-@pytest.mark.parametrize("distribution", [pg.Normal(), pg.Sphere(), pg.LowRank(1), pg.LowRank(2)], ids=repr)
+@pytest.mark.parametrize(
+    "distribution", [pg.Normal(), pg.Sphere(), pg.LowRank(1), pg.LowRank(2)], ids=repr
+)
 def test_nothing_is_promoted_silently(model, distribution, key, strict):
     params, loss, args = model(key)
-    result = pg.WeightPerturbation(distribution, 4, chunk=3).estimate(loss, key, None, params, *args)
+    result = pg.WeightPerturbation(distribution, 4, chunk=3).estimate(
+        loss, key, None, params, *args
+    )
     assert jnp.isfinite(result.directional).all()
 
 
@@ -239,20 +270,27 @@ def test_a_key_gives_one_tangent_and_another_key_another(distribution, key):
     first, again = distribution.sample(key, params), distribution.sample(key, params)
     close(dense(first), dense(again), 0)
     other = distribution.sample(jax.random.fold_in(key, 1), params)
-    same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)]
+    same = [
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
+    ]
     assert not all(same)
 
 
 @pytest.mark.parametrize("distribution", [pg.Normal(), pg.Rademacher(), pg.LowRank(1)], ids=repr)
 def test_a_leaf_keeps_its_tangent_when_the_tree_around_it_changes(distribution, key):
     alone = distribution.sample(key, {"w": jnp.zeros((8, 8))})
-    among = distribution.sample(key, {"a": jnp.zeros((8, 8)), "w": jnp.zeros((8, 8)), "z": jnp.zeros(3)})
+    among = distribution.sample(
+        key, {"a": jnp.zeros((8, 8)), "w": jnp.zeros((8, 8)), "z": jnp.zeros(3)}
+    )
     close(dense(alone["w"]), dense(among["w"]), 0)
     assert not np.array_equal(dense(among["a"]), dense(among["w"]))
 
 
 def test_large_draws_of_signs_are_signs_and_balanced(key):
-    signs = np.asarray(pg.Rademacher().sample(key, jnp.zeros((300, 333))))  # large enough to be unpacked from bits
+    signs = np.asarray(
+        pg.Rademacher().sample(key, jnp.zeros((300, 333)))
+    )  # large enough to be unpacked from bits
     assert set(np.unique(signs)) == {-1.0, 1.0}
     # 4.9 standard deviations of a sum of n signs, and of the sums of products of neighbours (32 lanes, one word)
     assert abs(signs.sum()) < 4.9 * signs.size**0.5

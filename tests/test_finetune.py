@@ -24,9 +24,16 @@ from prograde.lab.display import Display
 from prograde.lab.finetune import ESTIMATORS, TRAIN, Plan, Tuning, calibration, figures_of
 from prograde.lab.finetune_run import Job
 
-TINY = lm.Architecture(vocab_size=256, width=32, num_layers=3, num_heads=4, num_kv_heads=2, hidden=48)
+TINY = lm.Architecture(
+    vocab_size=256, width=32, num_layers=3, num_heads=4, num_kv_heads=2, hidden=48
+)
 WORDS = {"no": "n", "yes": "y"}
-ROWS = [("it rains and rains", "no"), ("the sun is out", "yes"), ("mud", "no"), ("a blue sky all day long", "yes")] * 8
+ROWS = [
+    ("it rains and rains", "no"),
+    ("the sun is out", "yes"),
+    ("mud", "no"),
+    ("a blue sky all day long", "yes"),
+] * 8
 TOKENS = tuple(lm.byte_tokenizer().token_to_id(letter) for letter in "ny")
 
 
@@ -63,7 +70,9 @@ def copied(model):
 
 
 def plan_of(examples, **settings):
-    return Plan(label_tokens=tuple(int(i) for i in examples.label_tokens), batch_size=8, steps=6, **settings)
+    return Plan(
+        label_tokens=tuple(int(i) for i in examples.label_tokens), batch_size=8, steps=6, **settings
+    )
 
 
 def trained(plan, model, examples, steps=6):
@@ -100,7 +109,9 @@ def test_every_choice_is_tested():
 
 @pytest.mark.parametrize("train", PARTS)
 def test_only_what_is_trained_changes(train, model, examples):
-    tuning, _ = trained(plan_of(examples, train=train, rate=0.01, tangents=2, **PARTS[train]), model, examples)
+    tuning, _ = trained(
+        plan_of(examples, train=train, rate=0.01, tangents=2, **PARTS[train]), model, examples
+    )
     after = tuning.model
     assert np.isfinite(float(jnp.sum(after.norm)))
     changed = set()
@@ -115,7 +126,11 @@ def test_only_what_is_trained_changes(train, model, examples):
                 continue
             if isinstance(value, lm.LowRankUpdate):
                 value = value.base + value.down @ value.up
-            differs = np.asarray(jnp.any(value != old[first : first + blocks.count], axis=tuple(range(1, value.ndim))))
+            differs = np.asarray(
+                jnp.any(
+                    value != old[first : first + blocks.count], axis=tuple(range(1, value.ndim))
+                )
+            )
             changed |= {(field.name, first + int(i)) for i in np.flatnonzero(differs)}
         first += blocks.count
     changed |= {("last norm", 0)} if bool(jnp.any(after.norm != model.norm)) else set()
@@ -128,7 +143,8 @@ def test_only_what_is_trained_changes(train, model, examples):
         "norms": {("last norm", 0)} | {(n, i) for n in norms for i in layers},
         "attention": {(n, i) for n in matrices[:4] for i in layers},
         "matrices": {(n, i) for n in matrices for i in layers},
-        "all": {("last norm", 0), ("embedding", 0)} | {(n, i) for n in matrices + norms for i in layers},
+        "all": {("last norm", 0), ("embedding", 0)}
+        | {(n, i) for n in matrices + norms for i in layers},
         "lora": {(n, i) for n in matrices for i in layers},
         "readout": {("last norm", 0)} | {(n, i) for n in ("output", "down") for i in layers},
         "subspace": {(n, i) for n in matrices for i in layers},
@@ -156,20 +172,29 @@ def test_states_before_the_trained_layers_change_nothing(train, model, examples)
 def test_estimators_agree_on_the_gradient_to_their_noise(estimator, model, examples):
     """With one number trained in each direction there is nothing left to chance: the projection on the gradient is right."""
     plan = plan_of(
-        examples, train="norm", estimator=estimator, tangents=1 if "back" in estimator or "ch" in estimator else 64
+        examples,
+        train="norm",
+        estimator=estimator,
+        tangents=1 if "back" in estimator or "ch" in estimator else 64,
     )
     tuning = Tuning(plan, model)
     data = tuple(x[:8] for x in tuning.prepare(examples))
     fun = tuning._fun(tuning.frozen)
     grads = jax.grad(lambda p: jnp.mean(fun(p, *data)))(tuning.state.params).norm
     found = tuning.estimator.estimate(fun, jax.random.key(0), None, tuning.state.params, *data)
-    cosine = jnp.vdot(found.grads.norm, grads) / jnp.linalg.norm(found.grads.norm) / jnp.linalg.norm(grads)
+    cosine = (
+        jnp.vdot(found.grads.norm, grads)
+        / jnp.linalg.norm(found.grads.norm)
+        / jnp.linalg.norm(grads)
+    )
     # 64 tangents for 32 numbers: a random vector has a cosine above 0.7 with a probability of 1e-6
     assert cosine > (0.999 if estimator in ("backprop", "checkpointed") else 0.7)
 
 
 def test_lozo_merges_and_redraws(model, examples):
-    plan = plan_of(examples, train="subspace", layers=(0, 3), refresh=2, rate=0.1, rank=2, optimizer="momentum")
+    plan = plan_of(
+        examples, train="subspace", layers=(0, 3), refresh=2, rate=0.1, rank=2, optimizer="momentum"
+    )
     tuning, data = trained(plan, model, examples, steps=2)
     before, logits = jax.tree.map(np.array, tuning.model.segments[0].gate), tuning.logits(data)
     rows = next(iter(tuning.order(len(examples), 2, 1)))
@@ -222,14 +247,24 @@ def test_calibration_finds_the_least_loss_and_leaves_the_auc():
 
 
 def job_of(directory, table, **settings):
-    given = {"template": "{text} =>", "labels": WORDS, "first_token": True, "held_out": 8, "max_length": 24}
+    given = {
+        "template": "{text} =>",
+        "labels": WORDS,
+        "first_token": True,
+        "held_out": 8,
+        "max_length": 24,
+    }
     given |= {"keep_last": True}
     return Job(str(directory), table, **(given | settings))
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"train": "norm", "tangents": 4}, {"train": "subspace", "refresh": 2}, {"train": "norm", "estimator": "backprop"}],
+    [
+        {"train": "norm", "tangents": 4},
+        {"train": "subspace", "refresh": 2},
+        {"train": "norm", "estimator": "backprop"},
+    ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(settings, directory, table, tmp_path, monkeypatch):
     plan = Plan(batch_size=8, steps=12, rate=0.01, **settings)
@@ -250,10 +285,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(settings, directory, table, tmp_
     with pytest.raises(records.RecordError, match="--resume"):
         finetune_run.run(job_of(directory, table), plan, tmp_path / "stopped", False, quiet())
     finetune_run.run(job_of(directory, table), plan, tmp_path / "stopped", True, quiet())
-    last = [records.read_lines(tmp_path / name / finetune_run.CURVE)[-1] for name in ("whole", "stopped")]
+    last = [
+        records.read_lines(tmp_path / name / finetune_run.CURVE)[-1]
+        for name in ("whole", "stopped")
+    ]
     assert last[0]["loss"] == last[1]["loss"]
     if settings.get("estimator") != "backprop":
-        logs = [pg.replay.ReplayLog.open(tmp_path / name / finetune_run.LOG) for name in ("whole", "stopped")]
+        logs = [
+            pg.replay.ReplayLog.open(tmp_path / name / finetune_run.LOG)
+            for name in ("whole", "stopped")
+        ]
         assert logs[0].digest(12) == logs[1].digest(12)
     again = records.read_json(tmp_path / "whole" / finetune_run.SUMMARY)
     assert again["before"] != again["after"]
@@ -274,12 +315,16 @@ def test_replay_makes_the_same_bits_without_the_data(train, directory, table, tm
     job = job_of(directory, table)
     tokenizer = lm.byte_tokenizer()
     held_out = finetune_run.read(job, 0, tokenizer).held_out
-    fresh = Tuning(Plan(train="norm", label_tokens=TOKENS, offsets=tuple(summary["label_offsets"])), after)
+    fresh = Tuning(
+        Plan(train="norm", label_tokens=TOKENS, offsets=tuple(summary["label_offsets"])), after
+    )
     found = fresh.evaluate(fresh.prepare(held_out))
     assert found["loss"] == pytest.approx(summary["final"]["loss"], rel=1e-5)
     # and the same log gives the same bits
     finetune_run.replay(str(directory), log, tmp_path / "again.safetensors", None, quiet())
-    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
     finetune_run.replay(str(directory), log, tmp_path / "none", 0, quiet())
     kept = lm.load(tmp_path / "none")[0]
     np.testing.assert_array_equal(kept.segments[0].gate, model.segments[0].gate)
@@ -291,13 +336,18 @@ def test_what_is_kept_is_the_least_validation_loss(directory, table, tmp_path, m
     plan = Plan(train="norm", batch_size=8, steps=200, rate=0.3, decay=False)
     run, stopped = tmp_path / "run", tmp_path / "stopped"
     finetune_run.run(job, plan, run, False, quiet())
-    summary, curve = (records.read_json(run / finetune_run.SUMMARY), records.read_lines(run / finetune_run.CURVE))
+    summary, curve = (
+        records.read_json(run / finetune_run.SUMMARY),
+        records.read_lines(run / finetune_run.CURVE),
+    )
     losses = [point["validation_loss"] for point in curve]
     assert summary["final"] == curve[int(np.argmin(losses))]
     assert len(curve) - 1 - int(np.argmin(losses)) == 6  # and it ended there
     finetune_run.replay(str(directory), run, tmp_path / "out", None, quiet())
     after, tokenizer = lm.load(tmp_path / "out")
-    fresh = Tuning(Plan(train="norm", label_tokens=TOKENS, offsets=tuple(summary["label_offsets"])), after)
+    fresh = Tuning(
+        Plan(train="norm", label_tokens=TOKENS, offsets=tuple(summary["label_offsets"])), after
+    )
     found = fresh.evaluate(fresh.prepare(finetune_run.read(job, 0, tokenizer).held_out))
     assert found["loss"] == pytest.approx(summary["final"]["loss"], rel=1e-5)
 
@@ -322,7 +372,11 @@ def test_what_is_kept_is_the_least_validation_loss(directory, table, tmp_path, m
 
 def test_replay_refuses_what_does_not_fit(directory, table, tmp_path):
     finetune_run.run(
-        job_of(directory, table), Plan(train="norm", batch_size=8, steps=3), tmp_path / "run", False, quiet()
+        job_of(directory, table),
+        Plan(train="norm", batch_size=8, steps=3),
+        tmp_path / "run",
+        False,
+        quiet(),
     )
     log = tmp_path / "run" / finetune_run.LOG
     other = tmp_path / "other"
@@ -337,17 +391,25 @@ def test_replay_refuses_what_does_not_fit(directory, table, tmp_path):
     content[len(content) // 2] ^= 1
     (tmp_path / "altered.log").write_bytes(content)
     with pytest.raises(pg.replay.LogError):
-        finetune_run.replay(str(directory), tmp_path / "altered.log", tmp_path / "out", None, quiet())
+        finetune_run.replay(
+            str(directory), tmp_path / "altered.log", tmp_path / "out", None, quiet()
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_a_version_that_may_draw_otherwise_is_refused(directory, table, tmp_path, monkeypatch):
     finetune_run.run(
-        job_of(directory, table), Plan(train="norm", batch_size=8, steps=3), tmp_path / "run", False, quiet()
+        job_of(directory, table),
+        Plan(train="norm", batch_size=8, steps=3),
+        tmp_path / "run",
+        False,
+        quiet(),
     )
     monkeypatch.setattr(pg, "__version__", "99.0")
     with pytest.raises(pg.replay.LogError, match=r"99\.0"):
-        finetune_run.replay(str(directory), tmp_path / "run" / finetune_run.LOG, tmp_path / "out", None, quiet())
+        finetune_run.replay(
+            str(directory), tmp_path / "run" / finetune_run.LOG, tmp_path / "out", None, quiet()
+        )
 
 
 def test_the_log_of_a_fine_tune_is_small(directory, table, tmp_path):
@@ -359,7 +421,9 @@ def test_the_log_of_a_fine_tune_is_small(directory, table, tmp_path):
 def test_too_little_memory_is_said_before_anything_is_run(directory, table, tmp_path):
     job = job_of(directory, table, memory_limit=0.001)
     with pytest.raises(finetune_run.MemoryLimitError, match="--batch-size"):
-        finetune_run.run(job, Plan(train="norm", batch_size=8, steps=3), tmp_path / "run", False, quiet())
+        finetune_run.run(
+            job, Plan(train="norm", batch_size=8, steps=3), tmp_path / "run", False, quiet()
+        )
     assert not (tmp_path / "run" / finetune_run.LOG).exists()
 
 
@@ -411,13 +475,17 @@ def test_bad_tables_are_refused(content, settings, message, directory, tmp_path)
 
 def test_long_texts_are_cut_and_counted(directory, tmp_path):
     path = tmp_path / "long.jsonl"
-    rows = [{"text": "x" * 50 if i < 3 else "short", "label": ("no", "yes")[i % 2]} for i in range(8)]
+    rows = [
+        {"text": "x" * 50 if i < 3 else "short", "label": ("no", "yes")[i % 2]} for i in range(8)
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     job = job_of(directory, path, held_out=2)
     data = finetune_run.read(job, 0, lm.byte_tokenizer())
     assert sum(int(note.split(": ")[1].split(" of ")[0]) for note in data.notes) == 3
     assert data.train.tokens.shape[1] <= 24
-    assert (data.train.tokens[:, -3:] == lm.byte_tokenizer().encode(" =>").ids).sum() in range(0, 3 * 6 + 1)
+    assert (data.train.tokens[:, -3:] == lm.byte_tokenizer().encode(" =>").ids).sum() in range(
+        0, 3 * 6 + 1
+    )
 
 
 def test_plans_say_what_is_wrong(model, examples):
@@ -447,13 +515,17 @@ def test_quantized_matrices_stay_quantized(train, examples):
     names = ("query", "key", "value", "output", "gate", "up", "down")
     blocks = model.segments[0]
     blocks = eqx.tree_at(
-        lambda b: [getattr(b, n) for n in names], blocks, [quantized(getattr(blocks, n)) for n in names]
+        lambda b: [getattr(b, n) for n in names],
+        blocks,
+        [quantized(getattr(blocks, n)) for n in names],
     )
     model = eqx.tree_at(lambda m: m.segments[0], model, blocks)
     tuning, data = trained(plan_of(examples, train=train, rate=0.01), model, examples)
     assert np.isfinite(tuning.evaluate(data)["loss"])
     kept = [x for x in jax.tree.leaves(tuning.model) if x.dtype == jnp.uint8]
-    assert sum(x.size for x in kept) == sum(x.size for x in jax.tree.leaves(blocks) if x.dtype == jnp.uint8)
+    assert sum(x.size for x in kept) == sum(
+        x.size for x in jax.tree.leaves(blocks) if x.dtype == jnp.uint8
+    )
     for refused in ("matrices", "subspace"):
         with pytest.raises(ValueError, match="quantized"):
             Tuning(plan_of(examples, train=refused), model)
@@ -461,7 +533,10 @@ def test_quantized_matrices_stay_quantized(train, examples):
 
 def command(*words, **settings):
     return subprocess.run(
-        [sys.executable, "-m", "prograde.lab.cli", *map(str, words)], capture_output=True, text=True, **settings
+        [sys.executable, "-m", "prograde.lab.cli", *map(str, words)],
+        capture_output=True,
+        text=True,
+        **settings,
     )
 
 
@@ -480,10 +555,27 @@ def test_the_command_from_files_to_files(directory, table, tmp_path):
     ]
     out = tmp_path / "run"
     done = command(
-        "finetune", "--model", directory, "--data", table, *options, "--steps", 30, "--out", out, "--batch-size", 8
+        "finetune",
+        "--model",
+        directory,
+        "--data",
+        table,
+        *options,
+        "--steps",
+        30,
+        "--out",
+        out,
+        "--batch-size",
+        8,
     )
     assert done.returncode == 0, done.stderr
-    for words in ("Zero-shot", "label bias repaired", "Held-out examples", "Report:", "prograde replay"):
+    for words in (
+        "Zero-shot",
+        "label bias repaired",
+        "Held-out examples",
+        "Report:",
+        "prograde replay",
+    ):
         assert words in done.stdout
     assert "<svg" in (out / "report.html").read_text()
     shown = command("inspect", out)
@@ -492,7 +584,16 @@ def test_the_command_from_files_to_files(directory, table, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tuned.safetensors").exists()
     done = command(
-        "finetune", "--model", directory, "--data", table, *options, "--train", "readout", "--layers", "last-9"
+        "finetune",
+        "--model",
+        directory,
+        "--data",
+        table,
+        *options,
+        "--train",
+        "readout",
+        "--layers",
+        "last-9",
     )
     assert done.returncode == 2
     assert "layers" in done.stderr
@@ -529,7 +630,10 @@ def test_ctrl_c_keeps_the_run_and_says_how_to_go_on(directory, table, tmp_path):
         str(out),
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "prograde.lab.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "prograde.lab.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
     while not (out / finetune_run.LOG).exists() and time.monotonic() < deadline:

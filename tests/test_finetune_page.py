@@ -18,7 +18,10 @@ def test_tables_are_those_of_the_records():
 
 def test_the_targets_that_are_called_met_are_met():
     steps = records.read_json(ROOT / "records" / "finetune-steps.json")
-    ours, inference = steps["memory"]["forward gradient, K = 1"]["peak_rss"], steps["memory"]["inference"]["peak_rss"]
+    ours, inference = (
+        steps["memory"]["forward gradient, K = 1"]["peak_rss"],
+        steps["memory"]["inference"]["peak_rss"],
+    )
     assert ours <= 1.15 * inference
     assert steps["over_backprop"] <= 0.5
     mezo = steps["over_mezo"]
@@ -33,7 +36,9 @@ def test_the_targets_that_are_called_met_are_met():
 @pytest.mark.parametrize("method", finetune_page._COLOURS)
 def test_every_method_has_three_seeds(method):
     runs = [
-        run for run in records.read_json(ROOT / "records" / "finetune-curves.json")["runs"] if run["method"] == method
+        run
+        for run in records.read_json(ROOT / "records" / "finetune-curves.json")["runs"]
+        if run["method"] == method
     ]
     assert sorted(run["seed"] for run in runs) == [0, 1, 2]
 

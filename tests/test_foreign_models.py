@@ -23,10 +23,18 @@ import prograde as pg
 
 TOLERANCE = 5e-5  # relative to a model's largest directional derivative, and to the largest entry of a leaf's gradient
 
-ONE_BY_ONE = [experts_by_ragged_dot]  # jax.vmap has no rule for a ragged product with a batch of weights
+ONE_BY_ONE = [
+    experts_by_ragged_dot
+]  # jax.vmap has no rule for a ragged product with a batch of weights
 CASES = [
-    *((model, pg.WeightPerturbation(pg.LowRank(1), 2, 1 if model in ONE_BY_ONE else None)) for model in STATELESS),
-    *((model, pg.WeightPerturbation(pg.LowRank(2), 2)) for model in (eqx_cnn, haiku_lstm, llama_by_reshape)),
+    *(
+        (model, pg.WeightPerturbation(pg.LowRank(1), 2, 1 if model in ONE_BY_ONE else None))
+        for model in STATELESS
+    ),
+    *(
+        (model, pg.WeightPerturbation(pg.LowRank(2), 2))
+        for model in (eqx_cnn, haiku_lstm, llama_by_reshape)
+    ),
     *((model, pg.WeightPerturbation(pg.Normal(), 2)) for model in (nnx_experts, haiku_lstm)),
     *((model, pg.WeightPerturbation(pg.LowRank(1), 3)) for model in STATEFUL),
     *((model, pg.WeightPerturbation(pg.LowRank(1), 3, chunk=2)) for model in STATEFUL),
@@ -77,7 +85,9 @@ def training(model, estimator, seed):
     @jit
     def step(key, params, args):
         result = estimator.estimate(counted, key, None, params, *args, has_aux=model in STATEFUL)
-        sample = lambda i: dense(estimator.tangents.sample(key, floats(params), i, estimator.num_tangents))
+        sample = lambda i: dense(
+            estimator.tangents.sample(key, floats(params), i, estimator.num_tangents)
+        )
         updated = eqx.apply_updates(params, jax.tree.map(lambda g: -1e-3 * g, result.grads))
         return result, jax.vmap(sample)(jnp.arange(estimator.num_tangents)), updated
 
@@ -88,10 +98,14 @@ def training(model, estimator, seed):
 def test_estimate_equals_plain_jvp_along_the_dense_twins(model, estimator, seed, key):
     params, args, _, along = plain(model, seed)
     result, tangents, _ = training(model, estimator, seed)[0](key, params, args)
-    tangents = [jax.tree.map(lambda v: np.asarray(v[k]), tangents) for k in range(estimator.num_tangents)]
+    tangents = [
+        jax.tree.map(lambda v: np.asarray(v[k]), tangents) for k in range(estimator.num_tangents)
+    ]
     runs = [along(params, args, v) for v in tangents]
     directional = np.asarray([run[1] for run in runs], np.float64)
-    grads = jax.tree.map(lambda *v: np.tensordot(directional, np.asarray(v, np.float64), 1) / len(v), *tangents)
+    grads = jax.tree.map(
+        lambda *v: np.tensordot(directional, np.asarray(v, np.float64), 1) / len(v), *tangents
+    )
     assert np.abs(directional).max() > 1e-3
     close(result.value, runs[0][0], 1e-5)
     close(result.directional, directional, TOLERANCE)
@@ -126,5 +140,8 @@ def test_tangents_share_one_dropout_mask_and_one_update_of_the_state(model, chun
     mask = np.asarray(aux["dropped"]) == 0
     np.testing.assert_array_equal(mask, np.asarray(expected["dropped"]) == 0)
     assert 0 < mask.mean() < 1
-    old, new = (jax.tree.leaves(eqx.filter(state, eqx.is_inexact_array)) for state in (args[0], aux["state"]))
+    old, new = (
+        jax.tree.leaves(eqx.filter(state, eqx.is_inexact_array))
+        for state in (args[0], aux["state"])
+    )
     assert any(np.abs(a - b).max() > 1e-2 for a, b in zip(old, new, strict=True))

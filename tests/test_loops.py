@@ -18,11 +18,15 @@ def relaxed(w, x):
 
 
 def never_ends(a):
-    return lax.while_loop(lambda x: jnp.abs(x * x - a) > 1e-5, lambda x: (x + a / x) / 2, jnp.abs(a))
+    return lax.while_loop(
+        lambda x: jnp.abs(x * x - a) > 1e-5, lambda x: (x + a / x) / 2, jnp.abs(a)
+    )
 
 
 def in_a_scan(a):
-    return lax.scan(lambda total, x: (total + never_ends(a * x), None), jnp.zeros_like(a), jnp.array([1.0, 2.0]))[0]
+    return lax.scan(
+        lambda total, x: (total + never_ends(a * x), None), jnp.zeros_like(a), jnp.array([1.0, 2.0])
+    )[0]
 
 
 PROGRAMS = {
@@ -30,7 +34,9 @@ PROGRAMS = {
     "in jit": jax.jit(never_ends),
     "in scan": in_a_scan,
     "in cond": lambda a: lax.cond(a > -10, never_ends, jnp.sin, a),
-    "in while": lambda a: lax.fori_loop(0, jnp.asarray(a != 0, jnp.int32) + 1, lambda _, x: never_ends(a) + x, a),
+    "in while": lambda a: lax.fori_loop(
+        0, jnp.asarray(a != 0, jnp.int32) + 1, lambda _, x: never_ends(a) + x, a
+    ),
     "in remat": jax.checkpoint(never_ends),
     "in vmap": lambda a: jnp.sum(jax.vmap(never_ends)(a * jnp.array([1.0, 2.0]))),
 }
@@ -40,15 +46,25 @@ PROGRAMS = {
 def test_a_loop_that_does_not_end_is_named(name):
     """sqrt by Newton's method, which for negative numbers never converges."""
     safe = pg.bounded_loops(PROGRAMS[name], 50)
-    with pytest.raises(RuntimeError, match=r"while_loop at .*test_loops.py:21.* did not end within max_iterations=50"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"while_loop at .*test_loops.py:21.* did not end within max_iterations=50",
+    ):
         safe(jnp.array(-3.0))
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_bound_changes_neither_value_nor_gradient(name):
     for estimator in (pg.ForwardJacobian(), pg.WeightPerturbation(pg.Normal())):
-        bare, safe = (pg.value_and_grad(f, estimator) for f in (PROGRAMS[name], pg.bounded_loops(PROGRAMS[name], 50)))
-        for a, b in zip(bare(jax.random.key(0), jnp.array(3.0)), safe(jax.random.key(0), jnp.array(3.0)), strict=True):
+        bare, safe = (
+            pg.value_and_grad(f, estimator)
+            for f in (PROGRAMS[name], pg.bounded_loops(PROGRAMS[name], 50))
+        )
+        for a, b in zip(
+            bare(jax.random.key(0), jnp.array(3.0)),
+            safe(jax.random.key(0), jnp.array(3.0)),
+            strict=True,
+        ):
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
@@ -56,7 +72,9 @@ def test_a_bound_leaves_structured_tangents_and_other_values_as_they_are():
     loss = lambda params, x: (jnp.sum(relaxed(params["w"], x) ** 2), {"note": "as it was", "x": x})
     params, x = {"w": 0.1 * jnp.cos(jnp.arange(36.0)).reshape(6, 6), "name": "w"}, jnp.zeros(6)
     with jax.enable_x64(True):
-        params, x = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64) if eqx.is_array(v) else v, (params, x))
+        params, x = jax.tree.map(
+            lambda v: jnp.asarray(v, jnp.float64) if eqx.is_array(v) else v, (params, x)
+        )
         estimator = pg.WeightPerturbation(pg.LowRank(1), num_tangents=2)
         grads = [
             pg.value_and_grad(f, estimator, has_aux=True)(jax.random.key(0), params, x)
@@ -95,14 +113,18 @@ def decay(adjoint):
     return loss
 
 
-@pytest.mark.parametrize("adjoint", [diffrax.RecursiveCheckpointAdjoint(), diffrax.BacksolveAdjoint()], ids=repr)
+@pytest.mark.parametrize(
+    "adjoint", [diffrax.RecursiveCheckpointAdjoint(), diffrax.BacksolveAdjoint()], ids=repr
+)
 def test_a_reverse_only_adjoint_is_refused_with_the_argument_to_pass(adjoint):
     report = pg.check(decay(adjoint), jnp.array(2.0), estimator=pg.ForwardJacobian(), memory=False)
     assert not report.ok
     assert len(report.remedies) == len(report.blocking)
     assert "pass adjoint=diffrax.ForwardMode()" in str(report)
     for estimator in (pg.ForwardJacobian(), pg.WeightPerturbation()):
-        with pytest.raises(TypeError, match=r"pass adjoint=diffrax.ForwardMode\(\) to diffrax.diffeqsolve"):
+        with pytest.raises(
+            TypeError, match=r"pass adjoint=diffrax.ForwardMode\(\) to diffrax.diffeqsolve"
+        ):
             pg.value_and_grad(decay(adjoint), estimator)(jax.random.key(0), jnp.array(2.0))
 
 
@@ -140,7 +162,11 @@ def test_a_checkpointed_loop_is_refused_with_the_argument_to_pass():
 
     def loss(a):
         root = eqxi.while_loop(
-            lambda x: jnp.abs(x * x - a) > 1e-5, lambda x: (x + a / x) / 2, a, max_steps=16, kind="checkpointed"
+            lambda x: jnp.abs(x * x - a) > 1e-5,
+            lambda x: (x + a / x) / 2,
+            a,
+            max_steps=16,
+            kind="checkpointed",
         )
         return root
 

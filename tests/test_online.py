@@ -21,7 +21,10 @@ T = 12
 def gru(params, state, x):
     """A gated cell in a dict, with a counter in its state."""
     h = state["h"]
-    from_x, from_h = jnp.split(x @ params["x"] + params["b"], 3, -1), jnp.split(h @ params["h"], 3, -1)
+    from_x, from_h = (
+        jnp.split(x @ params["x"] + params["b"], 3, -1),
+        jnp.split(h @ params["h"], 3, -1),
+    )
     z, r = jax.nn.sigmoid(from_x[0] + from_h[0]), jax.nn.sigmoid(from_x[1] + from_h[1])
     h = (1 - z) * jnp.tanh(from_x[2] + r * from_h[2]) + z * h
     return {"h": h, "steps": state["steps"] + 1}, h @ params["out"]
@@ -52,7 +55,9 @@ def problem(key, batch=(), units=5, dtype=jnp.float32):
 
 def through_time(params, state, inputs, targets):
     """The sum of the losses, as a function that reverse mode unrolls."""
-    step = lambda s, xy: (lambda s, output: (s, jnp.mean(squared(output, xy[1]))))(*gru(params, s, xy[0]))
+    step = lambda s, xy: (lambda s, output: (s, jnp.mean(squared(output, xy[1]))))(
+        *gru(params, s, xy[0])
+    )
     return jnp.sum(lax.scan(step, state, (inputs, targets))[1])
 
 
@@ -80,7 +85,9 @@ def test_rtrl_equals_backprop_through_time(key, batch, chunk):
     """One stream takes the route over the Jacobian of the state, several take a tangent for each parameter."""
     with jax.enable_x64(True):
         params, state, inputs, targets = problem(key, batch, dtype=jnp.float64)
-        found, carry = sum_of_gradients(RTRL(gru, squared, chunk=chunk), key, params, state, inputs, targets)
+        found, carry = sum_of_gradients(
+            RTRL(gru, squared, chunk=chunk), key, params, state, inputs, targets
+        )
         assert_close(found, jax.grad(through_time)(params, state, inputs, targets), 1e-11)
         assert int(carry.state["steps"]) == int(carry.step) == T
 
@@ -107,7 +114,13 @@ def test_an_equinox_cell_is_learned_as_it_is(key):
     optimizer = optax.sgd(0.1)
     carry = learner.init(model, jnp.zeros(4))
     carry, _, losses = learn(
-        learner, optimizer, key, carry, optimizer.init(eqx.filter(model, eqx.is_inexact_array)), inputs, targets
+        learner,
+        optimizer,
+        key,
+        carry,
+        optimizer.init(eqx.filter(model, eqx.is_inexact_array)),
+        inputs,
+        targets,
     )
     assert carry.params.activation is jnp.tanh
     assert losses[-1] < losses[1]
@@ -125,7 +138,9 @@ def test_dodge_along_the_whole_basis_equals_backprop_through_each_window(key, wi
     expected = jax.tree.map(jnp.zeros_like, params)
     for start in range(0, T, window):
         part = slice(start, start + window)
-        expected = jax.tree.map(jnp.add, expected, jax.grad(through_time)(params, state, inputs[part], targets[part]))
+        expected = jax.tree.map(
+            jnp.add, expected, jax.grad(through_time)(params, state, inputs[part], targets[part])
+        )
         state = lax.scan(lambda s, x: (gru(params, s, x)[0], None), state, inputs[part])[0]
     assert_close(found, expected, 2e-5)
 
@@ -190,7 +205,11 @@ class Online(pg.Estimator):
 
 @pytest.mark.parametrize(
     "learner",
-    [UORO(gru, squared), UORO(gru, squared, num_products=4), DODGE(gru, squared, window=T, num_tangents=16)],
+    [
+        UORO(gru, squared),
+        UORO(gru, squared, num_products=4),
+        DODGE(gru, squared, window=T, num_tangents=16),
+    ],
     ids=["UORO", "UORO with 4 products", "DODGE"],
 )
 def test_unbiased(key, learner):
@@ -217,7 +236,9 @@ def influence_balancing(units=23, positive=10):
 
 
 @pytest.mark.parametrize(("learner", "steps"), [(RTRL, 5000), (UORO, 40_000)], ids=["RTRL", "UORO"])
-def test_influence_balancing_is_learned_where_truncated_backprop_has_the_wrong_sign(key, learner, steps):
+def test_influence_balancing_is_learned_where_truncated_backprop_has_the_wrong_sign(
+    key, learner, steps
+):
     cell, loss, gain = influence_balancing()
     stream = jnp.zeros((steps, 1))
     online, optimizer = learner(cell, loss), optax.sgd(1e-4 if learner is RTRL else 2e-5)
@@ -228,7 +249,9 @@ def test_influence_balancing_is_learned_where_truncated_backprop_has_the_wrong_s
     assert float(carry.params) == pytest.approx(1 / gain, abs=0.02)
     # at rest with theta = 0.5 the loss falls where theta does, but ten steps back are not enough to see it
     rest = lax.scan(lambda s, x: (cell(theta, s, x)[0], None), jnp.zeros(23), stream[:200])[0]
-    truncated = jax.grad(lambda th: loss(lax.scan(lambda s, x: cell(th, s, x), rest, stream[:10])[1][-1], 0.0))(theta)
+    truncated = jax.grad(
+        lambda th: loss(lax.scan(lambda s, x: cell(th, s, x), rest, stream[:10])[1][-1], 0.0)
+    )(theta)
     assert float(truncated) * (0.5 * gain - 1) * gain < 0
 
 
@@ -283,7 +306,9 @@ def test_memory_does_not_grow_with_the_length_of_the_stream(key, learner):
     def temporaries(length):
         stretch = lambda x: jnp.zeros((length, *x.shape[1:]), x.dtype)
         arguments = (learner.init(params, state, inputs[0], targets[0]), optimizer.init(params))
-        chunk = lambda carry, opt_state, i, t: learn(learner, optimizer, key, carry, opt_state, i, t)
+        chunk = lambda carry, opt_state, i, t: learn(
+            learner, optimizer, key, carry, opt_state, i, t
+        )
         program = jax.jit(chunk).lower(*arguments, stretch(inputs), stretch(targets)).compile()
         return program.memory_analysis().temp_size_in_bytes
 
@@ -302,7 +327,9 @@ def test_a_stream_stops_before_what_is_not_finite(key, learner, where):
     before = learn(learner, optimizer, key, *begin, inputs[:6], targets[:6])
     spoil = lambda x: x.at[6, 1].set(jnp.nan)
     bad = (spoil(inputs), targets) if where == "input" else (inputs, spoil(targets))
-    with pytest.raises(StreamError, match=rf"step 6 of the chunk, 6 of the stream: {where} is not finite") as caught:
+    with pytest.raises(
+        StreamError, match=rf"step 6 of the chunk, 6 of the stream: {where} is not finite"
+    ) as caught:
         learn(learner, optimizer, key, *begin, *bad)
     jax.tree.map(np.testing.assert_array_equal, caught.value.carry, before[0])
     np.testing.assert_array_equal(caught.value.losses, before[2])
@@ -313,7 +340,9 @@ def test_a_rate_that_is_too_high_is_told_from_bad_input(key):
     params, state, inputs, targets = problem(key)
     learner, optimizer = RTRL(gru, squared), optax.sgd(1e38)
     begin = (learner.init(params, state), optimizer.init(params))
-    with pytest.raises(StreamError, match=r"what the step makes of finite input .* A lower learning rate may help"):
+    with pytest.raises(
+        StreamError, match=r"what the step makes of finite input .* A lower learning rate may help"
+    ):
         learn(learner, optimizer, key, *begin, 1e3 * inputs, 1e10 * targets)
 
 
@@ -328,8 +357,14 @@ def bad_cell(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s | {"h": s["h"].astype(jnp.bfloat16)}, r"\['h'\] was float32\[5\] and is bfloat16\[5\]"),
-        (lambda s: s | {"h": jnp.append(s["h"], 0.0)}, r"\['h'\] was float32\[5\] and is float32\[6\]"),
+        (
+            lambda s: s | {"h": s["h"].astype(jnp.bfloat16)},
+            r"\['h'\] was float32\[5\] and is bfloat16\[5\]",
+        ),
+        (
+            lambda s: s | {"h": jnp.append(s["h"], 0.0)},
+            r"\['h'\] was float32\[5\] and is float32\[6\]",
+        ),
         (lambda s: s | {"more": s["h"]}, "its structure was"),
     ],
     ids=["dtype", "shape", "structure"],
@@ -345,8 +380,12 @@ def test_a_cell_that_changes_its_state_is_refused(key, change, message):
 def test_bad_input_is_refused_by_name(key):
     params, state, inputs, targets = problem(key)
     one = (inputs[0], targets[0])
-    first_step = lambda cell, loss, key: RTRL(cell, loss).step(key, RTRL(cell, loss).init(params, state), *one)
-    with pytest.raises(TypeError, match=r"the cell returned dict, but a pair \(state, output\) is needed"):
+    first_step = lambda cell, loss, key: RTRL(cell, loss).step(
+        key, RTRL(cell, loss).init(params, state), *one
+    )
+    with pytest.raises(
+        TypeError, match=r"the cell returned dict, but a pair \(state, output\) is needed"
+    ):
         first_step(lambda p, s, x: gru(p, s, x)[0], squared, key)
     with pytest.raises(ValueError, match=r"the loss has shape \(2, 1\)"):
         first_step(gru, lambda output, target: (output - target)[:, None], key)
@@ -361,25 +400,41 @@ def test_bad_input_is_refused_by_name(key):
     with pytest.raises(ValueError, match="init\\(params, state, input, target\\)"):
         DODGE(gru, squared, window=4, directions=Momentum()).init(params, state)
     wrong = DODGE(gru, squared, window=4, directions=lambda key, past: past.grads, num_tangents=3)
-    with pytest.raises(ValueError, match=r"num_tangents=3: .*\['b'\] was float32\[3, 15\] and is float32\[15\]"):
+    with pytest.raises(
+        ValueError, match=r"num_tangents=3: .*\['b'\] was float32\[3, 15\] and is float32\[15\]"
+    ):
         wrong.init(params, state, *one)
     with pytest.raises(ValueError, match="its structure was"):
-        DODGE(gru, squared, window=4, directions=lambda key, past: past.grads["b"]).init(params, state, *one)
+        DODGE(gru, squared, window=4, directions=lambda key, past: past.grads["b"]).init(
+            params, state, *one
+        )
     with pytest.raises(TypeError, match="learners work on real states"):
         RTRL(gru, squared).init(params, {"h": jnp.zeros(5, jnp.complex64)})
     with pytest.raises(ValueError, match="state has no floating-point numbers"):
         UORO(gru, squared).init(params, {"steps": jnp.zeros(3, jnp.int32)})
     guessing = DODGE(gru, squared, window=4, directions=Momentum())
     carry = guessing.init(params, state, jnp.zeros(3, jnp.int32), targets[0])
-    with pytest.raises(ValueError, match=r"examples that init was given: .*int32\[3\] and is float32\[3\]"):
+    with pytest.raises(
+        ValueError, match=r"examples that init was given: .*int32\[3\] and is float32\[3\]"
+    ):
         guessing.step(key, carry, *one)
     carry = RTRL(gru, squared).init(params, state)
     with pytest.raises(ValueError, match="have no steps"):
-        learn(RTRL(gru, squared), optax.sgd(0.1), key, carry, optax.EmptyState(), inputs[:0], targets[:0])
+        learn(
+            RTRL(gru, squared),
+            optax.sgd(0.1),
+            key,
+            carry,
+            optax.EmptyState(),
+            inputs[:0],
+            targets[:0],
+        )
     with pytest.raises(ValueError, match="params differ from those of the carry"):
         carry.with_params(params | {"b": params["b"][:3]})
     with pytest.raises(ValueError, match="one leading axis, that of the steps"):
-        learn(RTRL(gru, squared), optax.sgd(0.1), key, carry, optax.EmptyState(), inputs, targets[1:])
+        learn(
+            RTRL(gru, squared), optax.sgd(0.1), key, carry, optax.EmptyState(), inputs, targets[1:]
+        )
 
 
 def test_a_cell_with_a_loop_of_unknown_length_is_learned_forward_and_refused_by_uoro(key):
@@ -387,13 +442,17 @@ def test_a_cell_with_a_loop_of_unknown_length_is_learned_forward_and_refused_by_
 
     def cell(a, s, x):
         square = s + a * x**2 + 1.0
-        root = lax.while_loop(lambda r: jnp.abs(r * r - square) > 1e-5, lambda r: (r + square / r) / 2, square)
+        root = lax.while_loop(
+            lambda r: jnp.abs(r * r - square) > 1e-5, lambda r: (r + square / r) / 2, square
+        )
         return root, root
 
     closed = lambda a, s, x: (lambda root: (root, root))(jnp.sqrt(s + a * x**2 + 1.0))
     loss = lambda output, target: (output - target) ** 2
     inputs = jax.random.normal(key, (T,))
-    total = lambda a: jnp.sum(loss(lax.scan(lambda s, x: closed(a, s, x), jnp.array(1.0), inputs)[1], 2.0))
+    total = lambda a: jnp.sum(
+        loss(lax.scan(lambda s, x: closed(a, s, x), jnp.array(1.0), inputs)[1], 2.0)
+    )
     a = jnp.array(0.7)
     found, _ = sum_of_gradients(RTRL(cell, loss), key, a, jnp.array(1.0), inputs, jnp.full(T, 2.0))
     np.testing.assert_allclose(found, jax.grad(total)(a), rtol=1e-4)
@@ -441,14 +500,24 @@ def test_steps_with_one_key_draw_anew(key):
 def test_parameters_keep_their_dtype_under_an_optimizer_that_widens(key):
     params, state, inputs, targets = problem(key, dtype=jnp.bfloat16)
     learner, optimizer = RTRL(gru, squared), optax.adam(0.01, mu_dtype=jnp.float32)
-    carry, _, _ = learn(learner, optimizer, key, learner.init(params, state), optimizer.init(params), inputs, targets)
+    carry, _, _ = learn(
+        learner,
+        optimizer,
+        key,
+        learner.init(params, state),
+        optimizer.init(params),
+        inputs,
+        targets,
+    )
     assert {w.dtype for w in jax.tree.leaves(carry.params)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_a_cell_without_input_is_driven_by_its_targets(key):
     learner, optimizer = RTRL(lambda a, s, _: (a * s, a * s), squared_error), optax.sgd(0.01)
     a, state = jnp.array(0.5), jnp.array(1.0)
-    _, _, losses = learn(learner, optimizer, key, learner.init(a, state), optimizer.init(a), None, jnp.ones(20))
+    _, _, losses = learn(
+        learner, optimizer, key, learner.init(a, state), optimizer.init(a), None, jnp.ones(20)
+    )
     assert losses.shape == (20,)
 
 

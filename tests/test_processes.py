@@ -59,7 +59,9 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(tmp_path):
         "--out",
         str(tmp_path / "out"),
     ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert "Records go to" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
@@ -83,10 +85,16 @@ def started(tmp_path, *workers):
     address = f"127.0.0.1:{free_port()}"
     processes = []
     for number, count, *options in workers:
-        names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": number}
+        names = {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": count,
+            "JAX_PROCESS_ID": number,
+        }
         environment = os.environ | {name: str(value) for name, value in names.items()}
         command = [*PROGRAM, str(tmp_path), "40", *options]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        )
     return [(process.communicate(timeout=90)[1], process.returncode) for process in processes]
 
 
@@ -119,7 +127,9 @@ def test_an_address_that_is_taken_or_not_of_this_machine_is_refused(monkeypatch)
         port = taken.getsockname()[1]
         with pytest.raises(StartError, match=f"cannot listen at 127.0.0.1:{port}"):
             initialize(f"127.0.0.1:{port}", 2, 0)
-    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "192.0.2.1:12345")  # kept for examples, by RFC 5737
+    monkeypatch.setenv(
+        "JAX_COORDINATOR_BIND_ADDRESS", "192.0.2.1:12345"
+    )  # kept for examples, by RFC 5737
     with pytest.raises(StartError, match=r"cannot listen at 192\.0\.2\.1"):
         initialize("127.0.0.1:12345", 2, 0)
 
@@ -128,4 +138,6 @@ def test_replicas_that_came_apart_stop_the_run(tmp_path):
     found = started(tmp_path, (0, 2), (1, 2, "spoil=25"))
     assert all(status != 0 for _, status in found)
     message = "after step 40 the parameters of worker 1 differ from those of worker 0, in ['bias']"
-    assert any(message in said for said, _ in found)  # both find it; the first to end may take the other with it
+    assert any(
+        message in said for said, _ in found
+    )  # both find it; the first to end may take the other with it

@@ -16,7 +16,11 @@ from prograde import lm, online
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "prograde"
-MODULES = [m.name for m in pkgutil.walk_packages(prograde.__path__, "prograde.") if not m.name.endswith("__main__")]
+MODULES = [
+    m.name
+    for m in pkgutil.walk_packages(prograde.__path__, "prograde.")
+    if not m.name.endswith("__main__")
+]
 
 
 def imports(path):
@@ -28,19 +32,34 @@ def imports(path):
 
 
 def test_core_does_not_import_the_lab_or_models_or_what_only_they_need():
-    allowed = {"jax", "jaxtyping", "equinox", "quax", "numpy", "prograde"} | set(sys.stdlib_module_names)
+    allowed = {"jax", "jaxtyping", "equinox", "quax", "numpy", "prograde"} | set(
+        sys.stdlib_module_names
+    )
     for path in SOURCE.rglob("*.py"):
         if not {"lab", "lm"} & set(path.parts):
             for name in imports(path):
                 assert name.split(".")[0] in allowed, f"{path} imports {name}"
-                assert not name.startswith(("prograde.lab", "prograde.lm")), f"{path} imports {name}"
+                assert not name.startswith(("prograde.lab", "prograde.lm")), (
+                    f"{path} imports {name}"
+                )
 
 
 def test_models_do_not_import_the_lab_nor_the_rest_of_the_core():
-    allowed = {"jax", "jaxtyping", "equinox", "numpy", "safetensors", "tokenizers", "gguf", "platformdirs"}
+    allowed = {
+        "jax",
+        "jaxtyping",
+        "equinox",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "gguf",
+        "platformdirs",
+    }
     for path in (SOURCE / "lm").glob("*.py"):
         for name in imports(path):
-            known = name.split(".")[0] in allowed | set(sys.stdlib_module_names) or name.startswith("prograde.lm")
+            known = name.split(".")[0] in allowed | set(sys.stdlib_module_names) or name.startswith(
+                "prograde.lm"
+            )
             assert known, f"{path} imports {name}"
 
 
@@ -53,14 +72,30 @@ def test_lab_uses_public_names_only():
 
 
 def test_importing_prograde_does_not_import_the_lab_or_models():
-    heavy = ("prograde.lab", "optax", "matplotlib", "tyro", "prograde.lm", "tokenizers", "safetensors", "gguf")
+    heavy = (
+        "prograde.lab",
+        "optax",
+        "matplotlib",
+        "tyro",
+        "prograde.lm",
+        "tokenizers",
+        "safetensors",
+        "gguf",
+    )
     code = f"import sys, prograde; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "[]\n"
+    )
 
 
 def test_there_is_no_pickle():
     for path in [*SOURCE.rglob("*.py")]:
-        assert not {name for name in imports(path) if name.split(".")[0] in {"pickle", "dill", "cloudpickle", "joblib"}}
+        assert not {
+            name
+            for name in imports(path)
+            if name.split(".")[0] in {"pickle", "dill", "cloudpickle", "joblib"}
+        }
         assert "allow_pickle=True" not in path.read_text()
 
 
@@ -83,7 +118,9 @@ def public_objects():
             yield f"lm.{name}", getattr(lm, name)
 
 
-@pytest.mark.parametrize(("name", "thing"), list(public_objects()), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("name", "thing"), list(public_objects()), ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_public_docstrings_say_what_a_user_needs(name, thing):
     text = thing.__doc__
     assert text
@@ -103,7 +140,9 @@ def test_api_page_lists_exactly_the_public_names():
     assert set(re.findall(r"^::: prograde\.lm\.(\w+)$", page, re.M)) == set(lm.__all__)
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+)
 def test_code_on_the_pages_runs(page):
     """The Python blocks of a page run one after the other in one namespace."""
     namespace = {}

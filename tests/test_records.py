@@ -38,7 +38,9 @@ def test_a_process_killed_while_writing_leaves_a_whole_file(tmp_path):
             records.write_lines(Path({str(path)!r}), [{{"line": i, "of": n}} for i in range(n % 500)] + [{{"end": n}}])
     """)
     for i in range(20):
-        process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "JAX_PLATFORMS": "cpu"})
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], env={**os.environ, "JAX_PLATFORMS": "cpu"}
+        )
         while not path.exists():
             assert process.poll() is None
         os.sched_yield()
@@ -53,14 +55,18 @@ def test_a_process_killed_while_writing_leaves_a_whole_file(tmp_path):
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
     records.write_json(
-        tmp_path / "r", {"a": float("inf"), "b": np.float32(1.5), "c": np.array([1, 2]), "d": (float("nan"),)}
+        tmp_path / "r",
+        {"a": float("inf"), "b": np.float32(1.5), "c": np.array([1, 2]), "d": (float("nan"),)},
     )
     assert records.read_json(tmp_path / "r") == {"a": None, "b": 1.5, "c": [1, 2], "d": [None]}
 
 
 def test_state_comes_back_bit_for_bit(tmp_path, seed):
     generator = np.random.default_rng(seed)
-    state = {"w": jnp.asarray(generator.normal(size=(3, 4)), jnp.float32), "n": (jnp.asarray(7), jnp.asarray(1.0))}
+    state = {
+        "w": jnp.asarray(generator.normal(size=(3, 4)), jnp.float32),
+        "n": (jnp.asarray(7), jnp.asarray(1.0)),
+    }
     records.save_state(tmp_path / "s.npz", state)
     back = records.load_state(tmp_path / "s.npz", state)
     np.testing.assert_array_equal(back["w"], state["w"])
@@ -76,7 +82,10 @@ def test_a_damaged_state_is_named(tmp_path):
 
 
 def test_a_directory_is_claimed_once(tmp_path):
-    config, other = {"experiment": "mlp", "budget": {"steps": 10}}, {"experiment": "mlp", "budget": {"steps": 20}}
+    config, other = (
+        {"experiment": "mlp", "budget": {"steps": 10}},
+        {"experiment": "mlp", "budget": {"steps": 20}},
+    )
     records.claim({tmp_path / "a": config}, resume=False)
     with pytest.raises(records.RecordError, match="--resume"):
         records.claim({tmp_path / "a": config}, resume=False)
@@ -103,6 +112,15 @@ def test_what_a_killed_process_left_half_written_is_no_obstacle(tmp_path):
 def test_the_manifest_says_what_a_number_depends_on(tmp_path):
     records.claim({tmp_path / "a": {}}, resume=False)
     (environment,) = records.read_json(tmp_path / "a" / "manifest.json")["environments"]
-    wanted = {"started", "git_commit", "git_dirty", "versions", "device", "processor", "cores", "xla_flags"}
+    wanted = {
+        "started",
+        "git_commit",
+        "git_dirty",
+        "versions",
+        "device",
+        "processor",
+        "cores",
+        "xla_flags",
+    }
     assert wanted <= set(environment)
     assert {"jax", "jaxlib", "quax", "prograde", "python"} <= set(environment["versions"])

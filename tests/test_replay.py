@@ -19,7 +19,10 @@ ESTIMATORS = {
     "difference": pg.CentralDifference(num_tangents=2, step=0.1),
     "1.5-spsa": pg.CentralDifference(num_tangents=2, step=0.1, curvature_power=0.5),
 }
-OPTIMIZERS = {"sgd": optax.sgd(1.0), "adam": optax.chain(optax.add_decayed_weights(0.01), optax.adam(1.0))}
+OPTIMIZERS = {
+    "sgd": optax.sgd(1.0),
+    "adam": optax.chain(optax.add_decayed_weights(0.01), optax.adam(1.0)),
+}
 
 
 def loss(params, x, y):
@@ -40,7 +43,9 @@ def start(key):
 
 
 def run(log, update, params, batch, steps, seed=7):
-    derivatives_of = jax.jit(lambda key, params: update.estimator.derivatives(loss, key, params, *batch))
+    derivatives_of = jax.jit(
+        lambda key, params: update.estimator.derivatives(loss, key, params, *batch)
+    )
     state = update.init(params)
     for step in range(steps):
         value, _, derivatives = derivatives_of(update.key(seed, step), state.params)
@@ -52,11 +57,14 @@ def run(log, update, params, batch, steps, seed=7):
 
 def same_bits(a, b):
     return all(
-        np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+        np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
     )
 
 
-@pytest.mark.parametrize(("estimator", "optimizer"), [*((e, "adam") for e in ESTIMATORS), ("rank one", "sgd")])
+@pytest.mark.parametrize(
+    ("estimator", "optimizer"), [*((e, "adam") for e in ESTIMATORS), ("rank one", "sgd")]
+)
 def test_replay_is_the_run_bit_by_bit(estimator, optimizer, key, tmp_path):
     params, batch = start(key)
     update = Update(ESTIMATORS[estimator], OPTIMIZERS[optimizer])
@@ -64,7 +72,9 @@ def test_replay_is_the_run_bit_by_bit(estimator, optimizer, key, tmp_path):
         state = run(log, update, params, batch, 6)
     assert not same_bits(state.params, params)
     # another Update: nothing that was compiled for the run is used again
-    again = replay(ReplayLog.open(tmp_path / "run.log"), Update(update.estimator, update.optimizer), params)
+    again = replay(
+        ReplayLog.open(tmp_path / "run.log"), Update(update.estimator, update.optimizer), params
+    )
     assert same_bits(again, state)
 
 
@@ -74,7 +84,11 @@ def test_gradient_of_derivatives_is_the_estimate(estimator, key):
     estimator = ESTIMATORS[estimator]
     whole = jax.jit(lambda: estimator.estimate(loss, key, None, params, *batch))()
     value, _, derivatives = jax.jit(lambda: estimator.derivatives(loss, key, params, *batch))()
-    assert derivatives.shape == (estimator.num_tangents, estimator.num_groups, estimator.num_numbers)
+    assert derivatives.shape == (
+        estimator.num_tangents,
+        estimator.num_groups,
+        estimator.num_numbers,
+    )
     np.testing.assert_allclose(value, whole.value, rtol=1e-6)
     grads = jax.jit(lambda d: estimator.gradient(key, params, d))(derivatives)
     # the curvature of 1.5-SPSA is a difference of differences: its rounding is that of the loss, over the square of the step
@@ -92,8 +106,16 @@ def steps(count, rates="constant", seeds="constant", num_tangents=3):
     bits = np.random.default_rng(0).integers(0, 2**32, (count, 1 + num_tangents), np.uint32)
     bits[:2, 0] = 0x7F800001, 0x00000001  # a signaling NaN, and the smallest number
     floats = bits.view(np.float32)
-    rate = {"constant": lambda i: 0.01, "steps": lambda i: 0.1 ** (1 + i // 3), "schedule": lambda i: 0.01 / (1 + i)}
-    seed = {"constant": lambda i: 2**64 - 1, "steps": lambda i: 7 + i // 4, "each": lambda i: 2**40 * i}
+    rate = {
+        "constant": lambda i: 0.01,
+        "steps": lambda i: 0.1 ** (1 + i // 3),
+        "schedule": lambda i: 0.01 / (1 + i),
+    }
+    seed = {
+        "constant": lambda i: 2**64 - 1,
+        "steps": lambda i: 7 + i // 4,
+        "each": lambda i: 2**40 * i,
+    }
     return [
         (i, seed[seeds](i), rate[rates](i), floats[i, 0], floats[i, 1:].reshape(num_tangents, 1, 1))
         for i in range(count)
@@ -126,19 +148,35 @@ def test_what_is_read_is_what_was_appended_bit_by_bit(rates, seeds, tmp_path):
     for i, (step, seed, rate, value, derivatives) in enumerate(entries):
         record = found.records[i]
         assert (record["step"], record["seed"]) == (step, seed)
-        floats = np.asarray([record["rate"], record["value"], *record["derivatives"].ravel()], np.float32)
-        assert floats.tobytes() == np.asarray([rate, value, *derivatives.ravel()], np.float32).tobytes()
+        floats = np.asarray(
+            [record["rate"], record["value"], *record["derivatives"].ravel()], np.float32
+        )
+        assert (
+            floats.tobytes()
+            == np.asarray([rate, value, *derivatives.ravel()], np.float32).tobytes()
+        )
 
 
 def test_a_rate_that_changes_its_sign_only_is_not_the_same(tmp_path):
-    entries = [(step, 7, rate, 1.0, np.ones((3, 1, 1), np.float32)) for step, rate in enumerate([0.0, -0.0, 0.0])]
+    entries = [
+        (step, 7, rate, 1.0, np.ones((3, 1, 1), np.float32))
+        for step, rate in enumerate([0.0, -0.0, 0.0])
+    ]
     written(tmp_path / "run.log", entries, (3,))
-    assert np.signbit(ReplayLog.open(tmp_path / "run.log").records["rate"]).tolist() == [False, True, False]
+    assert np.signbit(ReplayLog.open(tmp_path / "run.log").records["rate"]).tolist() == [
+        False,
+        True,
+        False,
+    ]
 
 
-@pytest.mark.parametrize(("rates", "size", "bound"), [("constant", 8_800, 10_000), ("schedule", 12_720, 14_000)])
+@pytest.mark.parametrize(
+    ("rates", "size", "bound"), [("constant", 8_800, 10_000), ("schedule", 12_720, 14_000)]
+)
 def test_a_thousand_steps_of_one_derivative_take_what_is_said(rates, size, bound, tmp_path):
-    with ReplayLog.create(tmp_path / "run.log", BASE, SGD[1], {"run": "low-rank-paper-seed0"}) as log:
+    with ReplayLog.create(
+        tmp_path / "run.log", BASE, SGD[1], {"run": "low-rank-paper-seed0"}
+    ) as log:
         header = log.path.stat().st_size
         for entry in steps(1000, rates, num_tangents=1):
             log.append(*entry)
@@ -182,7 +220,9 @@ def test_each_digest_is_of_all_a_record_holds(tmp_path):
 
 
 BLOCKS = (3, 1, 2, 4)
-KINDS = pytest.mark.parametrize(("rates", "seeds"), [("constant", "constant"), ("schedule", "each")])
+KINDS = pytest.mark.parametrize(
+    ("rates", "seeds"), [("constant", "constant"), ("schedule", "each")]
+)
 
 
 @KINDS
@@ -264,7 +304,8 @@ def test_a_log_of_another_format_is_refused_by_its_number(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"replay log 2\n", b"replay log 1\n"))
     for append in (False, True):
         with pytest.raises(
-            LogError, match="is a replay log of format 1, and this version of prograde knows only format 2"
+            LogError,
+            match="is a replay log of format 1, and this version of prograde knows only format 2",
         ):
             ReplayLog.open(path, append)
 
@@ -287,7 +328,9 @@ def test_a_loss_that_failed_leaves_the_log_whole(tmp_path):
         log.append(*entry)
     log.close()
     written(tmp_path / "undisturbed.log", entries, (4,))
-    assert ReplayLog.open(log.path).digest(4) == ReplayLog.open(tmp_path / "undisturbed.log").digest(4)
+    assert ReplayLog.open(log.path).digest(4) == ReplayLog.open(
+        tmp_path / "undisturbed.log"
+    ).digest(4)
 
 
 def test_a_continued_run_is_the_uninterrupted_one(key, tmp_path):
@@ -300,11 +343,15 @@ def test_a_continued_run_is_the_uninterrupted_one(key, tmp_path):
     with ReplayLog.open(tmp_path / "parts.log", append=True) as log:
         state = replay(log, update, params)
         for step in range(len(log), 6):
-            value, _, derivatives = update.estimator.derivatives(loss, update.key(7, step), state.params, *batch)
+            value, _, derivatives = update.estimator.derivatives(
+                loss, update.key(7, step), state.params, *batch
+            )
             log.append(step, 7, 0.01 / (1 + step), value, derivatives)
             state = update(state, step, 7, 0.01 / (1 + step), derivatives)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(whole.params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # the derivatives were not compiled here
+        np.testing.assert_allclose(
+            a, b, rtol=1e-5, atol=1e-6
+        )  # the derivatives were not compiled here
 
 
 def test_what_does_not_fit_is_refused_by_name(key, tmp_path):
@@ -337,7 +384,9 @@ def test_the_key_of_a_step_is_that_of_its_seed():
     data = lambda key: jax.random.key_data(key).tolist()
     assert data(Update.key(7, 3)) == data(jax.random.fold_in(jax.random.key(7), 3))
     high, low = (int(word) for word in jax.random.key_data(jax.random.split(jax.random.key(1))[1]))
-    assert data(Update.key(high << 32 | low, 3)) == data(jax.random.fold_in(jax.random.split(jax.random.key(1))[1], 3))
+    assert data(Update.key(high << 32 | low, 3)) == data(
+        jax.random.fold_in(jax.random.split(jax.random.key(1))[1], 3)
+    )
     with pytest.raises(ValueError, match="seed=-1"):
         Update.key(-1, 0)
 

@@ -83,19 +83,28 @@ def test_against_numpy(distribution, precondition, chunk, key):
     expected, slopes = np.zeros(len(c)), []
     for i in range(k):
         tangent = distribution.sample(key, params, i, k)
-        dense = jax.tree.map(lambda v: v.dense() if is_structured(v) else v, tangent, is_leaf=is_structured)
+        dense = jax.tree.map(
+            lambda v: v.dense() if is_structured(v) else v, tangent, is_leaf=is_structured
+        )
         v = c * flat(dense)
         slopes.append(gradient @ v)
         expected += slopes[-1] * (v if precondition else v / c**2) / k
     estimator = pg.Scaled(pg.WeightPerturbation(distribution, k, chunk), SCALES, precondition)
     found = jax.jit(lambda k, p: estimator.estimate(loss, k, None, p, *args))(key, params)
     np.testing.assert_allclose(found.directional, slopes, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(flat(found.grads), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        flat(found.grads), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
+    )
 
 
 def test_a_central_difference_has_its_step_in_units_of_the_scale(key):
     """(h^2 / 6) E[D^3 f(v, v, v) v] / c^2 of f = sum a x^3 along all v = c sqrt(n) e_i is h^2 c_i^2 n a_i."""
-    a, x, c, h = jnp.asarray([1.0, -2.0, 0.5]), jnp.asarray([0.3, 0.2, -1.0]), np.asarray([0.5, 1.0, 2.0]), 0.25
+    a, x, c, h = (
+        jnp.asarray([1.0, -2.0, 0.5]),
+        jnp.asarray([0.3, 0.2, -1.0]),
+        np.asarray([0.5, 1.0, 2.0]),
+        0.25,
+    )
     estimator = pg.Scaled(pg.CentralDifference(pg.Basis(), 3, step=h), c)
     grads = estimator.estimate(lambda x: jnp.sum(a * x**3), key, None, x).grads
     np.testing.assert_allclose(grads, 3 * a * x**2 + h**2 * c**2 * 3 * a, rtol=1e-4)
@@ -112,7 +121,10 @@ ROW, COLUMN = np.arange(1.0, 31.0)[:, None], np.arange(1.0, 21.0)
 @pytest.mark.parametrize("distribution", [pg.LowRank(1), pg.LowRank(2)], ids=repr)
 def test_low_rank_tangents_stay_so_unless_every_entry_has_a_scale(c, kept, distribution, key):
     loss = lambda p, x: jnp.mean(jnp.tanh(x @ p["w"]))
-    params, x = {"w": jax.random.normal(key, (30, 20))}, jax.random.normal(jax.random.fold_in(key, 1), (64, 30))
+    params, x = (
+        {"w": jax.random.normal(key, (30, 20))},
+        jax.random.normal(jax.random.fold_in(key, 1), (64, 30)),
+    )
     plain, scaled = (
         pg.WeightPerturbation(distribution, 3),
         pg.Scaled(pg.WeightPerturbation(distribution, 3), {"w": c}),
@@ -120,24 +132,37 @@ def test_low_rank_tangents_stay_so_unless_every_entry_has_a_scale(c, kept, distr
     report = pg.check(loss, params, x, estimator=scaled, memory=False)
     assert [f.primitive for _, f in report.dense] == ([] if kept else ["stretch"])
     if kept:  # a multiplication of the factors, and of the gradient
-        assert report.cost_ratio < 1.02 * pg.check(loss, params, x, estimator=plain, memory=False).cost_ratio
+        assert (
+            report.cost_ratio
+            < 1.02 * pg.check(loss, params, x, estimator=plain, memory=False).cost_ratio
+        )
     tangent = distribution.sample(key, params)["w"].dense()
     v = jnp.asarray(c) * tangent
     expected = jax.jvp(lambda w: loss({"w": w}, x), (params["w"],), (v,))[1]
-    one = pg.Scaled(pg.WeightPerturbation(distribution), {"w": c}).estimate(loss, key, None, params, x)
+    one = pg.Scaled(pg.WeightPerturbation(distribution), {"w": c}).estimate(
+        loss, key, None, params, x
+    )
     np.testing.assert_allclose(one.directional[0], expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(one.grads["w"], expected * v / np.asarray(c) ** 2, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        one.grads["w"], expected * v / np.asarray(c) ** 2, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_convolutions_and_stacked_layers_keep_factors_too(key):
     params = {"kernel": jnp.ones((3, 3, 4, 8)), "stack": jnp.ones((5, 8, 8))}
 
     def loss(p, x):
-        x = lax.conv_general_dilated(x, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = lax.conv_general_dilated(
+            x, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         return jnp.mean(lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["stack"])[0])
 
-    estimator = pg.Scaled(scales={"kernel": np.arange(1.0, 9.0), "stack": np.arange(1.0, 6.0)[:, None, None]})
-    assert not pg.check(loss, params, jnp.ones((2, 6, 6, 4)), estimator=estimator, memory=False).dense
+    estimator = pg.Scaled(
+        scales={"kernel": np.arange(1.0, 9.0), "stack": np.arange(1.0, 6.0)[:, None, None]}
+    )
+    assert not pg.check(
+        loss, params, jnp.ones((2, 6, 6, 4)), estimator=estimator, memory=False
+    ).dense
 
 
 def test_stretch_is_the_line_through_the_parameters(key):
@@ -145,16 +170,25 @@ def test_stretch_is_the_line_through_the_parameters(key):
     expected = lambda u, about, c: about + c * (u - about)
     np.testing.assert_allclose(stretch(u, about, c), expected(u, about, c))
     tangents = (jnp.ones((2, 3)), jnp.full((2, 3), 0.5), jnp.asarray([[1.0], [-1.0]]))
-    for a, b in zip(jax.jvp(stretch, (u, about, c), tangents), jax.jvp(expected, (u, about, c), tangents), strict=True):
+    for a, b in zip(
+        jax.jvp(stretch, (u, about, c), tangents),
+        jax.jvp(expected, (u, about, c), tangents),
+        strict=True,
+    ):
         np.testing.assert_allclose(a, b)
     for axes in ((0, None, None), (None, 0, None), (None, None, 0), (1, 0, 0)):
-        args = [x if a is None else jnp.stack([x, 2 * x], a) for x, a in zip((u, about, c), axes, strict=True)]
+        args = [
+            x if a is None else jnp.stack([x, 2 * x], a)
+            for x, a in zip((u, about, c), axes, strict=True)
+        ]
         batched = [jax.jit(jax.vmap(f, axes))(*args) for f in (stretch, expected)]
         np.testing.assert_allclose(*batched)
     # no arithmetic touches the parameters where they are the point itself
     w = jax.random.normal(key, (7,))
     np.testing.assert_array_equal(jax.jit(lambda w: stretch(w, w, jnp.asarray([0.3])))(w), w)
-    jaxpr = jax.make_jaxpr(lambda w, v: jax.jvp(lambda u: stretch(u, w, jnp.ones(1)), (w,), (v,)))(w, w)
+    jaxpr = jax.make_jaxpr(lambda w, v: jax.jvp(lambda u: stretch(u, w, jnp.ones(1)), (w,), (v,)))(
+        w, w
+    )
     assert "stretch" not in str(jaxpr)
 
 
@@ -165,7 +199,9 @@ def test_unbiased(key):
     """With scales from the data at hand, which are no function of the tangents."""
     params, loss, args, _ = problem(key)
     scales = lambda p, x, y: {"w": jnp.mean(jnp.abs(x), 0)[:, None], "b": 1.0, "out": 2.0}
-    assert_unbiased(pg.Scaled(scales=scales), loss, jax.random.fold_in(key, 1), params, *args, effect=0.1)
+    assert_unbiased(
+        pg.Scaled(scales=scales), loss, jax.random.fold_in(key, 1), params, *args, effect=0.1
+    )
 
 
 @pytest.mark.parametrize("mode", ["gradient", "curvature"])
@@ -173,17 +209,29 @@ def test_unbiased_whatever_was_learned(mode, key):
     params, loss, args, _ = problem(key)
     bends = jnp.asarray([2.0, 1.0, 30.0]) if mode == "curvature" else None
     state = ScaleState(None, jnp.asarray([1.0, 40.0, 0.5]), bends, jnp.asarray(7), jnp.asarray(21))
-    assert_unbiased(pg.Scaled(scales=mode), loss, jax.random.fold_in(key, 1), params, *args, state=state, effect=0.1)
+    assert_unbiased(
+        pg.Scaled(scales=mode),
+        loss,
+        jax.random.fold_in(key, 1),
+        params,
+        *args,
+        state=state,
+        effect=0.1,
+    )
 
 
 def test_the_scales_of_a_step_are_those_of_the_state_before_it(key):
     """The same state gives the same scales with every key, so that they are independent of the tangents of the step."""
     params, loss, args, _ = problem(key)
     estimator = pg.Scaled(scales="curvature", every=1)
-    state = ScaleState(None, jnp.ones(3), jnp.asarray([1.0, 2.0, 40.0]), jnp.asarray(3), jnp.asarray(3))
+    state = ScaleState(
+        None, jnp.ones(3), jnp.asarray([1.0, 2.0, 40.0]), jnp.asarray(3), jnp.asarray(3)
+    )
     expected = np.asarray(estimator._learned(state, params)["w"]).item()
     assert expected != 1
-    fixed = pg.Scaled(scales={name: float(c.reshape(())) for name, c in estimator._learned(state, params).items()})
+    fixed = pg.Scaled(
+        scales={name: float(c.reshape(())) for name, c in estimator._learned(state, params).items()}
+    )
     of_state = jax.jit(lambda k: estimator.estimate(loss, k, state, params, *args).grads)
     of_fixed = jax.jit(lambda k: fixed.estimate(loss, k, None, params, *args).grads)
     for k in jax.random.split(key, 3):
@@ -201,14 +249,18 @@ def test_the_mean_of_preconditioned_estimates(key):
 
 def _sampled(draw, key, figure, effect):
     """As many figures of estimates as an error of the mean needs to be noticed; the spread is that of a first 2000."""
-    of = lambda keys: figure(np.concatenate([np.reshape(g, (len(keys), -1)) for g in jax.tree.leaves(draw(keys))], 1))
+    of = lambda keys: figure(
+        np.concatenate([np.reshape(g, (len(keys), -1)) for g in jax.tree.leaves(draw(keys))], 1)
+    )
     pilot = of(jax.random.split(jax.random.fold_in(key, 0), 2000))
     needed = required_samples(1.2 * float(pilot.std()), effect)
     batches = jax.random.split(jax.random.fold_in(key, 1), (-(-needed // 10_000), 10_000))
     return np.concatenate([of(keys) for keys in batches])
 
 
-@pytest.mark.parametrize(("distribution", "excess"), [(pg.LowRank(1), 0), (pg.Normal(), 2)], ids=repr)
+@pytest.mark.parametrize(
+    ("distribution", "excess"), [(pg.LowRank(1), 0), (pg.Normal(), 2)], ids=repr
+)
 @pytest.mark.parametrize("precondition", [False, True])
 def test_second_moment(distribution, excess, precondition, key):
     """sum c^-2 sum c^2 grad^2 (+ 2 |grad|^2), or sum c^2 sum c^2 grad^2 (+ 2 sum c^4 grad^2). Notices 10 %."""
@@ -216,9 +268,13 @@ def test_second_moment(distribution, excess, precondition, key):
     c = np.asarray([[0.5], [0.8], [1.0], [1.5]])
     squares, gradient = np.broadcast_to(c**2, w.shape), np.asarray(w, np.float64)
     power = squares if precondition else 1 / squares
-    expected = power.sum() * (squares * gradient**2).sum() + excess * (power * squares * gradient**2).sum()
+    expected = (
+        power.sum() * (squares * gradient**2).sum() + excess * (power * squares * gradient**2).sum()
+    )
     estimator = pg.Scaled(pg.WeightPerturbation(distribution), c, precondition)
-    draw = jax.jit(jax.vmap(lambda k: estimator.estimate(lambda w: jnp.sum(w**2) / 2, k, None, w).grads))
+    draw = jax.jit(
+        jax.vmap(lambda k: estimator.estimate(lambda w: jnp.sum(w**2) / 2, k, None, w).grads)
+    )
     assert_mean(_sampled(draw, key, lambda g: (g**2).sum(1) / expected, 0.1), 1.0, effect=0.1)
 
 
@@ -231,7 +287,9 @@ BENDS, STARTS, SIZES = (
 
 
 def bowl(params):
-    return sum(bend * jnp.sum((params[name] - STARTS[name]) ** 2) / 2 for name, bend in BENDS.items())
+    return sum(
+        bend * jnp.sum((params[name] - STARTS[name]) ** 2) / 2 for name, bend in BENDS.items()
+    )
 
 
 def optimum(mode, precondition):
@@ -239,7 +297,11 @@ def optimum(mode, precondition):
     bends, starts = (np.asarray(list(x.values())) for x in (BENDS, STARTS))
     gradients = np.sqrt(sizes) * bends * np.abs(starts)  # |g_s| at 0
     squares = np.sqrt(sizes * (bends if mode == "curvature" else 1)) / gradients
-    c = 1 / np.sqrt(sizes.sum() * bends) if precondition else np.sqrt(squares * sizes.sum() / (sizes @ squares))
+    c = (
+        1 / np.sqrt(sizes.sum() * bends)
+        if precondition
+        else np.sqrt(squares * sizes.sum() / (sizes @ squares))
+    )
     return c, sizes, gradients, bends
 
 
@@ -249,7 +311,9 @@ def test_scales_converge_to_the_optimum(mode, precondition, key):
     estimator = pg.Scaled(scales=mode, precondition=precondition, every=1, decay=0.998)
     state = estimator.init(bowl, params)
     state = lax.scan(
-        lambda s, k: (estimator.estimate(bowl, k, s, params).state, 0), state, jax.random.split(key, 3000)
+        lambda s, k: (estimator.estimate(bowl, k, s, params).state, 0),
+        state,
+        jax.random.split(key, 3000),
     )[0]
     learned = flat(estimator._learned(state, params))
     expected, sizes, gradients, bends = optimum(mode, precondition)
@@ -273,7 +337,9 @@ def test_the_rate_of_a_preconditioned_step_is_in_units_of_the_curvature(limit, k
         found = step(k, state)
         assert not flat(found.grads).any()
         state = found.state
-    for rate, k in zip((0.5, 1.0, 2.0), jax.random.split(jax.random.fold_in(key, 1), 3), strict=True):
+    for rate, k in zip(
+        (0.5, 1.0, 2.0), jax.random.split(jax.random.fold_in(key, 1), 3), strict=True
+    ):
         found = step(k, state)
         after = bowl(jax.tree.map(lambda w, g, rate=rate: w - rate * g, params, found.grads))
         change, square = float(after - found.value), float(found.directional[0]) ** 2
@@ -302,11 +368,17 @@ def test_no_scale_runs_away(key):
     """A leaf without gradient or curvature is held by the limit, and leaves those of the others as they are."""
     params = {name: jnp.zeros(shape) for name, shape in SIZES.items()}
     state = ScaleState(
-        None, jnp.asarray([1e4, 0.0, 400.0]), jnp.asarray([32.0, 0.0, -40.0]), jnp.asarray(3), jnp.asarray(3)
+        None,
+        jnp.asarray([1e4, 0.0, 400.0]),
+        jnp.asarray([32.0, 0.0, -40.0]),
+        jnp.asarray(3),
+        jnp.asarray(3),
     )
     for mode, precondition in LEARNED:
         held = state if mode == "curvature" else eqx.tree_at(lambda s: s.bends, state, None)
-        c = flat(pg.Scaled(scales=mode, precondition=precondition, limit=4.0)._learned(held, params))
+        c = flat(
+            pg.Scaled(scales=mode, precondition=precondition, limit=4.0)._learned(held, params)
+        )
         assert np.isfinite(c).all()
         assert c.max() / c.min() <= 16 * 1.001
         if not precondition:
@@ -333,7 +405,11 @@ def test_the_state_of_the_estimator_inside_is_carried(key):
 def test_nothing_is_promoted(dtype, key, strict):
     params = {"w": jnp.ones((8, 8), dtype), "b": jnp.ones(8, dtype)}
     loss = lambda p, x: jnp.mean(jnp.square(jnp.tanh(x @ p["w"]) @ p["b"]))
-    for scales, precondition in [(2.0, False), ({"w": np.full((8, 1), 2.0), "b": 3.0}, True), *LEARNED]:
+    for scales, precondition in [
+        (2.0, False),
+        ({"w": np.full((8, 1), 2.0), "b": 3.0}, True),
+        *LEARNED,
+    ]:
         estimator = pg.Scaled(scales=scales, precondition=precondition)
         state = estimator.init(loss, params, jnp.ones((4, 8), dtype))
         step = lambda k, s, e=estimator: e.estimate(loss, k, s, params, jnp.ones((4, 8), dtype))
@@ -343,11 +419,17 @@ def test_nothing_is_promoted(dtype, key, strict):
 
 
 def test_other_leaves_pass_and_prefixes_are_taken():
-    params = {"block": {"w": jnp.ones((3, 2)), "b": np.ones(2, np.float32)}, "count": 3, "name": "x"}
+    params = {
+        "block": {"w": jnp.ones((3, 2)), "b": np.ones(2, np.float32)},
+        "count": 3,
+        "name": "x",
+    }
     loss = lambda p: jnp.sum(p["block"]["w"] ** 2) + p["count"] * jnp.sum(p["block"]["b"] ** 2)
     scales = {"block": 2.0, "count": None, "name": None}
     for given in (scales, 2.0):
-        _, grads = pg.value_and_grad(loss, pg.Scaled(pg.ForwardJacobian(), given, True))(None, params)
+        _, grads = pg.value_and_grad(loss, pg.Scaled(pg.ForwardJacobian(), given, True))(
+            None, params
+        )
         assert grads["count"] is None
         np.testing.assert_allclose(grads["block"]["w"], 8 * np.ones((3, 2)))
         np.testing.assert_allclose(grads["block"]["b"], 24 * np.ones(2))
@@ -371,7 +453,11 @@ def test_compared_and_hashed_by_their_values():
         ({"scales": {"w": np.asarray([1.0, -1.0])}}, ValueError, r"scales\['w'\].*positive finite"),
         ({"scales": [np.inf]}, ValueError, "positive finite"),
         ({"scales": {"w": "large"}}, TypeError, r"scales\['w'\]='large'"),
-        ({"scales": "gradient", "precondition": True}, ValueError, "leaving out all leaves but one"),
+        (
+            {"scales": "gradient", "precondition": True},
+            ValueError,
+            "leaving out all leaves but one",
+        ),
         ({"precondition": 1}, ValueError, "precondition=1"),
         ({"every": 0}, ValueError, "every=0"),
         ({"decay": 1.0}, ValueError, "decay=1.0"),
@@ -385,7 +471,9 @@ def test_bad_arguments_are_named(arguments, error, words):
 
 def test_scales_and_states_that_do_not_fit_are_refused(key):
     params, loss, args, _ = problem(key)
-    grads = lambda scales: jax.eval_shape(pg.value_and_grad(loss, pg.Scaled(scales=scales)), key, params, *args)
+    grads = lambda scales: jax.eval_shape(
+        pg.value_and_grad(loss, pg.Scaled(scales=scales)), key, params, *args
+    )
     with pytest.raises(ValueError, match=r"scales has the structure"):
         grads({"w": 1.0, "b": 2.0})
     with pytest.raises(ValueError, match=r"scale of params\['w'\] has shape \(3,\).*\(3, 8\)"):

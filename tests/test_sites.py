@@ -40,7 +40,9 @@ def exact_cotangents(estimator, program, floats, key, batch):
     units = jax.eval_shape(sample, key)[0].shape[1]
     noise, directional = jax.jit(jax.vmap(sample))(jax.random.split(key, 2 * units + 20))
     noise, directional = np.asarray(noise, np.float64), np.asarray(directional, np.float64)
-    solved = np.stack([np.linalg.lstsq(noise[:, i], directional[:, i], rcond=1e-9)[0] for i in range(batch)])
+    solved = np.stack(
+        [np.linalg.lstsq(noise[:, i], directional[:, i], rcond=1e-9)[0] for i in range(batch)]
+    )
     cotangents, start = [], 0
     for site in sites(run.records):
         shape = site.noise.shape[: site.depth] + site.noise.shape[site.depth + 1 :]
@@ -90,7 +92,9 @@ def test_a_product_and_its_bias_are_one_site(model, expected, key):
 
 @pytest.mark.parametrize("head", ["perturbed", "exact"])
 @pytest.mark.parametrize(
-    "model", [site_models.relu_mlp, site_models.recurrent, site_models.used_otherwise], ids=lambda m: m.__name__
+    "model",
+    [site_models.relu_mlp, site_models.recurrent, site_models.used_otherwise],
+    ids=lambda m: m.__name__,
 )
 def test_activity_perturbation_is_unbiased(model, head, key):
     """Notices 5 % in the projection on the gradient."""
@@ -107,8 +111,12 @@ def test_the_exact_head_has_the_gradient_of_reverse_mode_and_lowers_the_variance
     second = {}
     for head in ("perturbed", "exact"):
         estimator = pg.ActivityPerturbation(head=head)
-        grads = jax.jit(jax.vmap(lambda k, e=estimator: e.estimate(losses, k, None, params, *args).grads))(keys)
-        second[head] = float(jnp.mean(sum(jnp.sum(g**2, axis=range(1, g.ndim)) for g in (grads["w"], grads["b"]))))
+        grads = jax.jit(
+            jax.vmap(lambda k, e=estimator: e.estimate(losses, k, None, params, *args).grads)
+        )(keys)
+        second[head] = float(
+            jnp.mean(sum(jnp.sum(g**2, axis=range(1, g.ndim)) for g in (grads["w"], grads["b"])))
+        )
         if head == "exact":
             np.testing.assert_allclose(grads["out"][0], gradient["out"], rtol=1e-5)
     assert second["exact"] < 0.9 * second["perturbed"]
@@ -132,7 +140,9 @@ def test_second_moment_is_the_number_of_perturbed_units(key):
         return jnp.sum(jnp.sin(x @ w), axis=-1)
 
     estimator = pg.ActivityPerturbation()
-    grads = jax.jit(jax.vmap(lambda k: estimator.estimate(losses, k, None, w, x).grads))(jax.random.split(key, 20_000))
+    grads = jax.jit(jax.vmap(lambda k: estimator.estimate(losses, k, None, w, x).grads))(
+        jax.random.split(key, 20_000)
+    )
     exact = jax.grad(lambda w: losses(w, x).mean())(w)
     moments = jnp.sum(grads**2, axis=-1) / (
         7 * jnp.sum(exact**2, axis=-1)
@@ -147,15 +157,23 @@ def test_several_tangents_are_averaged(key):
     program, floats = estimator.program(losses, params, args, False)
     run = estimator.perturbed_run(program, floats, key)
     assert run.directional[0].shape == (5, 4)
-    for k in range(5):  # each tangent is what a single run along its noise gives: the derivative is linear in it
+    for k in range(
+        5
+    ):  # each tangent is what a single run along its noise gives: the derivative is linear in it
         site = sites(run.records)[1]
         assert site.noise.shape == (3, 5, 4, 4)
         assert not bool(jnp.array_equal(site.noise[:, k], site.noise[:, (k + 1) % 5]))
     gradient = np.asarray(flat(true_gradient(losses, params, args)))
-    samples = jax.jit(jax.vmap(lambda k: flat(estimator.estimate(losses, k, None, params, *args).grads)))
+    samples = jax.jit(
+        jax.vmap(lambda k: flat(estimator.estimate(losses, k, None, params, *args).grads))
+    )
     keys = jax.random.split(jax.random.fold_in(key, 1), 4000)
     samples = np.asarray(samples(keys))
-    single = jax.jit(jax.vmap(lambda k: flat(pg.ActivityPerturbation().estimate(losses, k, None, params, *args).grads)))
+    single = jax.jit(
+        jax.vmap(
+            lambda k: flat(pg.ActivityPerturbation().estimate(losses, k, None, params, *args).grads)
+        )
+    )
     variance = np.asarray(single(jnp.copy(keys))).var(axis=0).sum()
     np.testing.assert_allclose(samples.var(axis=0).sum() * 5 / variance, 1, atol=0.15)
     assert_mean(samples @ gradient / (gradient @ gradient), 1.0, effect=0.15)
@@ -164,7 +182,9 @@ def test_several_tangents_are_averaged(key):
 def test_the_whole_batch_as_one_example_is_unbiased_too(key):
     params, losses, args = site_models.relu_mlp(key)
     mean_loss = lambda *a: jnp.mean(losses(*a))
-    assert_unbiased(pg.ActivityPerturbation(per_example=False), mean_loss, key, params, *args, effect=0.1)
+    assert_unbiased(
+        pg.ActivityPerturbation(per_example=False), mean_loss, key, params, *args, effect=0.1
+    )
 
 
 def batch_normalised(params, x):
@@ -175,10 +195,17 @@ def batch_normalised(params, x):
 
 def test_examples_that_depend_on_each_other_are_refused_and_weighed_together_unbiased(key):
     params, _, (x, _) = site_models.relu_mlp(key)
-    with pytest.raises(ValueError, match=r"examples depend on each other.*test_sites.py.*per_example=False"):
+    with pytest.raises(
+        ValueError, match=r"examples depend on each other.*test_sites.py.*per_example=False"
+    ):
         pg.value_and_grad(batch_normalised, pg.ActivityPerturbation())(key, params, x)
     assert_unbiased(
-        pg.ActivityPerturbation(per_example=False), batch_normalised, jax.random.fold_in(key, 1), params, x, effect=0.1
+        pg.ActivityPerturbation(per_example=False),
+        batch_normalised,
+        jax.random.fold_in(key, 1),
+        params,
+        x,
+        effect=0.1,
     )
 
 
@@ -220,15 +247,24 @@ mean_free.defjvp(lambda p, t: (jnp.tanh(p[0]), t[0] - t[0].mean(axis=0)))
         lambda h: h - jnp.repeat(h.reshape(-1, 2, 8).mean(1), 2, axis=0),
         lambda h: jnp.tanh(h.reshape(-1, 16) @ jnp.ones((16, 16))).reshape(-1, 8),
         lambda h: h.reshape(8, -1).T,
-        lambda h: lax.scan(lambda c, r: (c + r, c + r), jnp.zeros(()), h.reshape(-1))[1].reshape(h.shape),
-        lambda h: lax.scan(lambda c, r: (c + r, c + r), jnp.zeros((2, 8)), h.reshape(-1, 2, 8))[1].reshape(h.shape),
+        lambda h: lax.scan(lambda c, r: (c + r, c + r), jnp.zeros(()), h.reshape(-1))[1].reshape(
+            h.shape
+        ),
+        lambda h: lax.scan(lambda c, r: (c + r, c + r), jnp.zeros((2, 8)), h.reshape(-1, 2, 8))[
+            1
+        ].reshape(h.shape),
         lambda h: mean_free(h),
     ],
 )
 def test_operations_that_join_examples_are_refused(mix, key):
     params, _, (x, _) = site_models.relu_mlp(key)
-    with pytest.raises(ValueError, match=r"examples depend on each other|a second time with 8 examples|something else"):
-        pg.value_and_grad(lambda p, x: jnp.sum(mix(x @ p["w"]), axis=-1), pg.ActivityPerturbation())(key, params, x)
+    with pytest.raises(
+        ValueError,
+        match=r"examples depend on each other|a second time with 8 examples|something else",
+    ):
+        pg.value_and_grad(
+            lambda p, x: jnp.sum(mix(x @ p["w"]), axis=-1), pg.ActivityPerturbation()
+        )(key, params, x)
 
 
 def centred(h):
@@ -254,9 +290,13 @@ def centred(h):
         lambda h, y: jnp.linalg.norm(h, axis=-1) + h.max(-1),
         lambda h, y: jnp.fft.rfft(h).real.sum(-1),
         lambda h, y: jnp.concatenate([h, h[:, ::-1]], axis=1).reshape(len(h), 2, -1).mean((1, 2)),
-        lambda h, y: jnp.tanh(jnp.repeat(h, 3, axis=0).reshape(-1, 8)).reshape(len(h), 3, 8).sum((1, 2)),
+        lambda h, y: (
+            jnp.tanh(jnp.repeat(h, 3, axis=0).reshape(-1, 8)).reshape(len(h), 3, 8).sum((1, 2))
+        ),
         lambda h, y: lax.scan(lambda c, col: (jnp.sin(c) + col, c), h[:, 0], h.T)[0],
-        lambda h, y: jax.nn.one_hot(y, 8).T[0] * h[:, 0] + (h @ DATA[:, :1].repeat(2, axis=0))[:, 0],
+        lambda h, y: (
+            jax.nn.one_hot(y, 8).T[0] * h[:, 0] + (h @ DATA[:, :1].repeat(2, axis=0))[:, 0]
+        ),
     ],
 )
 def test_operations_that_keep_examples_apart_are_allowed_and_the_estimate_is_exact(apart, key):
@@ -266,7 +306,9 @@ def test_operations_that_keep_examples_apart_are_allowed_and_the_estimate_is_exa
     losses = lambda w, x, y: apart(x @ w, y)
     estimator = pg.ActivityPerturbation()
     program, floats = estimator.program(losses, w, (x, y), False)
-    records, cotangents = exact_cotangents(estimator, program, floats, jax.random.fold_in(key, 1), program.batch)
+    records, cotangents = exact_cotangents(
+        estimator, program, floats, jax.random.fold_in(key, 1), program.batch
+    )
     (grads,) = collect(with_cotangents(records, cotangents), [w])
     np.testing.assert_allclose(grads, true_gradient(losses, w, (x, y)), rtol=2e-3, atol=1e-4)
 
@@ -277,7 +319,9 @@ def test_statistics_of_the_batch_in_auxiliary_output_join_nothing(key):
     def with_aux(params, x, y):
         return losses(params, x, y), {"mean": jnp.mean(x @ params["w"]), "name": "relu"}
 
-    (value, aux), grads = pg.value_and_grad(with_aux, pg.ActivityPerturbation(), has_aux=True)(key, params, x, y)
+    (value, aux), grads = pg.value_and_grad(with_aux, pg.ActivityPerturbation(), has_aux=True)(
+        key, params, x, y
+    )
     np.testing.assert_allclose(value, losses(params, x, y).mean(), rtol=1e-6)
     np.testing.assert_allclose(aux["mean"], jnp.mean(x @ params["w"]), rtol=1e-6)
     assert aux["name"] == "relu"
@@ -286,8 +330,12 @@ def test_statistics_of_the_batch_in_auxiliary_output_join_nothing(key):
 
 def test_a_scalar_loss_is_refused(key):
     params, losses, args = site_models.relu_mlp(key)
-    with pytest.raises(ValueError, match=r"scalar loss, but ActivityPerturbation.*per_example=False"):
-        pg.value_and_grad(lambda *a: losses(*a).mean(), pg.ActivityPerturbation())(key, params, *args)
+    with pytest.raises(
+        ValueError, match=r"scalar loss, but ActivityPerturbation.*per_example=False"
+    ):
+        pg.value_and_grad(lambda *a: losses(*a).mean(), pg.ActivityPerturbation())(
+            key, params, *args
+        )
 
 
 def test_a_batch_that_is_closed_over_is_refused(key):
@@ -301,7 +349,9 @@ def test_an_exact_head_inside_a_loop_is_refused(key):
         return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params)[0].sum(-1)
 
     with pytest.raises(ValueError, match=r"head='exact'.*inside a loop.*head='perturbed'"):
-        pg.value_and_grad(losses, pg.ActivityPerturbation(head="exact"))(key, jnp.ones((2, 3, 3)), jnp.ones((5, 3)))
+        pg.value_and_grad(losses, pg.ActivityPerturbation(head="exact"))(
+            key, jnp.ones((2, 3, 3)), jnp.ones((5, 3))
+        )
 
 
 def test_learned_feedback_learns_the_jacobian_of_a_linear_network(key):
@@ -329,19 +379,27 @@ def test_learned_feedback_learns_the_jacobian_of_a_linear_network(key):
     np.testing.assert_allclose(state.feedback[1], params["c"], atol=1e-4)
     np.testing.assert_allclose(state.feedback[0], params["b"] @ params["c"], atol=1e-4)
     grads = estimator.estimate(losses, jax.random.fold_in(key, 2), state, params, x).grads
-    np.testing.assert_allclose(flat(grads), flat(true_gradient(losses, params, (x,))), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        flat(grads), flat(true_gradient(losses, params, (x,))), rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
-    "model", [site_models.relu_mlp, site_models.scanned_layers, site_models.convolution], ids=lambda m: m.__name__
+    "model",
+    [site_models.relu_mlp, site_models.scanned_layers, site_models.convolution],
+    ids=lambda m: m.__name__,
 )
 def test_feedback_as_a_control_variate_is_unbiased_whatever_it_holds(model, key):
     params, losses, args = model(key)
     estimator = pg.LearnedFeedback(use="control_variate")
     state = estimator.init(losses, params, *args)
-    feedback = [jax.random.normal(jax.random.fold_in(key, i), s.shape) for i, s in enumerate(state.feedback)]
+    feedback = [
+        jax.random.normal(jax.random.fold_in(key, i), s.shape) for i, s in enumerate(state.feedback)
+    ]
     state = eqx.tree_at(lambda s: s.feedback, state, feedback)
-    assert_unbiased(estimator, losses, jax.random.fold_in(key, 99), params, *args, state=state, effect=0.1)
+    assert_unbiased(
+        estimator, losses, jax.random.fold_in(key, 99), params, *args, state=state, effect=0.1
+    )
 
 
 def test_feedback_that_has_learned_lowers_the_variance_of_the_unbiased_estimate(key):
@@ -355,7 +413,9 @@ def test_feedback_that_has_learned_lowers_the_variance_of_the_unbiased_estimate(
     variance = []
     for s in (start, state):
         draw = jax.vmap(lambda k, s=s: flat(estimator.estimate(losses, k, s, params, *args).grads))
-        variance.append(float(draw(jax.random.split(jax.random.fold_in(key, 1), 1000)).var(axis=0).sum()))
+        variance.append(
+            float(draw(jax.random.split(jax.random.fold_in(key, 1), 1000)).var(axis=0).sum())
+        )
     assert variance[1] < 0.7 * variance[0]
 
 
@@ -389,7 +449,9 @@ def test_a_hand_made_reverse_rule_is_named_and_can_be_inlined(key):
     w, x = jnp.ones((3, 2)), jnp.ones((4, 3))
     with pytest.raises(TypeError, match=r"doubled, called at .*test_sites.py.*custom_vjp='inline'"):
         pg.value_and_grad(losses, pg.ActivityPerturbation())(key, w, x)
-    value, grads = pg.value_and_grad(losses, pg.ActivityPerturbation(head="exact", custom_vjp="inline"))(key, w, x)
+    value, grads = pg.value_and_grad(
+        losses, pg.ActivityPerturbation(head="exact", custom_vjp="inline")
+    )(key, w, x)
     np.testing.assert_allclose(value, 12.0)
     np.testing.assert_allclose(grads, jnp.full((3, 2), 2.0))
 
@@ -400,11 +462,15 @@ def test_steps_without_noise_follow_the_feedback_and_leave_it(key):
     always, third = pg.LearnedFeedback(rate=0.1), pg.LearnedFeedback(rate=0.1, every=3)
     state = always.init(losses, params, *args)
     state = eqx.tree_at(
-        lambda s: s.feedback, state, [jnp.sin(jnp.arange(f.size)).reshape(f.shape) for f in state.feedback]
+        lambda s: s.feedback,
+        state,
+        [jnp.sin(jnp.arange(f.size)).reshape(f.shape) for f in state.feedback],
     )
     for i, k in enumerate(jax.random.split(jax.random.fold_in(key, 1), 6)):
         a, b = (e.estimate(losses, k, state, params, *args) for e in (always, third))
-        for x, y in zip(jax.tree.leaves((a.value, a.grads)), jax.tree.leaves((b.value, b.grads)), strict=True):
+        for x, y in zip(
+            jax.tree.leaves((a.value, a.grads)), jax.tree.leaves((b.value, b.grads)), strict=True
+        ):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
         assert b.directional is None
         expected = a.state.feedback if i % 3 == 0 else state.feedback
@@ -420,7 +486,8 @@ def test_the_tail_is_reverse_mode_and_what_is_before_it_feedback(key):
     """With all sites in it the tail is backprop; with two of three the first site alone is given feedback, and learns."""
     k = jax.random.split(jax.random.fold_in(key, 1), 4)
     params = {
-        name: site_models.normal(k[i], n, m) for i, (name, n, m) in enumerate([("a", 3, 6), ("b", 6, 5), ("c", 5, 2)])
+        name: site_models.normal(k[i], n, m)
+        for i, (name, n, m) in enumerate([("a", 3, 6), ("b", 6, 5), ("c", 5, 2)])
     }
     x = jax.random.normal(k[3], (16, 3))
 
@@ -434,7 +501,9 @@ def test_the_tail_is_reverse_mode_and_what_is_before_it_feedback(key):
             estimator = pg.LearnedFeedback(tail=tail, every=every)
             state = estimator.init(losses, params, x)
             assert [f.shape for f in state.feedback] == [(6, 2)] * (3 - tail)
-            state = eqx.tree_at(lambda s: s.step, state, jnp.asarray(1))  # with every=2 a step without noise
+            state = eqx.tree_at(
+                lambda s: s.step, state, jnp.asarray(1)
+            )  # with every=2 a step without noise
             found = estimator.estimate(losses, key, state, params, x)
             for name in ("a", "b", "c")[3 - tail :]:
                 np.testing.assert_allclose(found.grads[name], true[name], rtol=1e-4, atol=1e-5)

@@ -32,7 +32,9 @@ def dense_tangents(distribution, key, params, num_tangents):
     columns = []
     for k in range(num_tangents):
         tangent = distribution.sample(key, params, k, num_tangents)
-        tangent = jax.tree.map(lambda v: v.dense() if is_structured(v) else v, tangent, is_leaf=is_structured)
+        tangent = jax.tree.map(
+            lambda v: v.dense() if is_structured(v) else v, tangent, is_leaf=is_structured
+        )
         columns.append(flat(tangent))
     return np.stack(columns, axis=1).astype(np.float64)
 
@@ -57,20 +59,32 @@ def test_weight_perturbation(distribution, combine, chunk, key):
     n, k = len(gradient), 5
     v = dense_tangents(distribution, key, params, k)
     d = v.T @ gradient
-    expected = v @ np.linalg.lstsq(v, gradient, rcond=None)[0] if combine == "projection" else v @ d / k
+    expected = (
+        v @ np.linalg.lstsq(v, gradient, rcond=None)[0] if combine == "projection" else v @ d / k
+    )
     if (
         combine == "shrunk"
     ):  # all of these have one fourth moment: kappa_4 - 1 is 2 for normal numbers, 1/p - 1 for sparse ones
         excess = {pg.Normal(): 2, pg.Sparse(0.5): 1}.get(distribution, 0)
-        moment = n / k if isinstance(distribution, pg.Basis | pg.Orthogonal) else 1 + (n + excess - 1) / k
+        moment = (
+            n / k
+            if isinstance(distribution, pg.Basis | pg.Orthogonal)
+            else 1 + (n + excess - 1) / k
+        )
         expected = expected / moment
-    result = pg.WeightPerturbation(distribution, k, chunk, combine).estimate(loss, key, None, params)
-    np.testing.assert_allclose(flat(result.grads), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    result = pg.WeightPerturbation(distribution, k, chunk, combine).estimate(
+        loss, key, None, params
+    )
+    np.testing.assert_allclose(
+        flat(result.grads), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
+    )
     np.testing.assert_allclose(result.directional, d, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "distribution", [pg.Rademacher(), pg.LowRank(2), pg.LowRank(1, pg.Normal()), pg.Separable(2)], ids=repr
+    "distribution",
+    [pg.Rademacher(), pg.LowRank(2), pg.LowRank(1, pg.Normal()), pg.Separable(2)],
+    ids=repr,
 )
 def test_inner_products_of_tangents_are_those_of_the_dense_ones(distribution, key):
     params = {"w": jnp.zeros((8, 9)), "kernel": jnp.zeros((3, 3, 4, 5)), "b": jnp.zeros(3)}
@@ -90,7 +104,9 @@ def test_dependent_tangents_are_projected_on_all_the_same(key):
 def test_a_projection_is_never_further_from_the_gradient_than_zero(key):
     params, loss, gradient = problem(key)
     estimator = pg.WeightPerturbation(pg.LowRank(1), 8, combine="projection")
-    grads = jax.vmap(lambda k: estimator.estimate(loss, k, None, params).grads)(jax.random.split(key, 200))
+    grads = jax.vmap(lambda k: estimator.estimate(loss, k, None, params).grads)(
+        jax.random.split(key, 200)
+    )
     samples = np.concatenate([np.reshape(g, (200, -1)) for g in jax.tree.leaves(grads)], axis=1)
     assert (np.linalg.norm(samples - gradient, axis=1) < np.linalg.norm(gradient)).all()
 
@@ -108,7 +124,13 @@ def test_bias_of_a_projection_on_a_uniform_span(key):
 
 @pytest.mark.parametrize(
     ("distribution", "excess"),
-    [(pg.Normal(), 2), (pg.Rademacher(), 0), (pg.Sparse(0.25), 3), (pg.Sphere(), 0), (pg.LowRank(1), 0)],
+    [
+        (pg.Normal(), 2),
+        (pg.Rademacher(), 0),
+        (pg.Sparse(0.25), 3),
+        (pg.Sphere(), 0),
+        (pg.LowRank(1), 0),
+    ],
     ids=repr,
 )
 def test_the_shrunk_estimate_has_the_least_mean_squared_error(distribution, excess, key):
@@ -136,7 +158,9 @@ def test_forward_jacobian_is_reverse_mode(model, key):
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
-def test_a_central_difference_of_a_quadratic_function_is_the_directional_derivative(distribution, key):
+def test_a_central_difference_of_a_quadratic_function_is_the_directional_derivative(
+    distribution, key
+):
     params = {"a": jnp.arange(12.0).reshape(3, 4) / 5, "b": jnp.ones(4)}
     loss = lambda p: jnp.sum((p["a"] @ jnp.diag(p["b"] * 0 + 2)) ** 2) + jnp.sum(p["b"] ** 2)
     difference = pg.CentralDifference(distribution, 3, step=0.25).estimate(loss, key, None, params)
@@ -148,7 +172,9 @@ def test_a_central_difference_of_a_quadratic_function_is_the_directional_derivat
 def test_bias_of_a_central_difference_of_a_cubic_function(key):
     """(h^2 / 6) E[D^3 f(v, v, v) v]: along all sqrt(n) e_i that is h^2 n a_i for f = sum a_i x_i^3, without chance."""
     a, x, h = jnp.asarray([1.0, -2.0, 0.5]), jnp.asarray([0.3, 0.2, -1.0]), 0.25
-    result = pg.CentralDifference(pg.Basis(), 3, step=h).estimate(lambda x: jnp.sum(a * x**3), key, None, x)
+    result = pg.CentralDifference(pg.Basis(), 3, step=h).estimate(
+        lambda x: jnp.sum(a * x**3), key, None, x
+    )
     np.testing.assert_allclose(result.grads, 3 * a * x**2 + h**2 * 3 * a, rtol=1e-4)
 
 
@@ -156,7 +182,9 @@ def test_weights_of_one_and_a_half_spsa(key):
     """On a quadratic function the curvature that is measured is v^T H v, and the weight its power, or the floor."""
     x, h = jnp.asarray([0.3, 0.2, -1.0]), jnp.diag(jnp.asarray([1.0, 40.0, 900.0]))
     loss = lambda x: x @ h @ x / 2
-    estimator = pg.CentralDifference(pg.Basis(), 3, step=0.5, curvature_power=0.5, curvature_floor=4.0)
+    estimator = pg.CentralDifference(
+        pg.Basis(), 3, step=0.5, curvature_power=0.5, curvature_floor=4.0
+    )
     result = estimator.estimate(loss, key, None, x)
     weights = np.maximum(np.sqrt(3 * np.diag(h)), 4.0)
     np.testing.assert_allclose(result.grads, (h @ x) / weights, rtol=1e-3)
@@ -167,10 +195,15 @@ def test_activity_perturbation(key):
     params, losses, (x, y) = site_models.relu_mlp(key)
     estimator = pg.ActivityPerturbation(num_tangents=3)
     program, floats = estimator.program(losses, params, (x, y), False)
-    noise = [np.asarray(s.noise, np.float64) for s in sites(estimator.perturbed_run(program, floats, key).records)]
+    noise = [
+        np.asarray(s.noise, np.float64)
+        for s in sites(estimator.perturbed_run(program, floats, key).records)
+    ]
     result = estimator.estimate(losses, key, None, params, x, y)
 
-    w, b, out, x, y = (np.asarray(a, np.float64) for a in (params["w"], params["b"], params["out"], x, y))
+    w, b, out, x, y = (
+        np.asarray(a, np.float64) for a in (params["w"], params["b"], params["out"], x, y)
+    )
     z = x @ w + b
     h, active = np.maximum(z, 0), z > 0
     error = 2 * (h @ out - y)
@@ -193,13 +226,18 @@ def test_learned_feedback(use, key):
     params, losses, (x, y) = site_models.relu_mlp(key)
     estimator = pg.LearnedFeedback(num_tangents=2, rate=0.1, use=use)
     state = estimator.init(losses, params, x, y)
-    state = eqx.tree_at(lambda s: s.feedback, state, [jax.random.normal(jax.random.fold_in(key, 1), (8, 2))])
+    state = eqx.tree_at(
+        lambda s: s.feedback, state, [jax.random.normal(jax.random.fold_in(key, 1), (8, 2))]
+    )
     program, floats = estimator.program(losses, params, (x, y), False)
-    noise = np.asarray(sites(estimator.perturbed_run(program, floats, key).records)[0].noise, np.float64)
+    noise = np.asarray(
+        sites(estimator.perturbed_run(program, floats, key).records)[0].noise, np.float64
+    )
     result = estimator.estimate(losses, key, state, params, x, y)
 
     w, b, out, x, y, feedback = (
-        np.asarray(a, np.float64) for a in (params["w"], params["b"], params["out"], x, y, state.feedback[0])
+        np.asarray(a, np.float64)
+        for a in (params["w"], params["b"], params["out"], x, y, state.feedback[0])
     )
     z = x @ w + b
     h, active = np.maximum(z, 0), z > 0
@@ -246,7 +284,10 @@ def test_the_expected_loss_contracts_by_the_law(distribution, law, rate, key):
     first = np.asarray(contraction(jax.random.split(key, 10_000)))
     needed = required_samples(1.2 * float(first.std()), effect)
     draw = jax.jit(contraction)
-    samples = [draw(k) for k in jax.random.split(jax.random.fold_in(key, 2), (-(-needed // 50_000), 50_000))]
+    samples = [
+        draw(k)
+        for k in jax.random.split(jax.random.fold_in(key, 2), (-(-needed // 50_000), 50_000))
+    ]
     assert_mean(np.concatenate(samples), law(rate, n), effect)
 
 

@@ -56,7 +56,9 @@ def sample_estimates(estimator, key, num_samples):
 
     draw = jax.jit(jax.vmap(lambda k: flat(estimator.estimate(loss, k, None, params).grads)))
     num_batches = -(-num_samples // 25_000)
-    samples = [np.asarray(draw(jax.random.split(k, 25_000))) for k in jax.random.split(key, num_batches)]
+    samples = [
+        np.asarray(draw(jax.random.split(k, 25_000))) for k in jax.random.split(key, num_batches)
+    ]
     return np.concatenate(samples)[:num_samples], np.asarray(flat(jax.grad(loss)(params)))
 
 
@@ -84,7 +86,8 @@ def test_mean_is_the_gradient_and_second_moment_is_the_closed_form(estimator, ke
 
     coefficients = estimator.tangents.second_moment(params)
     single = sum(
-        c * jnp.sum(g**2) for c, g in zip(*map(jax.tree.leaves, (coefficients, jax.grad(loss)(params))), strict=True)
+        c * jnp.sum(g**2)
+        for c, g in zip(*map(jax.tree.leaves, (coefficients, jax.grad(loss)(params))), strict=True)
     )
     expected = float(single) / norm2
     k = estimator.num_tangents

@@ -58,7 +58,9 @@ def test_grads_go_into_optax_and_train_an_equinox_and_an_nnx_model(key):
         @eqx.filter_jit
         def step(key, params, opt_state, grad_fn=grad_fn, optimizer=optimizer, args=args):
             value, grads = grad_fn(key, params, *args)
-            updates, opt_state = optimizer.update(grads, opt_state, eqx.filter(params, eqx.is_inexact_array))
+            updates, opt_state = optimizer.update(
+                grads, opt_state, eqx.filter(params, eqx.is_inexact_array)
+            )
             return eqx.apply_updates(params, updates), opt_state, value
 
         values = []
@@ -110,13 +112,24 @@ def test_aux_passes_arrays_integers_and_other_objects(estimator, key):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 def test_leaves_that_are_not_float_arrays_pass_through(estimator, key):
-    params = {"w": jnp.ones((3, 2)), "count": jnp.arange(3), "scale": 2.0, "act": jnp.tanh, "key": jax.random.key(1)}
+    params = {
+        "w": jnp.ones((3, 2)),
+        "count": jnp.arange(3),
+        "scale": 2.0,
+        "act": jnp.tanh,
+        "key": jax.random.key(1),
+    }
 
     def loss(params, x):
         noise = jax.random.normal(params["key"], (2,))
-        return jnp.sum(params["act"](x @ params["w"]) * params["scale"] + noise) + params["count"].sum()
+        return (
+            jnp.sum(params["act"](x @ params["w"]) * params["scale"] + noise)
+            + params["count"].sum()
+        )
 
-    with jax.debug_key_reuse(False):  # every chunk evaluates the function, and with it uses the model's key, anew
+    with jax.debug_key_reuse(
+        False
+    ):  # every chunk evaluates the function, and with it uses the model's key, anew
         _, grads = pg.value_and_grad(loss, estimator)(key, params, jnp.ones((4, 3)))
     assert grads["w"].shape == (3, 2)
     assert [grads[k] for k in ("count", "scale", "act", "key")] == [None] * 4
@@ -152,7 +165,11 @@ def test_shard_map_over_the_batch(key):
     spec = jax.sharding.PartitionSpec
     mean = lambda params, *args: jax.lax.pmean(grad_fn(key, params, *args), "data")
     sharded = jax.shard_map(
-        mean, mesh=mesh, in_specs=(spec(), spec("data"), spec("data")), out_specs=spec(), check_vma=False
+        mean,
+        mesh=mesh,
+        in_specs=(spec(), spec("data"), spec("data")),
+        out_specs=spec(),
+        check_vma=False,
     )
     equal(jax.jit(sharded)(params, *args), grad_fn(key, params, *args))
 
@@ -195,9 +212,13 @@ def test_dropout_mask_and_statistics_are_shared_by_all_tangents(key):
 
     x = jax.random.normal(key, (6, 5))
     value, state = loss(params, rest, x)
-    (estimated, new_state), _ = pg.value_and_grad(loss, LOW_RANK, has_aux=True)(key, params, rest, x)
+    (estimated, new_state), _ = pg.value_and_grad(loss, LOW_RANK, has_aux=True)(
+        key, params, rest, x
+    )
     np.testing.assert_allclose(estimated, value, rtol=1e-6)
-    statistics = lambda state: [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    statistics = lambda state: [
+        leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
     equal(statistics(new_state), statistics(state))
     assert not np.array_equal(statistics(state)[0], statistics(rest)[0])
 
@@ -211,7 +232,9 @@ def test_programs_without_reverse_mode(key):
 
     with pytest.raises(ValueError, match="while_loop"):
         jax.grad(newton_root)(3.0)
-    value, grad = pg.value_and_grad(newton_root, pg.WeightPerturbation(pg.Basis()))(key, jnp.asarray(3.0))
+    value, grad = pg.value_and_grad(newton_root, pg.WeightPerturbation(pg.Basis()))(
+        key, jnp.asarray(3.0)
+    )
     np.testing.assert_allclose([value, grad], [3**0.5, 0.5 / 3**0.5], rtol=1e-5)
 
 
@@ -233,10 +256,18 @@ W = jnp.ones((3, 2))
         (lambda: pg.WeightPerturbation(num_tangents=0), ValueError, r"num_tangents=0.*at least 1"),
         (lambda: pg.WeightPerturbation(chunk=0), ValueError, r"chunk=0.*at least 1"),
         (lambda: pg.WeightPerturbation(num_tangents=2.5), ValueError, r"num_tangents=2.5"),
-        (lambda: pg.WeightPerturbation(tangents="normal"), TypeError, r"tangents='normal'.*Normal\(\)"),
+        (
+            lambda: pg.WeightPerturbation(tangents="normal"),
+            TypeError,
+            r"tangents='normal'.*Normal\(\)",
+        ),
         (lambda: pg.WeightPerturbation(tangents=pg.Normal), TypeError, r"tangents=.*Normal\(\)"),
         (lambda: pg.LowRank(rank=0), ValueError, r"rank=0.*at least 1"),
-        (lambda: pg.LowRank(factors=pg.Sphere()), ValueError, r"factors=Sphere\(\).*Rademacher\(\)"),
+        (
+            lambda: pg.LowRank(factors=pg.Sphere()),
+            ValueError,
+            r"factors=Sphere\(\).*Rademacher\(\)",
+        ),
         (lambda: pg.value_and_grad(jnp.sum, pg.Backprop), TypeError, r"estimator=.*instance"),
     ],
 )
@@ -250,11 +281,23 @@ def test_bad_configuration(make, error, words):
     [
         (jnp.sum, lambda: jax.random.PRNGKey(0), (W,), TypeError, r"typed PRNG key.*wrap_key_data"),
         (jnp.sum, lambda: 0, (W,), TypeError, r"key=0.*typed PRNG key"),
-        (jnp.sum, lambda: jax.random.split(jax.random.key(0)), (W,), TypeError, r"key has shape \(2,\).*vmap"),
+        (
+            jnp.sum,
+            lambda: jax.random.split(jax.random.key(0)),
+            (W,),
+            TypeError,
+            r"key has shape \(2,\).*vmap",
+        ),
         (jnp.sum, None, (), ValueError, r"argnums=0.*0 positional arguments"),
         (jnp.sum, None, (jnp.arange(3),), ValueError, r"no floating-point array"),
         (jnp.sum, None, ({},), ValueError, r"no floating-point array"),
-        (lambda p: jnp.sum(p["w"] ** 2).real, None, ({"w": W + 0j},), TypeError, r"\['w'\] has dtype complex64"),
+        (
+            lambda p: jnp.sum(p["w"] ** 2).real,
+            None,
+            ({"w": W + 0j},),
+            TypeError,
+            r"\['w'\] has dtype complex64",
+        ),
         (lambda w: w, None, (W,), ValueError, r"loss has shape \(3, 2\).*\[batch\]"),
         (lambda w: jnp.argmax(w), None, (W,), TypeError, r"loss has dtype int32"),
         (lambda w: (jnp.sum(w), 1), None, (W,), TypeError, r"returned tuple.*has_aux=True"),

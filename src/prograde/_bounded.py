@@ -66,7 +66,9 @@ def bounded_loops(fun: Callable[..., Any], max_iterations: int) -> Callable[...,
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], most: int) -> list[Any]:
-    values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    values: dict[Any, Any] = dict(
+        zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)
+    )
     of = lambda atoms: [atom.val if isinstance(atom, Literal) else values[atom] for atom in atoms]  # noqa: E731
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "while":
@@ -81,7 +83,11 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], most: in
 def _bounded_while(eqn: JaxprEqn, args: list[Any], most: int) -> list[Array]:
     cond, body = (_bounded(eqn.params[name], most) for name in ("cond_jaxpr", "body_jaxpr"))
     in_cond, in_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    of_cond, of_body, carry = args[:in_cond], args[in_cond : in_cond + in_body], args[in_cond + in_body :]
+    of_cond, of_body, carry = (
+        args[:in_cond],
+        args[in_cond : in_cond + in_body],
+        args[in_cond + in_body :],
+    )
 
     def unfinished(carry: Sequence[Any]) -> Array:
         """Of each of the loops that `vmap` has made one of; without it, of the one."""

@@ -70,7 +70,9 @@ class CheckReport:
     def __str__(self) -> str:
         lines = [f"{self.estimator}", f"  parameters: {self.num_parameters:,} numbers"]
         for name, sentence in zip(self.blocking, self.remedies, strict=True):
-            lines.append(f"  BLOCKED by {name}: a jax.custom_vjp, which forward mode cannot pass. {sentence}")
+            lines.append(
+                f"  BLOCKED by {name}: a jax.custom_vjp, which forward mode cannot pass. {sentence}"
+            )
         for name in self.bypassed:
             lines.append(f"  bypassed: the rule of {name}; its code is differentiated instead.")
         for path in self.always_zero:
@@ -83,7 +85,9 @@ class CheckReport:
                 f"{fallback.source}."
             )
         if activations := [shape for _, shape, has_examples in self.sites if has_examples]:
-            lines.append(f"  sites: {len(activations)}, with {sum(map(math.prod, activations)):,} numbers to perturb")
+            lines.append(
+                f"  sites: {len(activations)}, with {sum(map(math.prod, activations)):,} numbers to perturb"
+            )
         for paths, shape, has_examples in self.sites:
             if not has_examples:
                 lines.append(
@@ -92,7 +96,9 @@ class CheckReport:
         if self.ok and not self.dense and not self.sites:
             lines.append("  nothing is blocked, and no structured tangent is formed")
         if self.cost_ratio is not None:
-            lines.append(f"  cost: {self.cost_ratio:.2f} x the function alone, by a count of multiply-adds")
+            lines.append(
+                f"  cost: {self.cost_ratio:.2f} x the function alone, by a count of multiply-adds"
+            )
         if self.memory is not None and self.memory_alone is not None:
             lines.append(
                 f"  temporary memory: {self.memory / 1e6:,.1f} MB, the function alone {self.memory_alone / 1e6:,.1f} MB"
@@ -158,7 +164,12 @@ def check(
         params, args = eqx.combine(dynamic, static)
         key = jax.random.key(0)
         result = estimator.estimate(
-            fun, key, estimator.init(fun, params, *args, has_aux=has_aux), params, *args, has_aux=has_aux
+            fun,
+            key,
+            estimator.init(fun, params, *args, has_aux=has_aux),
+            params,
+            *args,
+            has_aux=has_aux,
         )
         return result.value, result.grads
 
@@ -183,11 +194,15 @@ def check(
     blocking = () if inline else differentiated
     cost_ratio = None
     if not blocking:
-        cost_ratio = multiply_adds(jax.make_jaxpr(estimate)(dynamic).jaxpr) / max(1, multiply_adds(program))
+        cost_ratio = multiply_adds(jax.make_jaxpr(estimate)(dynamic).jaxpr) / max(
+            1, multiply_adds(program)
+        )
     sizes = _compiled_bytes(alone, estimate, dynamic) if memory and not blocking else (None, None)
     return CheckReport(
         estimator=estimator,
-        num_parameters=sum(w.size for w in jax.tree.leaves(eqx.filter_eval_shape(pieces, dynamic)[1])),
+        num_parameters=sum(
+            w.size for w in jax.tree.leaves(eqx.filter_eval_shape(pieces, dynamic)[1])
+        ),
         blocking=blocking,
         remedies=tuple(remedies[name] for name in blocking),
         bypassed=differentiated if inline else (),
@@ -204,7 +219,9 @@ def check(
     )
 
 
-def _compiled_bytes(alone: Callable, estimate: Callable, dynamic: PyTree) -> tuple[int | None, int | None]:
+def _compiled_bytes(
+    alone: Callable, estimate: Callable, dynamic: PyTree
+) -> tuple[int | None, int | None]:
     def temporaries(function: Callable) -> int | None:
         analysis: Any = jax.jit(function).lower(dynamic).compile().memory_analysis()
         return None if analysis is None else analysis.temp_size_in_bytes
@@ -230,7 +247,10 @@ def _sites(
 
 
 def _paths(floats: PyTree[Array]) -> list[str]:
-    return [f"params{jax.tree_util.keystr(path)}" for path, _ in jax.tree_util.tree_leaves_with_path(floats)]
+    return [
+        f"params{jax.tree_util.keystr(path)}"
+        for path, _ in jax.tree_util.tree_leaves_with_path(floats)
+    ]
 
 
 def _reached_by_tangents(pieces: Callable, dynamic: PyTree) -> set[str]:
@@ -242,7 +262,9 @@ def _reached_by_tangents(pieces: Callable, dynamic: PyTree) -> set[str]:
 
     # JAX leaves a marker that it refuses to compile
     return {
-        source(eqn) for eqn in equations(jax.make_jaxpr(slope)(dynamic).jaxpr) if eqn.primitive.name == "custom_lin"
+        source(eqn)
+        for eqn in equations(jax.make_jaxpr(slope)(dynamic).jaxpr)
+        if eqn.primitive.name == "custom_lin"
     }
 
 
@@ -275,8 +297,12 @@ def _dense_fallbacks(
         recorders.update((path, Recorder()) for path in _paths(floats))
         tangents = estimator.tangents.sample(jax.random.key(0), floats, 0, estimator.num_tangents)
         tree = jax.tree.structure(floats)
-        return directional_derivative(f, floats, tangents, jax.tree.unflatten(tree, list(recorders.values())))[:2]
+        return directional_derivative(
+            f, floats, tangents, jax.tree.unflatten(tree, list(recorders.values()))
+        )[:2]
 
     jax.make_jaxpr(run)(dynamic)
-    found = dict.fromkeys((path, fallback) for path, recorder in recorders.items() for fallback in recorder.fallbacks)
+    found = dict.fromkeys(
+        (path, fallback) for path, recorder in recorders.items() for fallback in recorder.fallbacks
+    )
     return tuple(found)

@@ -23,7 +23,9 @@ def checkpointed(fun: Callable[..., Any], num_segments: int | None) -> Callable[
 
     def run(*args: Any) -> Any:
         traced, shape = jax.make_jaxpr(fun, return_shape=True)(*args)
-        segments = num_segments or max(1, math.isqrt(sum(_is_heavy(eqn) for eqn in equations(traced.jaxpr))))
+        segments = num_segments or max(
+            1, math.isqrt(sum(_is_heavy(eqn) for eqn in equations(traced.jaxpr)))
+        )
         most = multiply_adds(traced.jaxpr) / segments
         out = _segments(traced.jaxpr, traced.consts, jax.tree.leaves(args), most)
         return jax.tree.unflatten(jax.tree.structure(shape), out)
@@ -36,9 +38,13 @@ def _is_heavy(eqn: JaxprEqn) -> bool:
 
 
 def _segments(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], most: float) -> list[Any]:
-    env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    env: dict[Any, Any] = dict(
+        zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
+    )
     read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
-    last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)}
+    last_use = {
+        v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)
+    }
     last_use |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
     segment: list[JaxprEqn] = []
     work = 0.0
@@ -47,9 +53,13 @@ def _segments(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], most: fl
         nonlocal segment, work
         if segment:
             made = {v for eqn in segment for v in eqn.outvars}
-            needed = dict.fromkeys(v for e in segment for v in e.invars if not isinstance(v, Literal) and v not in made)
+            needed = dict.fromkeys(
+                v for e in segment for v in e.invars if not isinstance(v, Literal) and v not in made
+            )
             kept = [v for eqn in segment for v in eqn.outvars if last_use.get(v, -1) >= end]
-            inner = jaxpr.replace(constvars=[], invars=list(needed), outvars=kept, eqns=list(segment))
+            inner = jaxpr.replace(
+                constvars=[], invars=list(needed), outvars=kept, eqns=list(segment)
+            )
             inner = inner.replace(debug_info=jaxpr.debug_info.with_unknown_names())
             out = jax.checkpoint(jaxpr_as_fun(ClosedJaxpr(inner, ())))(*map(read, needed))
             env.update(zip(kept, out, strict=True))
@@ -60,7 +70,9 @@ def _segments(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], most: fl
         if name == "scan" or (name in _CALLS and cost > most):
             close(i)
             out = (
-                _scan(eqn, [read(v) for v in eqn.invars]) if name == "scan" else _call(eqn, map(read, eqn.invars), most)
+                _scan(eqn, [read(v) for v in eqn.invars])
+                if name == "scan"
+                else _call(eqn, map(read, eqn.invars), most)
             )
             env.update(zip(eqn.outvars, out, strict=True))
             continue
@@ -87,5 +99,7 @@ def _scan(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
         out = body(*consts, *carry, *x)
         return out[: len(carry)], out[len(carry) :]
 
-    carry, ys = lax.scan(iteration, list(carry), list(xs), params["length"], params["reverse"], params["unroll"])
+    carry, ys = lax.scan(
+        iteration, list(carry), list(xs), params["length"], params["reverse"], params["unroll"]
+    )
     return [*carry, *ys]

@@ -31,7 +31,14 @@ _FORWARD_ALTERNATIVES = {
     "/optimistix/_": "This adjoint of optimistix is for reverse mode only: pass adjoint=optimistix.ImplicitAdjoint() to the solver.",
     "/equinox/internal/_loop/": "A checkpointed loop of equinox is for reverse mode only: pass kind='lax' to it.",
 }
-_BETWEEN = ("/jax/", "/jaxlib/", "/quax/", "/equinox/_ad.py", "/equinox/_vmap_pmap.py", "/equinox/_jit.py")
+_BETWEEN = (
+    "/jax/",
+    "/jaxlib/",
+    "/quax/",
+    "/equinox/_ad.py",
+    "/equinox/_vmap_pmap.py",
+    "/equinox/_jit.py",
+)
 
 
 def remedy(eqn: JaxprEqn) -> str:
@@ -50,7 +57,11 @@ def named(error: TypeError, fun: Callable[..., Any], *args: Any) -> TypeError:
     """JAX's refusal to push a tangent through a custom reverse rule, with the functions there are and what to do; or the error as it is."""
     if "custom_vjp" not in str(error) or "forward-mode" not in str(error):
         return error
-    found = {describe(eqn): remedy(eqn) for eqn in equations(jax.make_jaxpr(fun)(*args).jaxpr) if is_custom_vjp(eqn)}
+    found = {
+        describe(eqn): remedy(eqn)
+        for eqn in equations(jax.make_jaxpr(fun)(*args).jaxpr)
+        if is_custom_vjp(eqn)
+    }
     if not found:
         return error
     sentences = " ".join(dict.fromkeys(found.values()))
@@ -76,7 +87,9 @@ def _inlined(jaxpr: Jaxpr) -> Jaxpr:
         return jaxpr
     eqns: list[JaxprEqn] = []
     names: dict[Any, Any] = {}  # what stands for a variable of the program in the new one
-    of = lambda atoms: [atom if isinstance(atom, Literal) else names.get(atom, atom) for atom in atoms]  # noqa: E731
+
+    def of(atoms):
+        return [atom if isinstance(atom, Literal) else names.get(atom, atom) for atom in atoms]
 
     def splice(eqn: JaxprEqn) -> None:
         code = eqn.params["call_jaxpr"]
@@ -109,7 +122,11 @@ def _inlined_parameter(value: Any) -> Any:
     if isinstance(value, Jaxpr):
         return _inlined(value)
     if isinstance(value, tuple | list):
-        return type(value)(_inlined_parameter(v) for v in value) if type(value) in (tuple, list) else value
+        return (
+            type(value)(_inlined_parameter(v) for v in value)
+            if type(value) in (tuple, list)
+            else value
+        )
     return value
 
 
@@ -123,7 +140,9 @@ def refuse_tangents(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
     """As `call_without_reverse_rule`, for a call in a traced program."""
     code = eqn.params["call_jaxpr"]
     closed = code if isinstance(code, ClosedJaxpr) else ClosedJaxpr(code, ())
-    name = closed.jaxpr.debug_info.func_name if closed.jaxpr.debug_info is not None else "a function"
+    name = (
+        closed.jaxpr.debug_info.func_name if closed.jaxpr.debug_info is not None else "a function"
+    )
     return _guarded(jaxpr_as_fun(closed), f"{name}, called at {source(eqn)},", args)
 
 

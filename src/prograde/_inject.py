@@ -55,7 +55,9 @@ def inject_product(s: Array, z: Array, direction: Callable[..., Array], *operand
     return _inject(direction, s, z, operands)
 
 
-def inject(s: Float[Array, ""], z: Float[Array, "*shape"], direction: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def inject(
+    s: Float[Array, ""], z: Float[Array, "*shape"], direction: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     """The identity on `z`, whose derivative with respect to the scalar `s` is `direction`.
 
     Differentiate a program in forward mode with respect to `s` alone, and whatever was injected, anywhere in the

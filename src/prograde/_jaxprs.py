@@ -14,7 +14,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
 # where a program does something is a line of its author, not of what stands between
 _HERE = os.path.dirname(__file__)
-for _prefix in (quax.__path__[0], eqx.__path__[0], f"{_HERE}/_", f"{_HERE}/estimators", f"{_HERE}/tangents"):
+for _prefix in (
+    quax.__path__[0],
+    eqx.__path__[0],
+    f"{_HERE}/_",
+    f"{_HERE}/estimators",
+    f"{_HERE}/tangents",
+):
     source_info_util.register_exclusion(_prefix)
 
 
@@ -37,7 +43,10 @@ def current_source() -> str:
 def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Runs one equation on these values."""
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+    with (
+        source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
+        eqn.ctx.manager,
+    ):
         out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
 
@@ -95,7 +104,9 @@ def multiply_adds_of(eqn: JaxprEqn) -> int:
         return out * math.prod(eqn.invars[0].aval.shape[axis] for axis in contract)  # pyright: ignore
     if name == "conv_general_dilated":
         kernel = eqn.invars[1].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
-        return out * math.prod(kernel) // max(1, kernel[eqn.params["dimension_numbers"].rhs_spec[0]])
+        return (
+            out * math.prod(kernel) // max(1, kernel[eqn.params["dimension_numbers"].rhs_spec[0]])
+        )
     if name.startswith("reduce_window"):
         return out * math.prod(eqn.params["window_dimensions"])
     if inner and not name.startswith(("reduce", "scatter", "sort")):  # calls, while_loop
@@ -126,7 +137,9 @@ def live_bytes(jaxpr: Jaxpr) -> int:
         peak = max(peak, live + max(sum(outputs.values()), inside))
         made |= outputs
         live += sum(outputs.values())
-        for v in {v for v in eqn.invars if isinstance(v, Var) and last_use[v] == i and v not in kept}:
+        for v in {
+            v for v in eqn.invars if isinstance(v, Var) and last_use[v] == i and v not in kept
+        }:
             live -= made.pop(v, 0)
     return peak
 

@@ -43,7 +43,11 @@ def distance_of(samples: Float[np.ndarray, " n"], expected: float) -> float:
     if found.error == 0:
         return 0.0 if found.value == expected else math.copysign(math.inf, found.value - expected)
     distance = (found.value - expected) / found.error
-    skewness = float(np.mean((samples - samples.mean()) ** 3) / samples.std(ddof=1) ** 3 / math.sqrt(len(samples)))
+    skewness = float(
+        np.mean((samples - samples.mean()) ** 3)
+        / samples.std(ddof=1) ** 3
+        / math.sqrt(len(samples))
+    )
     return distance + skewness * distance**2 / 3 + skewness**2 * distance**3 / 27 + skewness / 6
 
 
@@ -57,7 +61,9 @@ def ratio_of(above: Float[np.ndarray, " n"], below: Float[np.ndarray, " n"]) -> 
     if below.mean() <= 0:
         return Measured(math.inf, math.nan)
     ratio = above.mean() / below.mean()
-    return Measured(max(float(ratio), 0.0), mean_of(above - ratio * below).error / float(below.mean()))
+    return Measured(
+        max(float(ratio), 0.0), mean_of(above - ratio * below).error / float(below.mean())
+    )
 
 
 def squared_mean_of(pairs: Float[np.ndarray, " n"]) -> Measured:
@@ -76,4 +82,6 @@ def squared_mean_of(pairs: Float[np.ndarray, " n"]) -> Measured:
         slope, start = 0.0, observed.mean()
     elif start < 0:
         slope, start = (observed @ before) / (before @ before), 0.0
-    return Measured(float(value), math.sqrt((2 * (start + slope) + 4 * (n - 2) * slope) / (n * (n - 1))))
+    return Measured(
+        float(value), math.sqrt((2 * (start + slope) + 4 * (n - 2) * slope) / (n * (n - 1)))
+    )

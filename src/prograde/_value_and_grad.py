@@ -77,8 +77,13 @@ def value_and_grad(
         others = tuple(arg for i, arg in enumerate(args) if i not in wanted)
 
         def of_params(params: Any, *others: Any) -> Any:
-            given, remaining = dict(zip(wanted, (params,) if single else params, strict=True)), iter(others)
-            return fun(*(given[i] if i in given else next(remaining) for i in range(len(args))), **kwargs)
+            given, remaining = (
+                dict(zip(wanted, (params,) if single else params, strict=True)),
+                iter(others),
+            )
+            return fun(
+                *(given[i] if i in given else next(remaining) for i in range(len(args))), **kwargs
+            )
 
         state = estimator.init(of_params, params, *others, has_aux=has_aux)
         if state is not None:

@@ -27,7 +27,14 @@ from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 
 from prograde._inject import wider
-from prograde._measured import Measured, distance_of, mean_of, ratio_of, squared_mean_of, variance_of
+from prograde._measured import (
+    Measured,
+    distance_of,
+    mean_of,
+    ratio_of,
+    squared_mean_of,
+    variance_of,
+)
 from prograde.estimators import Backprop, Estimator
 from prograde.estimators._estimator import check_key, check_positive, split_params, wide
 
@@ -143,7 +150,12 @@ class Diagnosis:
                 f"relative_error={relative_error!r}, but the squared bias alone is {bias:.3g}, which no number of tangents "
                 "reduces. Ask for more than that, or take an estimator without bias."
             )
-        return max(1, math.ceil(_num_tangents(self.estimator) * self.variance.value / (relative_error - bias)))
+        return max(
+            1,
+            math.ceil(
+                _num_tangents(self.estimator) * self.variance.value / (relative_error - bias)
+            ),
+        )
 
     def table(self) -> str:
         """A line for each leaf: path, size, share of the squared gradient, signal to noise, squared bias."""
@@ -160,13 +172,22 @@ class Diagnosis:
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+            "  ".join(
+                [
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+                ]
+            )
             for row in rows
         )
 
     def __str__(self) -> str:
         unnoticed = self.bias_squared.value + _DETECTED * self.bias_squared.error
-        verdict = "detected" if self.bias_detected else f"not detected; less than {max(unnoticed, 0):.2g} might not be"
+        verdict = (
+            "detected"
+            if self.bias_detected
+            else f"not detected; less than {max(unnoticed, 0):.2g} might not be"
+        )
         ideal = 1 / math.sqrt(1 + max(self.variance.value, 0) / self.num_estimates)
         lines = [
             f"{self.estimator}",
@@ -239,7 +260,11 @@ def diagnose(
             raise TypeError(
                 f"{name}={given!r}, but an instance of an estimator is needed, such as WeightPerturbation(LowRank(rank=1))."
             )
-    if isinstance(num_estimates, bool) or not isinstance(num_estimates, int) or num_estimates < _LEAST_ESTIMATES:
+    if (
+        isinstance(num_estimates, bool)
+        or not isinstance(num_estimates, int)
+        or num_estimates < _LEAST_ESTIMATES
+    ):
         raise ValueError(
             f"num_estimates={num_estimates!r}, but a whole number of at least {_LEAST_ESTIMATES} is needed for standard "
             "errors."
@@ -247,9 +272,14 @@ def diagnose(
     if state is None:
         state = estimator.init(fun, params, *args, has_aux=has_aux)
     _, floats = split_params(estimator.objective(fun, has_aux), params, args, has_aux)
-    measured = _measure(fun, estimator, reference, num_estimates, curvature, has_aux, key, state, params, args)
+    measured = _measure(
+        fun, estimator, reference, num_estimates, curvature, has_aux, key, state, params, args
+    )
     sums = _Sums(*(np.asarray(x, np.float64) for x in measured))
-    paths = [(f"params{jax.tree_util.keystr(path)}", w) for path, w in jax.tree_util.tree_leaves_with_path(floats)]
+    paths = [
+        (f"params{jax.tree_util.keystr(path)}", w)
+        for path, w in jax.tree_util.tree_leaves_with_path(floats)
+    ]
     return _diagnosis(estimator, sums, paths, curvature)
 
 
@@ -273,7 +303,9 @@ class _Sums:
 
 
 @eqx.filter_jit
-def _measure(fun, estimator, reference, num_estimates, curvature, has_aux, key, state, params, args) -> tuple:
+def _measure(
+    fun, estimator, reference, num_estimates, curvature, has_aux, key, state, params, args
+) -> tuple:
     objective = estimator.objective(fun, has_aux)
     f, floats = split_params(objective, params, args, has_aux)
     key_reference, key_estimates = jax.random.split(key)
@@ -285,15 +317,24 @@ def _measure(fun, estimator, reference, num_estimates, curvature, has_aux, key, 
         estimate = [wide(g) for g in jax.tree.leaves(grads)]
         error = [g - e for g, e in zip(estimate, gradient, strict=True)]
         figures = [
-            _products(a, b) for a, b in ((estimate, gradient), (estimate, estimate), (error, error), (error, total))
+            _products(a, b)
+            for a, b in ((estimate, gradient), (estimate, estimate), (error, error), (error, total))
         ]
         bent = _second_derivative(f, floats, grads) if curvature else jnp.zeros(())
         return [t + e for t, e in zip(total, error, strict=True)], (*figures, bent)
 
     total, figures = lax.scan(
-        one_estimate, [jnp.zeros_like(g) for g in gradient], jax.random.split(key_estimates, num_estimates)
+        one_estimate,
+        [jnp.zeros_like(g) for g in gradient],
+        jax.random.split(key_estimates, num_estimates),
     )
-    return exact.value, *figures, _products(gradient, gradient), _products(total, total), _products(total, gradient)
+    return (
+        exact.value,
+        *figures,
+        _products(gradient, gradient),
+        _products(total, total),
+        _products(total, gradient),
+    )
 
 
 def _products(xs: list[Array], ys: list[Array]) -> Float[Array, " leaves"]:
@@ -302,7 +343,9 @@ def _products(xs: list[Array], ys: list[Array]) -> Float[Array, " leaves"]:
     return jnp.stack([jnp.sum(x * y).astype(dtype) for x, y in zip(xs, ys, strict=True)])
 
 
-def _second_derivative(f: Callable, floats: PyTree[Array], direction: PyTree[Array]) -> Float[Array, ""]:
+def _second_derivative(
+    f: Callable, floats: PyTree[Array], direction: PyTree[Array]
+) -> Float[Array, ""]:
     """v^T H v: the second derivative of the mean loss along v, forward over forward."""
 
     def on_line(t):
@@ -316,7 +359,9 @@ def _second_derivative(f: Callable, floats: PyTree[Array], direction: PyTree[Arr
     return jax.jvp(slope, (zero,), (jnp.ones_like(zero),))[1]
 
 
-def _diagnosis(estimator: Estimator, sums: _Sums, paths: list[tuple[str, Array]], curvature: bool) -> Diagnosis:
+def _diagnosis(
+    estimator: Estimator, sums: _Sums, paths: list[tuple[str, Array]], curvature: bool
+) -> Diagnosis:
     n, scale = len(sums.along), sums.gradient.sum()
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(
@@ -337,7 +382,8 @@ def _diagnosis(estimator: Estimator, sums: _Sums, paths: list[tuple[str, Array]]
     rounding = max(float(jnp.finfo(w.dtype).eps) for _, w in paths)
     found_in_pairs = bias.value > rounding and pairs.sum() > _DETECTED * math.sqrt((pairs**2).sum())
     found_in_projection = (
-        abs(projection.value - 1) > math.sqrt(rounding) and abs(distance_of(along / scale, 1.0)) > _DETECTED
+        abs(projection.value - 1) > math.sqrt(rounding)
+        and abs(distance_of(along / scale, 1.0)) > _DETECTED
     )
     mean_along = scale + sums.total_along.sum() / n
     mean_square = scale + 2 * sums.total_along.sum() / n + sums.total.sum() / n**2
@@ -349,7 +395,9 @@ def _diagnosis(estimator: Estimator, sums: _Sums, paths: list[tuple[str, Array]]
         value=float(sums.value),
         gradient_norm=math.sqrt(scale),
         cosine=mean_of(np.divide(along, sizes, out=np.zeros(n), where=sizes > 0)),
-        cosine_of_mean=float(mean_along / math.sqrt(scale * mean_square)) if mean_square > 0 else 0.0,
+        cosine_of_mean=float(mean_along / math.sqrt(scale * mean_square))
+        if mean_square > 0
+        else 0.0,
         projection=projection,
         relative_error=error,
         bias_squared=bias,
@@ -365,7 +413,11 @@ def _leaf(sums: _Sums, i: int, path: str, size: int) -> LeafDiagnosis:
     scale = sums.gradient[i]
     bias = squared_mean_of(sums.pairs[:, i])
     variance = variance_of(mean_of(sums.errors[:, i]), bias)
-    relative = Measured(bias.value / scale, bias.error / scale) if scale > 0 else Measured(math.nan, math.nan)
+    relative = (
+        Measured(bias.value / scale, bias.error / scale)
+        if scale > 0
+        else Measured(math.nan, math.nan)
+    )
     if variance.value > 0:
         ratio = scale / variance.value
         signal_to_noise = Measured(ratio, ratio * variance.error / variance.value)

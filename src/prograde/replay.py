@@ -107,7 +107,9 @@ class Update:
 
     def init(self, params: PyTree) -> TrainState:
         """The state before the first step; the parameters are copied, as each update reuses those it is given."""
-        params = jax.tree.map(lambda x: jnp.array(x) if isinstance(x, jax.Array | np.ndarray) else x, params)
+        params = jax.tree.map(
+            lambda x: jnp.array(x) if isinstance(x, jax.Array | np.ndarray) else x, params
+        )
         return TrainState(params, self.optimizer.init(float_leaves(params)))
 
     @staticmethod
@@ -131,12 +133,19 @@ class Update:
     @functools.cached_property
     def _program(self) -> Callable[..., tuple[PyTree[Array], PyTree]]:
         def updated(
-            floats: PyTree[Array], opt_state: PyTree, step: Array, words: Array, rate: Array, derivatives: Array
+            floats: PyTree[Array],
+            opt_state: PyTree,
+            step: Array,
+            words: Array,
+            rate: Array,
+            derivatives: Array,
         ) -> tuple[PyTree[Array], PyTree]:
             derivatives = derivatives.astype(jnp.float32)  # what the log holds
             grads = self.estimator.gradient(_key(words, step), floats, derivatives)
             updates, opt_state = self.optimizer.update(grads, opt_state, floats)
-            return jax.tree.map(lambda w, u: (w + rate * u).astype(w.dtype), floats, updates), opt_state
+            return jax.tree.map(
+                lambda w, u: (w + rate * u).astype(w.dtype), floats, updates
+            ), opt_state
 
         return jax.jit(updated, donate_argnums=(0, 1))
 
@@ -148,7 +157,9 @@ def _words(seed: int) -> np.ndarray:
 
 
 def _key(words: Array | np.ndarray, step: Array | np.uint32) -> Key[Array, ""]:
-    return jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"), step)
+    return jax.random.fold_in(
+        jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"), step
+    )
 
 
 class LogError(RuntimeError):
@@ -216,7 +227,14 @@ class ReplayLog:
         1
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], file: BinaryIO | None, records: np.ndarray, start: bytes):
+    def __init__(
+        self,
+        path: Path,
+        header: dict[str, Any],
+        file: BinaryIO | None,
+        records: np.ndarray,
+        start: bytes,
+    ):
         self.path, self.header, self.records = path, header, records
         self._file, self._digest = file, start
         self._waiting: list[tuple[int, int, float, float | Array, Array]] = []
@@ -250,7 +268,9 @@ class ReplayLog:
             ) from None
         finally:
             temporary.unlink()
-        return cls(path, header, open(path, "r+b"), _no_records(header), content[-_DIGEST:]).__at_end()
+        return cls(
+            path, header, open(path, "r+b"), _no_records(header), content[-_DIGEST:]
+        ).__at_end()
 
     @classmethod
     def open(cls, path: str | Path, append: bool = False) -> "ReplayLog":
@@ -294,9 +314,13 @@ class ReplayLog:
     ) -> None:
         """Adds the record of a step; the first is step 0. Does not wait for the derivatives to be computed before they are flushed."""
         if self._file is None:
-            raise LogError(f"{self.path} was opened for reading. Use ReplayLog.open(path, append=True).")
+            raise LogError(
+                f"{self.path} was opened for reading. Use ReplayLog.open(path, append=True)."
+            )
         if step != len(self):
-            raise LogError(f"{self.path} holds {len(self)} steps, so step {len(self)} is next, not {step}.")
+            raise LogError(
+                f"{self.path} holds {len(self)} steps, so step {len(self)} is next, not {step}."
+            )
         if tuple(derivatives.shape) != tuple(self.header["shape"]):
             raise LogError(
                 f"{self.path} holds derivatives of shape {tuple(self.header['shape'])} for each step, not {derivatives.shape}."
@@ -322,7 +346,9 @@ class ReplayLog:
         if self._file is None or not self._waiting:
             return
         records = np.zeros(len(self._waiting), _record_type(self.header))
-        for record, (step, seed, rate, value, derivatives) in zip(records, self._waiting, strict=True):
+        for record, (step, seed, rate, value, derivatives) in zip(
+            records, self._waiting, strict=True
+        ):
             record["step"], record["seed"], record["rate"] = step, seed, rate
             record["value"], record["derivatives"] = np.asarray(value), np.asarray(derivatives)
         _chain(records, self._digest)
@@ -349,7 +375,9 @@ class ReplayLog:
         return self.records["digest"][steps - 1].tobytes().hex()
 
 
-def replay(log: ReplayLog, update: Update, base: PyTree, on_step: Callable[[int], None] | None = None) -> TrainState:
+def replay(
+    log: ReplayLog, update: Update, base: PyTree, on_step: Callable[[int], None] | None = None
+) -> TrainState:
     """The parameters, and the state of the optimizer, after all steps of a log.
 
     **Arguments:**
@@ -383,7 +411,9 @@ def replay(log: ReplayLog, update: Update, base: PyTree, on_step: Callable[[int]
         True
     """
     if repr(update.estimator) != log.header["estimator"]:
-        raise LogError(f"{log.path} is the log of {log.header['estimator']}, not of {update.estimator!r}.")
+        raise LogError(
+            f"{log.path} is the log of {log.header['estimator']}, not of {update.estimator!r}."
+        )
     if (found := fingerprint(base)) != log.header["base"]:
         raise LogError(
             f"{log.path} starts from parameters with the fingerprint {log.header['base'][:16]}..., and these have {found[:16]}.... "
@@ -393,7 +423,9 @@ def replay(log: ReplayLog, update: Update, base: PyTree, on_step: Callable[[int]
     state = update.init(base)
     for i, record in enumerate(log.records):
         derivatives = jnp.asarray(record["derivatives"])
-        state = update(state, int(record["step"]), int(record["seed"]), float(record["rate"]), derivatives)
+        state = update(
+            state, int(record["step"]), int(record["seed"]), float(record["rate"]), derivatives
+        )
         if on_step is not None:
             on_step(i + 1)
     return state
@@ -458,9 +490,19 @@ def _block(records: np.ndarray, before: bytes) -> bytes:
     The step is not written: it is the place in the log. The head has a digest of its own because a wrong length that points beyond the
     end of the file would look like a torn block, and whole ones after it would be cut off.
     """
-    columns = _once(records["seed"]), _once(records["rate"]), records["value"], records["derivatives"]
+    columns = (
+        _once(records["seed"]),
+        _once(records["rate"]),
+        records["value"],
+        records["derivatives"],
+    )
     head = np.asarray([len(records), len(columns[0]), len(columns[1])], "<u4").tobytes()
-    parts = head, _digest(before, head), *(column.tobytes() for column in columns), records["digest"][-1].tobytes()
+    parts = (
+        head,
+        _digest(before, head),
+        *(column.tobytes() for column in columns),
+        records["digest"][-1].tobytes(),
+    )
     return b"".join(parts)
 
 
@@ -470,9 +512,17 @@ def _once(numbers: np.ndarray) -> np.ndarray:
     return numbers[:1] if (bits == bits[0]).all() else numbers
 
 
-def _read_blocks(path: Path, content: bytes, start: int, header: dict[str, Any]) -> tuple[np.ndarray, bytes, int]:
+def _read_blocks(
+    path: Path, content: bytes, start: int, header: dict[str, Any]
+) -> tuple[np.ndarray, bytes, int]:
     """(records, digest of the last, where they end in the file)."""
-    kind, digest, end, blocks, first = _record_type(header), content[start - _DIGEST : start], start, [], 0
+    kind, digest, end, blocks, first = (
+        _record_type(header),
+        content[start - _DIGEST : start],
+        start,
+        [],
+        0,
+    )
 
     def altered(steps: str) -> LogError:
         return LogError(

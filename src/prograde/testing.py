@@ -18,7 +18,9 @@ from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 from prograde.estimators import Backprop, Estimator
 
 
-def required_samples(deviation: float, effect: float, false_fail: float = 1e-6, false_pass: float = 1e-6) -> int:
+def required_samples(
+    deviation: float, effect: float, false_fail: float = 1e-6, false_pass: float = 1e-6
+) -> int:
     """How many samples tell a mean from one that is off by `effect`.
 
         n = ((z(1 - false_fail / 2) + z(1 - false_pass)) deviation / effect)^2
@@ -45,7 +47,9 @@ def required_samples(deviation: float, effect: float, false_fail: float = 1e-6, 
     if not effect > 0:
         raise ValueError(f"effect={effect!r}, but the effect to be noticed must be positive.")
     if not 0 <= deviation < math.inf:
-        raise ValueError(f"deviation={deviation!r}, but a finite standard deviation of at least 0 is needed.")
+        raise ValueError(
+            f"deviation={deviation!r}, but a finite standard deviation of at least 0 is needed."
+        )
     z = NormalDist().inv_cdf(1 - false_fail / 2) + NormalDist().inv_cdf(1 - false_pass)
     return max(2, math.ceil((z * deviation / effect) ** 2))
 
@@ -98,7 +102,9 @@ def assert_mean(
     distances = np.abs(means - targets) / np.maximum(errors, np.finfo(np.float64).tiny)
     # a coordinate that never varies has no standard error: it must agree to rounding
     constant = errors <= 1e-12 * np.maximum(np.abs(targets), 1)
-    wrong = np.where(constant, ~np.isclose(means, targets, rtol=1e-5, atol=1e-12), distances > limit)
+    wrong = np.where(
+        constant, ~np.isclose(means, targets, rtol=1e-5, atol=1e-12), distances > limit
+    )
     if wrong.any():
         i = int(np.argmax(np.where(wrong, distances, -1)))
         raise AssertionError(
@@ -154,9 +160,12 @@ def assert_unbiased(
     if state is None:
         state = estimator.init(fun, params, *args)
     gradient = np.asarray(
-        _flat(Backprop().estimate(estimator.objective(fun), key, None, params, *args).grads), np.float64
+        _flat(Backprop().estimate(estimator.objective(fun), key, None, params, *args).grads),
+        np.float64,
     )
-    draw = jax.jit(jax.vmap(lambda key: _flat(estimator.estimate(fun, key, state, params, *args).grads)))
+    draw = jax.jit(
+        jax.vmap(lambda key: _flat(estimator.estimate(fun, key, state, params, *args).grads))
+    )
     pilot_key, key = jax.random.split(key)
     size = float(gradient @ gradient)
     if not size > 0:
@@ -168,12 +177,16 @@ def assert_unbiased(
     deviation = 1.2 * float((pilot @ gradient / size).std())
     batches = -(-required_samples(deviation, effect, false_fail, false_pass) // _BATCH)
     keys = jax.random.split(key, batches)
-    samples = np.concatenate([np.asarray(draw(jax.random.split(k, _BATCH)), np.float64) for k in keys])
+    samples = np.concatenate(
+        [np.asarray(draw(jax.random.split(k, _BATCH)), np.float64) for k in keys]
+    )
     assert_mean(samples @ gradient / size, 1.0, effect, false_fail, false_pass)
     largest = 1.2 * float(samples.std(axis=0).max()) / size**0.5
     rate = false_fail / gradient.size  # all coordinates together
     noticed = largest * math.sqrt(required_samples(1.0, 1.0, rate, false_pass) / len(samples))
-    assert_mean(samples / size**0.5, gradient / size**0.5, max(noticed, 1e-6), false_fail, false_pass)
+    assert_mean(
+        samples / size**0.5, gradient / size**0.5, max(noticed, 1e-6), false_fail, false_pass
+    )
 
 
 def _flat(tree: PyTree[Array]) -> Array:

@@ -28,7 +28,11 @@ def axis_of(var: Any, twin: Any, batch: int) -> Any:
     if shape == other:
         return None
     differing = [i for i, (n, m) in enumerate(zip(shape, other, strict=False)) if n != m]
-    if len(shape) == len(other) and len(differing) == 1 and shape[differing[0]] * 2 == other[differing[0]] == 2 * batch:
+    if (
+        len(shape) == len(other)
+        and len(differing) == 1
+        and shape[differing[0]] * 2 == other[differing[0]] == 2 * batch
+    ):
         return differing[0]
     return MIXED
 
@@ -41,7 +45,9 @@ def doubled(
 
     def double(x: Any) -> Any:
         aval = jax.typeof(x)
-        return aval.update(shape=(2 * batch, *aval.shape[1:])) if aval.shape[:1] == (batch,) else aval
+        return (
+            aval.update(shape=(2 * batch, *aval.shape[1:])) if aval.shape[:1] == (batch,) else aval
+        )
 
     try:
         traced = jax.make_jaxpr(lambda params, arrays: of_args(params, *eqx.combine(arrays, rest)))(

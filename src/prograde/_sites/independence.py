@@ -41,7 +41,9 @@ def check_independent(jaxpr: Jaxpr, twin: Jaxpr, weights: Sequence[bool], batch:
     """Raises unless the loss of an example depends on the noise of that example alone. `weights` says which inputs are weights."""
     for loss in Walk(batch).run(jaxpr, twin, [None] * len(weights), list(weights))[0]:
         if loss not in (None, Along(0)):
-            raise ExamplesError(f"the examples do not lie along the first axis of the loss, but along {loss}.")
+            raise ExamplesError(
+                f"the examples do not lie along the first axis of the loss, but along {loss}."
+            )
 
 
 class Walk:
@@ -84,7 +86,9 @@ class Walk:
         self, jaxpr: Jaxpr, twin: Jaxpr | None, labels: Sequence[Label], weights: Sequence[bool]
     ) -> tuple[list[Label], list[bool]]:
         """The labels of the outputs, and which are functions of weights that noise has not reached."""
-        label: dict[Any, Label] = {v: self.began(v, given) for v, given in zip(jaxpr.invars, labels, strict=True)}
+        label: dict[Any, Label] = {
+            v: self.began(v, given) for v, given in zip(jaxpr.invars, labels, strict=True)
+        }
         label |= {v: self.began(v, None) for v in jaxpr.constvars}
         weight: dict[Any, bool] = dict(zip(jaxpr.invars, weights, strict=True))
         counts: dict[Any, Any] = {}
@@ -111,7 +115,12 @@ class Walk:
         return [of(v) for v in jaxpr.outvars], [is_weight(v) for v in jaxpr.outvars]
 
     def equation(
-        self, eqn: JaxprEqn, twin: JaxprEqn | None, given: list[Label], weights: list[bool], counts: dict[Any, Any]
+        self,
+        eqn: JaxprEqn,
+        twin: JaxprEqn | None,
+        given: list[Label],
+        weights: list[bool],
+        counts: dict[Any, Any],
     ) -> tuple[list[Label], list[bool]]:
         name = eqn.primitive.name
         doubles = [None] * len(subprograms(eqn)) if twin is None else subprograms(twin)
@@ -128,25 +137,39 @@ class Walk:
         if name == "while":
             return self.loop(eqn, doubles, given, weights)
         if name == "cond":
-            branches = [self.run(b, d, given[1:], weights[1:]) for b, d in zip(subprograms(eqn), doubles, strict=True)]
-            labels = [self.same(branch[0][i] for branch in branches) for i in range(len(eqn.outvars))]
-            return labels, [any(branch[1][i] for branch in branches) for i in range(len(eqn.outvars))]
+            branches = [
+                self.run(b, d, given[1:], weights[1:])
+                for b, d in zip(subprograms(eqn), doubles, strict=True)
+            ]
+            labels = [
+                self.same(branch[0][i] for branch in branches) for i in range(len(eqn.outvars))
+            ]
+            return labels, [
+                any(branch[1][i] for branch in branches) for i in range(len(eqn.outvars))
+            ]
         if name == "stop_gradient":
             return [None] * len(eqn.outvars), [False] * len(eqn.outvars)
         if any(g is not None for g in given):
             label = self.propagated(eqn, given, counts)
             # where more noise is injected it must lie along the same axis
             if twin is not None and any(weights) and label is not None and label.axis >= 0:
-                axes = [axis_of(v, w, self.batch) for v, w in zip(eqn.outvars, twin.outvars, strict=True)]
+                axes = [
+                    axis_of(v, w, self.batch)
+                    for v, w in zip(eqn.outvars, twin.outvars, strict=True)
+                ]
                 if any(isinstance(axis, int) and axis != label.axis for axis in axes):
                     raise _Joined
             return [label] * len(eqn.outvars), [False] * len(eqn.outvars)
         # weights meet the examples: there noise may be injected, along the axis that grows with them
         axes: list[Any] = [None] * len(eqn.outvars)
         if twin is not None:
-            axes = [axis_of(v, w, self.batch) for v, w in zip(eqn.outvars, twin.outvars, strict=True)]
+            axes = [
+                axis_of(v, w, self.batch) for v, w in zip(eqn.outvars, twin.outvars, strict=True)
+            ]
         labels = [None if axis is None or axis is MIXED else Along(axis) for axis in axes]
-        return labels, [label is None and axis is None for label, axis in zip(labels, axes, strict=True)]
+        return labels, [
+            label is None and axis is None for label, axis in zip(labels, axes, strict=True)
+        ]
 
     def propagated(self, eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> Label:
         """The label of the outputs of an operation that noise reaches."""
@@ -170,7 +193,9 @@ class Walk:
 
         known = id(eqn), tuple(moved)
         if known not in self.derivatives:
-            self.derivatives[known] = jax.make_jaxpr(derivative)(avals, [avals[i] for i in moved]).jaxpr
+            self.derivatives[known] = jax.make_jaxpr(derivative)(
+                avals, [avals[i] for i in moved]
+            ).jaxpr
         jaxpr = self.derivatives[known]
         labels = [*given, *(given[i] for i in moved)]
         self.in_rule = True
@@ -182,21 +207,31 @@ class Walk:
     def scan(
         self, eqn: JaxprEqn, double: Any, given: list[Label], weights: list[bool]
     ) -> tuple[list[Label], list[bool]]:
-        consts, carry, xs = unpack_scan_args(list(zip(given, weights, strict=True)), dict(eqn.params))
-        consts, carry = ([(_inside(label), weight) for label, weight in part] for part in (consts, carry))
+        consts, carry, xs = unpack_scan_args(
+            list(zip(given, weights, strict=True)), dict(eqn.params)
+        )
+        consts, carry = (
+            [(_inside(label), weight) for label, weight in part] for part in (consts, carry)
+        )
         slices = [(_moved(label, -1), weight) for label, weight in xs]
         for _ in range(len(carry) + 2):
             inputs = [*consts, *carry, *slices]
-            labels, from_weights = self.run(subprograms(eqn)[0], double, [i[0] for i in inputs], [i[1] for i in inputs])
+            labels, from_weights = self.run(
+                subprograms(eqn)[0], double, [i[0] for i in inputs], [i[1] for i in inputs]
+            )
             new = [
                 (self.same([old, self.passed_on(label)]), old_weight or weight)
-                for (old, old_weight), label, weight in zip(carry, labels, from_weights, strict=False)
+                for (old, old_weight), label, weight in zip(
+                    carry, labels, from_weights, strict=False
+                )
             ]
             if new == carry:
                 break
             carry = new
         stacked = [_moved(label, 1) for label in labels[len(carry) :]]
-        return [_outside(label) for label, _ in carry] + stacked, [w for _, w in carry] + from_weights[len(carry) :]
+        return [_outside(label) for label, _ in carry] + stacked, [
+            w for _, w in carry
+        ] + from_weights[len(carry) :]
 
     def loop(
         self, eqn: JaxprEqn, doubles: Any, given: list[Label], weights: list[bool]
@@ -208,10 +243,14 @@ class Walk:
         for _ in range(len(carry) + 2):
             every = [*consts, *carry]
             labels, from_weights = self.run(
-                eqn.params["body_jaxpr"].jaxpr, doubles[at], [i[0] for i in every], [i[1] for i in every]
+                eqn.params["body_jaxpr"].jaxpr,
+                doubles[at],
+                [i[0] for i in every],
+                [i[1] for i in every],
             )
             new = [
-                (self.same([c[0], label]), c[1] or w) for c, label, w in zip(carry, labels, from_weights, strict=True)
+                (self.same([c[0], label]), c[1] or w)
+                for c, label, w in zip(carry, labels, from_weights, strict=True)
             ]
             if new == carry:
                 break
@@ -272,7 +311,12 @@ def _propagated(eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> La
         numbers, (x, kernel) = params["dimension_numbers"], given
         if any(g is not None and g.axis < 0 for g in given):
             return _same(given)
-        if kernel is not None or x is None or x.axis != numbers.lhs_spec[0] or params["batch_group_count"] != 1:
+        if (
+            kernel is not None
+            or x is None
+            or x.axis != numbers.lhs_spec[0]
+            or params["batch_group_count"] != 1
+        ):
             raise _Joined
         return x._replace(axis=numbers.out_spec[0])
     if name == "gather":
@@ -284,8 +328,12 @@ def _propagated(eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> La
     axis, first = label.axis, next(i for i, g in enumerate(given) if g is not None)
     shape = shapes[first]
     if name in _ELEMENTWISE:
-        broadcast = all(s == () or all(n in (1, m) for n, m in zip(s, out_shape, strict=True)) for s in shapes)
-        along = all(s[axis] == out_shape[axis] for s, g in zip(shapes, given, strict=True) if g is not None)
+        broadcast = all(
+            s == () or all(n in (1, m) for n, m in zip(s, out_shape, strict=True)) for s in shapes
+        )
+        along = all(
+            s[axis] == out_shape[axis] for s, g in zip(shapes, given, strict=True) if g is not None
+        )
         if not broadcast or not along:
             raise _Joined
         return label
@@ -321,12 +369,17 @@ def _propagated(eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> La
         return label._replace(axis=axis + (params["axis"] <= axis))
     keeps = {
         "tile": lambda: len(params["reps"]) == len(shape) and params["reps"][axis] == 1,
-        "slice": lambda: out_shape[axis] == shape[axis] and (params["strides"] is None or params["strides"][axis] == 1),
+        "slice": lambda: (
+            out_shape[axis] == shape[axis]
+            and (params["strides"] is None or params["strides"][axis] == 1)
+        ),
         "dynamic_slice": lambda: first == 0 and out_shape[axis] == shape[axis],
         "dynamic_update_slice": lambda: first < 2 and shapes[0][axis] == shapes[1][axis],
         "split": lambda: params["axis"] != axis,
         "concatenate": lambda: params["dimension"] != axis,
-        "pad": lambda: first == 0 and params["padding_config"][axis] == (0, 0, 0) and given[1] is None,
+        "pad": lambda: (
+            first == 0 and params["padding_config"][axis] == (0, 0, 0) and given[1] is None
+        ),
         "rev": lambda: axis not in params["dimensions"],
         "sort": lambda: params["dimension"] != axis,
         "fft": lambda: axis < len(shape) - len(params["fft_lengths"]),
@@ -364,12 +417,16 @@ def _of_product(numbers: Any, shapes: Sequence[tuple[int, ...]], given: list[Lab
             found.append(label._replace(axis=batch[side].index(label.axis)))
             continue
         free = [i for i in range(len(shapes[side])) if i not in (*contract[side], *batch[side])]
-        before = len(batch[0]) + (0 if side == 0 else len(shapes[0]) - len(contract[0]) - len(batch[0]))
+        before = len(batch[0]) + (
+            0 if side == 0 else len(shapes[0]) - len(contract[0]) - len(batch[0])
+        )
         found.append(label._replace(axis=before + free.index(label.axis)))
     return _same(found)
 
 
-def _of_reshape(label: Along, shape: tuple[int, ...], out_shape: tuple[int, ...], dimensions: Any) -> Along:
+def _of_reshape(
+    label: Along, shape: tuple[int, ...], out_shape: tuple[int, ...], dimensions: Any
+) -> Along:
     """Row-major order is kept, so that an axis is found again by how many elements are before and within."""
     if dimensions is not None:
         raise _Joined
@@ -409,7 +466,9 @@ def _of_gather(eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> Lab
     if sizes[axis] != operand_shape[axis]:
         raise _Joined
     window = [
-        i for i in range(len(operand_shape)) if i not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+        i
+        for i in range(len(operand_shape))
+        if i not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     ]
     return label._replace(axis=numbers.offset_dims[window.index(axis)])
 
@@ -433,7 +492,12 @@ def _count(eqn: JaxprEqn, counts: dict[Any, Any]) -> None:
         if [n for n in old if n != 1] == [n for n in shape if n != 1] and old[known[0]] != 1:
             kept = [i for i, n in enumerate(old) if n != 1].index(known[0])
             result = [i for i, n in enumerate(shape) if n != 1][kept]
-    elif name == "lt" and isinstance(known[0], int) and isinstance(eqn.invars[1], Literal) and eqn.invars[1].val == 0:
+    elif (
+        name == "lt"
+        and isinstance(known[0], int)
+        and isinstance(eqn.invars[1], Literal)
+        and eqn.invars[1].val == 0
+    ):
         result = "never"
     elif name == "select_n" and known[0] == "never":
         result = known[1]  # what is counted from 0 is never negative
@@ -449,4 +513,6 @@ def _count(eqn: JaxprEqn, counts: dict[Any, Any]) -> None:
         inside = {v: k for v, k in zip(inner.invars, known, strict=False) if k is not None}
         for step in inner.eqns:
             _count(step, inside)
-        counts.update((o, inside[v]) for o, v in zip(eqn.outvars, inner.outvars, strict=False) if v in inside)
+        counts.update(
+            (o, inside[v]) for o, v in zip(eqn.outvars, inner.outvars, strict=False) if v in inside
+        )

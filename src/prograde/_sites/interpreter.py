@@ -42,11 +42,15 @@ class Linear(NamedTuple):
 class Frame:
     """The sites of one body: of the program, or of a loop in it."""
 
-    def __init__(self, key: Key[Array, ""], s: Array, entries: Entries, relative: bool, depth: int = 0) -> None:
+    def __init__(
+        self, key: Key[Array, ""], s: Array, entries: Entries, relative: bool, depth: int = 0
+    ) -> None:
         self.key, self.s, self.entries, self.relative, self.depth = key, s, entries, relative, depth
         self.records: list[Record] = []
         self.drawn = 0
-        self.exact: dict[int, Array] = {}  # which records are not perturbed, and what is added to their values
+        self.exact: dict[
+            int, Array
+        ] = {}  # which records are not perturbed, and what is added to their values
         self.at_exact: list[Array] = []
 
     def next_key(self) -> Key[Array, ""]:
@@ -93,7 +97,11 @@ class Program:
     """
 
     def __init__(
-        self, of_args: Callable[..., Any], params: PyTree[Array], args: tuple[Any, ...], batch: int | None
+        self,
+        of_args: Callable[..., Any],
+        params: PyTree[Array],
+        args: tuple[Any, ...],
+        batch: int | None,
     ) -> None:
         arrays, rest = eqx.partition(args, is_traced)
         self.closed, shape = jax.make_jaxpr(
@@ -111,7 +119,9 @@ class Program:
         if batch is not None:
             self.twin = doubled(of_args, params, args, batch, self.num_losses)
             wanted = [i < self.num_losses for i in range(len(self.closed.jaxpr.outvars))]
-            losses, twin = (dce_jaxpr(c.jaxpr, wanted, instantiate=True)[0] for c in (self.closed, self.twin))
+            losses, twin = (
+                dce_jaxpr(c.jaxpr, wanted, instantiate=True)[0] for c in (self.closed, self.twin)
+            )
             perturbed = [i < self.num_leaves for i in range(len(losses.invars))]
             check_independent(losses, twin, perturbed, batch)
 
@@ -148,7 +158,9 @@ class Program:
         path: tuple[int, ...] = (),
     ) -> list[Any]:
         times_used = Counter(
-            v for v in [*(v for e in jaxpr.eqns for v in e.invars), *jaxpr.outvars] if not isinstance(v, Literal)
+            v
+            for v in [*(v for e in jaxpr.eqns for v in e.invars), *jaxpr.outvars]
+            if not isinstance(v, Literal)
         )
         env: dict[Any, Any] = {}
 
@@ -176,7 +188,12 @@ class Program:
         return [read(v) for v in jaxpr.outvars]
 
     def _equation(
-        self, eqn: JaxprEqn, twin: JaxprEqn | None, values: list[Any], frame: Frame, path: tuple[int, ...]
+        self,
+        eqn: JaxprEqn,
+        twin: JaxprEqn | None,
+        values: list[Any],
+        frame: Frame,
+        path: tuple[int, ...],
     ) -> list[Any]:
         name = eqn.primitive.name
         if name in _CALLS:
@@ -189,7 +206,10 @@ class Program:
         affine = self._affine(eqn, twin, values)
         if affine is None and any(isinstance(v, Linear) and not v.active for v in values):
             # a pre-activation that meets the next weight is an activation
-            values = [self._perturbed(v, frame) if isinstance(v, Linear) and v.active else v for v in values]
+            values = [
+                self._perturbed(v, frame) if isinstance(v, Linear) and v.active else v
+                for v in values
+            ]
             affine = self._affine(eqn, twin, values)
         if affine is not None:
             return affine
@@ -201,7 +221,10 @@ class Program:
             and _is_elementwise(eqn, values[positions[0]].value.shape)
         ):
             z = lax.stop_gradient(values[positions[0]].value)
-            of_z = lambda z: bind(eqn, [z if i == positions[0] else v for i, v in enumerate(values)])[0]  # noqa: E731
+
+            def of_z(z):
+                return bind(eqn, [z if i == positions[0] else v for i, v in enumerate(values)])[0]
+
             if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):  # pyright: ignore[reportAttributeAccessIssue]
                 _, gain = jax.jvp(of_z, (z,), (jnp.ones_like(z),))
             else:  # a choice has no derivative
@@ -211,11 +234,15 @@ class Program:
             return refuse_tangents(eqn, values)
         return bind(eqn, values)
 
-    def _affine(self, eqn: JaxprEqn, twin: JaxprEqn | None, values: list[Any]) -> list[Linear] | None:
+    def _affine(
+        self, eqn: JaxprEqn, twin: JaxprEqn | None, values: list[Any]
+    ) -> list[Linear] | None:
         """The outputs as affine functions of leaves, or `None` where they are not."""
         name = eqn.primitive.name
         positions = [i for i, v in enumerate(values) if isinstance(v, Linear)]
-        if not set(positions) <= set(_AFFINE.get(name, ())) or (len(positions) > 1 and name not in _SUMS):
+        if not set(positions) <= set(_AFFINE.get(name, ())) or (
+            len(positions) > 1 and name not in _SUMS
+        ):
             return None
         if not all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.outvars):  # pyright: ignore
             return None
@@ -228,14 +255,22 @@ class Program:
         axis = None
         if twin is not None:
             assert self.batch is not None
-            axes = [axis_of(v, w, self.batch) for v, w in zip(eqn.outvars, twin.outvars, strict=True)]
+            axes = [
+                axis_of(v, w, self.batch) for v, w in zip(eqn.outvars, twin.outvars, strict=True)
+            ]
             of_given = [axis_of(eqn.invars[i], twin.invars[i], self.batch) for i in given]
-            if MIXED in axes or len(set(axes)) > 1 or (axes[0] is None and any(a is not None for a in of_given)):
+            if (
+                MIXED in axes
+                or len(set(axes)) > 1
+                or (axes[0] is None and any(a is not None for a in of_given))
+            ):
                 return None
             axis = axes[0]
             active = axis is not None
         elif name in _MEETS_ACTIVATION:
-            active = active or any(jnp.ndim(values[i]) > 0 and not isinstance(eqn.invars[i], Literal) for i in given)
+            active = active or any(
+                jnp.ndim(values[i]) > 0 and not isinstance(eqn.invars[i], Literal) for i in given
+            )
         plain = [v.value if isinstance(v, Linear) else v for v in values]
         outputs = []
         for k, value in enumerate(bind(eqn, plain)):
@@ -255,7 +290,16 @@ class Program:
             z = z + shift.astype(z.dtype)
             frame.at_exact.append(z)
             frame.records.append(
-                Site(value.uses, jnp.zeros_like(z), None, None, value.axis, frame.depth, z.ndim, value.place)
+                Site(
+                    value.uses,
+                    jnp.zeros_like(z),
+                    None,
+                    None,
+                    value.axis,
+                    frame.depth,
+                    z.ndim,
+                    value.place,
+                )
             )
             return z
         noise, scale = frame.entries(frame.next_key(), z.shape, z.dtype), None
@@ -264,11 +308,18 @@ class Program:
             noise = noise * scale
         if gain is not None:  # a unit that is not active has no part in the loss
             noise = jnp.where(gain != 0, noise, jnp.zeros_like(noise))
-        frame.records.append(Site(value.uses, noise, gain, scale, value.axis, frame.depth, z.ndim, value.place))
+        frame.records.append(
+            Site(value.uses, noise, gain, scale, value.axis, frame.depth, z.ndim, value.place)
+        )
         return inject(frame.s, z, noise)
 
     def _scan(
-        self, eqn: JaxprEqn, twin: JaxprEqn | None, values: list[Any], frame: Frame, path: tuple[int, ...]
+        self,
+        eqn: JaxprEqn,
+        twin: JaxprEqn | None,
+        values: list[Any],
+        frame: Frame,
+        path: tuple[int, ...],
     ) -> list[Any]:
         params = dict(eqn.params)
         is_weight = lambda v: isinstance(v, Linear) and not v.active  # noqa: E731
@@ -283,28 +334,44 @@ class Program:
             return bind(eqn, values)
         body, double = params["jaxpr"], None if twin is None else twin.params["jaxpr"].jaxpr
         key = frame.next_key()
-        consts, carry, xs = values[:num_consts], values[num_consts:first_slice], values[first_slice:]
+        consts, carry, xs = (
+            values[:num_consts],
+            values[num_consts:first_slice],
+            values[first_slice:],
+        )
         plain_xs = [v.value if isinstance(v, Linear) else v for v in xs]
 
-        def iteration(carry: list[Array], sliced: tuple[Array, list[Array]]) -> tuple[list[Array], Any]:
+        def iteration(
+            carry: list[Array], sliced: tuple[Array, list[Array]]
+        ) -> tuple[list[Array], Any]:
             index, slices = sliced
             inner_key = jax.random.fold_in(key, index)
             inner = Frame(inner_key, frame.s, frame.entries, frame.relative, frame.depth + 1)
             arrays = [*(v.value if isinstance(v, Linear) else v for v in consts), *carry, *slices]
-            inputs = [Linear(x, (Use(weights.index(i), (), ()),)) if i in weights else x for i, x in enumerate(arrays)]
+            inputs = [
+                Linear(x, (Use(weights.index(i), (), ()),)) if i in weights else x
+                for i, x in enumerate(arrays)
+            ]
             out = self._evaluate(body.jaxpr, double, body.consts, inputs, inner, path)
             out = [self._perturbed(v, inner) for v in out]
             return out[: len(carry)], (out[len(carry) :], tuple(inner.records))
 
         length = params["length"]
         carry, (ys, inside) = lax.scan(
-            iteration, carry, (jnp.arange(length), plain_xs), length, params["reverse"], params["unroll"]
+            iteration,
+            carry,
+            (jnp.arange(length), plain_xs),
+            length,
+            params["reverse"],
+            params["unroll"],
         )
         if inside:
             avals = {i: jax.typeof(values[i].value) for i in weights}
             shapes = [avals[i].update(shape=avals[i].shape[i >= first_slice :]) for i in weights]
             entered = tuple(values[i].uses for i in weights)
-            frame.records.append(Loop(inside, entered, tuple(i >= first_slice for i in weights), tuple(shapes)))
+            frame.records.append(
+                Loop(inside, entered, tuple(i >= first_slice for i in weights), tuple(shapes))
+            )
         return [*carry, *ys]
 
 
@@ -325,7 +392,9 @@ def _is_elementwise(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
     if len(arrays) != 1 or len(eqn.outvars) != 1 or not _works_on_elements(eqn, shape):
         return False
     by_hand = [eqn, *(e for p in subprograms(eqn) for e in equations(p))]
-    return all(_rule_works_on_elements(e, shape) for e in by_hand if e.primitive.name == "custom_jvp_call")
+    return all(
+        _rule_works_on_elements(e, shape) for e in by_hand if e.primitive.name == "custom_jvp_call"
+    )
 
 
 def _rule_works_on_elements(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
@@ -349,4 +418,6 @@ def _works_on_elements(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
     if any(v.aval.shape not in (shape, ()) for v in (*eqn.invars, *eqn.outvars)):  # pyright: ignore
         return False
     programs = subprograms(eqn)[:1]
-    return all(not p.constvars and all(_works_on_elements(e, shape) for e in p.eqns) for p in programs)
+    return all(
+        not p.constvars and all(_works_on_elements(e, shape) for e in p.eqns) for p in programs
+    )

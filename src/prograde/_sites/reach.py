@@ -35,17 +35,26 @@ def _reach(walk: "_Reach", jaxpr: Jaxpr, num_losses: int, site: Site) -> Reach:
     others = frozenset(walk.seen - {site.place})
     found: list[list[tuple[int, Along]]] = [[] for _ in losses]
     lengths = {
-        n for shape, label in zip(losses, reached, strict=True) for n in shape[1:] if label is not None and n > 1
+        n
+        for shape, label in zip(losses, reached, strict=True)
+        for n in shape[1:]
+        if label is not None and n > 1
     }
     for start in _candidates(site, lengths):
-        for label, pairs in zip(walk.labels(jaxpr, num_losses, site.place, start), found, strict=True):
+        for label, pairs in zip(
+            walk.labels(jaxpr, num_losses, site.place, start), found, strict=True
+        ):
             if label is None or label == ANYWHERE or label.axis < 1 or label != Along(label.axis):
                 continue
             taken = {axis for axis, _ in pairs}, {where.axis for _, where in pairs}
             if label.axis not in taken[0] and start.axis not in taken[1]:
                 pairs.append((label.axis, start))
     return Reach(
-        tuple(None if label is None else tuple(pairs) for label, pairs in zip(reached, found, strict=True)), others
+        tuple(
+            None if label is None else tuple(pairs)
+            for label, pairs in zip(reached, found, strict=True)
+        ),
+        others,
     )
 
 
@@ -59,7 +68,9 @@ def _candidates(site: Site, lengths: Collection[int]) -> list[Along]:
         for n in lengths:
             rest = size // n
             found += [
-                Along(axis, rest // inner, inner) for inner in range(rest, 0, -1) if size % n == 0 and rest % inner == 0
+                Along(axis, rest // inner, inner)
+                for inner in range(rest, 0, -1)
+                if size % n == 0 and rest % inner == 0
             ]
     return found
 

@@ -14,7 +14,9 @@ from jaxtyping import Array
 from prograde._inject import varying_like
 from prograde._jaxprs import bind
 
-Place = tuple[tuple[int, ...], Any]  # the calls and loops that a value is inside, and its variable there
+Place = tuple[
+    tuple[int, ...], Any
+]  # the calls and loops that a value is inside, and its variable there
 
 
 class Step:
@@ -88,7 +90,9 @@ class Loop(eqx.Module):
     """The sites inside a loop, stacked along its iterations, and what the weights inside it are outside."""
 
     inside: tuple["Site | Loop", ...]
-    entered: tuple[tuple[Use, ...], ...]  # for each weight that entered; its leaf inside is its position here
+    entered: tuple[
+        tuple[Use, ...], ...
+    ]  # for each weight that entered; its leaf inside is its position here
     sliced: tuple[bool, ...] = eqx.field(static=True)
     leaves: tuple[Any, ...] = eqx.field(static=True)  # shapes and dtypes, as inside
 
@@ -98,7 +102,11 @@ Record = Site | Loop
 
 def sites(records: Sequence[Record]) -> list[Site]:
     """All sites, those inside loops included, in the order of the program."""
-    return [s for record in records for s in ([record] if isinstance(record, Site) else sites(record.inside))]
+    return [
+        s
+        for record in records
+        for s in ([record] if isinstance(record, Site) else sites(record.inside))
+    ]
 
 
 def leaves_of(
@@ -107,7 +115,9 @@ def leaves_of(
     """Every site with the leaves it depends on; `outside` are those of the weights that entered an enclosing loop."""
 
     def of(uses: Sequence[Use]) -> frozenset[int]:
-        return frozenset().union(*({use.leaf} if outside is None else outside[use.leaf] for use in uses))
+        return frozenset().union(
+            *({use.leaf} if outside is None else outside[use.leaf] for use in uses)
+        )
 
     found: list[tuple[Site, frozenset[int]]] = []
     for record in records:
@@ -148,7 +158,8 @@ def collect(records: Sequence[Record], leaves: Sequence[Any]) -> list[Array]:
                 for use in uses:
                     add(use, cotangent)
     return [
-        jnp.zeros(leaf.shape, leaf.dtype) if part is None else part for part, leaf in zip(total, leaves, strict=True)
+        jnp.zeros(leaf.shape, leaf.dtype) if part is None else part
+        for part, leaf in zip(total, leaves, strict=True)
     ]
 
 

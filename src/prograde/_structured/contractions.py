@@ -41,7 +41,9 @@ def _product(
         p_names[j] = x_names[i]
     free_x = [x_names[i] for i in range(x.ndim) if i not in (*contract_x, *batch_x)]
     free_p = [p_names[j] for j in range(ndim) if j not in (*contract_p, *batch_p)]
-    out_names = [x_names[i] for i in batch_x] + (free_p + free_x if weight_first else free_x + free_p)
+    out_names = [x_names[i] for i in batch_x] + (
+        free_p + free_x if weight_first else free_x + free_p
+    )
     sizes = dict(zip(x_names, x.shape, strict=True)) | dict(zip(p_names, weight_shape, strict=True))
 
     rank = factors[0].shape[-1]
@@ -52,7 +54,9 @@ def _product(
         shape = [factor.shape[j] for j in covered] + [rank] * len(rank_name)
         terms.append(([p_names[j] for j in covered] + rank_name, factor.reshape(shape)))
     contracted = {p_names[j] for j in contract_p}
-    terms.sort(key=lambda term: contracted.isdisjoint(term[0]))  # stable: what shrinks x comes first
+    terms.sort(
+        key=lambda term: contracted.isdisjoint(term[0])
+    )  # stable: what shrinks x comes first
 
     names, value = x_names, x
     for i, (factor_names, factor) in enumerate(terms):
@@ -78,11 +82,16 @@ def _pair(
         return x_names[:-1], _times_vector(x, y)
     if contract:
         of = lambda names, some: tuple(names.index(n) for n in some)  # noqa: E731
-        numbers = ((of(x_names, contract), of(y_names, contract)), (of(x_names, batch), of(y_names, batch)))
+        numbers = (
+            (of(x_names, contract), of(y_names, contract)),
+            (of(x_names, batch), of(y_names, batch)),
+        )
         return batch + free_x + free_y, lax.dot_general(x, y, numbers, precision=precision)
     names = x_names + free_y
     y = lax.transpose(y, [y_names.index(n) for n in names if n in y_names])
-    y = y.reshape([y.shape[[m for m in names if m in y_names].index(n)] if n in y_names else 1 for n in names])
+    y = y.reshape(
+        [y.shape[[m for m in names if m in y_names].index(n)] if n in y_names else 1 for n in names]
+    )
     return names, x.reshape(x.shape + (1,) * len(free_y)) * y
 
 
@@ -113,10 +122,14 @@ def _sum_of_products(x: Array, vector: Array) -> Array:
 @_sum_of_products.def_vmap
 def _(axis_size: int, in_batched: list[bool], x: Array, vector: Array) -> tuple[Array, bool]:
     del axis_size
-    return jax.vmap(jnp.dot, in_axes=[0 if batched else None for batched in in_batched])(x, vector), True
+    return jax.vmap(jnp.dot, in_axes=[0 if batched else None for batched in in_batched])(
+        x, vector
+    ), True
 
 
-def _dot(x: Any, p: PerturbedArray, weight_first: bool, dimension_numbers: Any, **kwargs: Any) -> Array:
+def _dot(
+    x: Any, p: PerturbedArray, weight_first: bool, dimension_numbers: Any, **kwargs: Any
+) -> Array:
     """`dot_general`, with `dimension_numbers` for (x, p)."""
     contract, batch = dimension_numbers
     if weight_first:
@@ -127,7 +140,9 @@ def _dot(x: Any, p: PerturbedArray, weight_first: bool, dimension_numbers: Any, 
         return z
     x = jnp.asarray(x)
     dtype = wider(x.dtype, p.weight.dtype, z.dtype)
-    direction = partial(_product, dimension_numbers, p.weight.shape, weight_first, dtype, kwargs.get("precision"))
+    direction = partial(
+        _product, dimension_numbers, p.weight.shape, weight_first, dtype, kwargs.get("precision")
+    )
     return inject_product(p.scalar, z, direction, x, *p.factors)
 
 
@@ -157,13 +172,24 @@ def _(x: ArrayLike, p: PerturbedArray, *, dimension_numbers, batch_group_count, 
     out_axis, _, *spatial = numbers.rhs_spec
     varying = [{i for i in range(p.weight.ndim) if f.shape[i] > 1} for f in p.factors]
     one_output_factor = sum(out_axis in axes for axes in varying) <= 1
-    if batch_group_count > 1 or not spatial or not one_output_factor or 0 in (jnp.size(x), p.weight.size):
-        return lax.conv_general_dilated_p.bind(x, p.materialise(), dimension_numbers=numbers, **params)
+    if (
+        batch_group_count > 1
+        or not spatial
+        or not one_output_factor
+        or 0 in (jnp.size(x), p.weight.size)
+    ):
+        return lax.conv_general_dilated_p.bind(
+            x, p.materialise(), dimension_numbers=numbers, **params
+        )
     z = lax.conv_general_dilated_p.bind(x, p.weight, dimension_numbers=numbers, **params)
     if z.size == 0:
         return z
     return inject_product(
-        p.scalar, z, partial(_convolution, numbers, p.weight.shape, params), jnp.asarray(x), *p.factors
+        p.scalar,
+        z,
+        partial(_convolution, numbers, p.weight.shape, params),
+        jnp.asarray(x),
+        *p.factors,
     )
 
 
@@ -173,12 +199,16 @@ def _convolution(
     """`conv_general_dilated` of x and a product of factors."""
     out_axis, in_axis, *spatial = numbers.rhs_spec
     # channels last on the way in, and one axis for each role of the kernel: [*offsets, in, out, rank]
-    channels_last = lax.transpose(x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
+    channels_last = lax.transpose(
+        x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
+    )
     by_role = [lax.transpose(f, (*spatial, in_axis, out_axis, f.ndim - 1)) for f in factors]
     sizes = [weight_shape[i] for i in (*spatial, in_axis, out_axis)]
     direction = _rank_one_convolution(channels_last, [f[..., 0] for f in by_role], sizes, **params)
     for r in range(1, by_role[0].shape[-1]):
-        direction = direction + _rank_one_convolution(channels_last, [f[..., r] for f in by_role], sizes, **params)
+        direction = direction + _rank_one_convolution(
+            channels_last, [f[..., r] for f in by_role], sizes, **params
+        )
     spec = numbers.out_spec
     order = [0] * len(spec)
     for position, axis in enumerate((spec[0], *spec[2:], spec[1])):
@@ -187,7 +217,13 @@ def _convolution(
 
 
 def _strided(
-    x: Array, inner: Array, shift: Array, offsets: list[int], groups: int, precision: Any, **window: Any
+    x: Array,
+    inner: Array,
+    shift: Array,
+    offsets: list[int],
+    groups: int,
+    precision: Any,
+    **window: Any,
 ) -> Array:
     """The convolution with what the factors make of one output channel: cheaper than all offsets at every place of x."""
     ndim = len(offsets)
@@ -212,7 +248,13 @@ def _strided(
 
 
 def _shifted(
-    x: Array, inner: Array, shift: Array, offsets: list[int], groups: int, precision: Any, **window: Any
+    x: Array,
+    inner: Array,
+    shift: Array,
+    offsets: list[int],
+    groups: int,
+    precision: Any,
+    **window: Any,
 ) -> Array:
     """The same at stride 1: channels are contracted for all offsets at once, and each offset adds a shifted slice."""
     ndim, num_in = len(offsets), x.shape[-1] // groups
@@ -225,11 +267,16 @@ def _shifted(
     if inner_groups == 1:
         y = lax.dot_general(x, matrix[:, 0], (((ndim + 2,), (0,)), ((), ())), precision=precision)
     else:
-        y = lax.dot_general(x, matrix, (((ndim + 2,), (0,)), ((ndim + 1,), (1,))), precision=precision)
+        y = lax.dot_general(
+            x, matrix, (((ndim + 2,), (0,)), ((ndim + 1,), (1,))), precision=precision
+        )
         y = jnp.moveaxis(y, 0, ndim + 1)
     y = y.reshape(*x.shape[:-1], num_offsets, inner_out)
 
-    edges = [(low, high, d - 1) for (low, high), d in zip(window["padding"], window["lhs_dilation"], strict=True)]
+    edges = [
+        (low, high, d - 1)
+        for (low, high), d in zip(window["padding"], window["lhs_dilation"], strict=True)
+    ]
     y = lax.pad(y, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, *[(0, 0, 0)] * 3])
     reach = [(k - 1) * d for k, d in zip(offsets, window["rhs_dilation"], strict=True)]
     total = jnp.zeros((), x.dtype)
@@ -247,7 +294,11 @@ def _shifted(
             weight = shift[tuple(min(o, n - 1) for o, n in zip(offset, shift.shape, strict=False))]
             piece = piece * weight.reshape((1,) * (ndim + 1) + weight.shape)
         total = piece if total.ndim == 0 else total + piece
-    return total if max(shift.shape[:ndim]) > 1 else total * shift.reshape((1,) * (ndim + 1) + shift.shape[-2:])
+    return (
+        total
+        if max(shift.shape[:ndim]) > 1
+        else total * shift.reshape((1,) * (ndim + 1) + shift.shape[-2:])
+    )
 
 
 def _rank_one_convolution(
@@ -276,7 +327,9 @@ def _rank_one_convolution(
     outer = jnp.ones((1, 1), dtype)
     for factor in factors:
         size_in, size_out = factor.shape[ndim:]
-        factor = factor.reshape(*factor.shape[:-1], *((groups, num_out // groups) if size_out > 1 else (1, 1)))
+        factor = factor.reshape(
+            *factor.shape[:-1], *((groups, num_out // groups) if size_out > 1 else (1, 1))
+        )
         if size_in > 1:
             inner = inner * factor
         elif max(factor.shape[:ndim]) > 1:
@@ -284,8 +337,15 @@ def _rank_one_convolution(
         else:
             outer = outer * factor.reshape(factor.shape[-2:])
 
-    window = dict(window_strides=window_strides, padding=padding, lhs_dilation=lhs_dilation, rhs_dilation=rhs_dilation)
+    window = dict(
+        window_strides=window_strides,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+    )
     along_offsets = _shifted if max(window_strides) == 1 else _strided
     total = along_offsets(x, inner, shift, offsets, groups, precision, **window)
     total = total * outer.reshape(lead + outer.shape)
-    return jnp.broadcast_to(total, (*total.shape[:-2], groups, num_out // groups)).reshape(*total.shape[:-2], num_out)
+    return jnp.broadcast_to(total, (*total.shape[:-2], groups, num_out // groups)).reshape(
+        *total.shape[:-2], num_out
+    )

@@ -39,7 +39,10 @@ def _flat_call(jaxpr: Any, tree: Any) -> Callable[..., list[Any]]:
     closed = jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
     def call(*leaves: Any) -> list[Any]:
-        return [_dense(out) for out in quax.quaxify(jaxpr_as_fun(closed))(*jax.tree.unflatten(tree, leaves))]
+        return [
+            _dense(out)
+            for out in quax.quaxify(jaxpr_as_fun(closed))(*jax.tree.unflatten(tree, leaves))
+        ]
 
     return call
 
@@ -66,7 +69,9 @@ def _along_axis_0(value: Any) -> Any:
     return PerturbedArray(value.weight, tuple(factors), s, value.recorder)
 
 
-def _scan(*operands: Any, jaxpr: ClosedJaxpr, length: int, reverse: bool, unroll: int, **params: Any) -> list[Any]:
+def _scan(
+    *operands: Any, jaxpr: ClosedJaxpr, length: int, reverse: bool, unroll: int, **params: Any
+) -> list[Any]:
     consts, carry, xs = unpack_scan_args(operands, params)
     carry = [_dense(value) for value in carry]
     leaves, tree = jax.tree.flatten([_along_axis_0(value) for value in xs])
@@ -81,9 +86,16 @@ def _scan(*operands: Any, jaxpr: ClosedJaxpr, length: int, reverse: bool, unroll
 
 
 def _while(
-    *operands: Any, cond_nconsts: int, cond_jaxpr: ClosedJaxpr, body_nconsts: int, body_jaxpr: ClosedJaxpr
+    *operands: Any,
+    cond_nconsts: int,
+    cond_jaxpr: ClosedJaxpr,
+    body_nconsts: int,
+    body_jaxpr: ClosedJaxpr,
 ) -> list[Any]:
-    cond_consts, body_consts = operands[:cond_nconsts], operands[cond_nconsts : cond_nconsts + body_nconsts]
+    cond_consts, body_consts = (
+        operands[:cond_nconsts],
+        operands[cond_nconsts : cond_nconsts + body_nconsts],
+    )
     carry = [_dense(value) for value in operands[cond_nconsts + body_nconsts :]]
 
     def of_arrays(jaxpr: ClosedJaxpr, consts: Sequence[Any]) -> tuple[list[Any], ClosedJaxpr]:
@@ -138,24 +150,35 @@ def _extend(trace: Any) -> None:
         with set_current_trace(self.parent_trace):
             values = [self.to_value(t) for t in tracers]
             _name(values, name)
-            return [_dense(v) if isinstance(v, PerturbedArray) else t for v, t in zip(values, tracers, strict=True)]
+            return [
+                _dense(v) if isinstance(v, PerturbedArray) else t
+                for v, t in zip(values, tracers, strict=True)
+            ]
 
-    def process_custom_jvp_call(self: Any, primitive: Any, fun: Any, jvp: Any, tracers: Any, **kwargs: Any) -> Any:
+    def process_custom_jvp_call(
+        self: Any, primitive: Any, fun: Any, jvp: Any, tracers: Any, **kwargs: Any
+    ) -> Any:
         dense = dense_tracers(self, tracers, fun.debug_info.func_name)
         return custom_jvp(self, primitive, fun, jvp, dense, **kwargs)
 
     def process_custom_vjp_call(
         self: Any, primitive: Any, fun: Any, fwd: Any, bwd: Any, tracers: Any, **params: Any
     ) -> list[Any]:
-        dense = [_array(self.to_value(t)) for t in dense_tracers(self, tracers, fun.debug_info.func_name)]
+        dense = [
+            _array(self.to_value(t)) for t in dense_tracers(self, tracers, fun.debug_info.func_name)
+        ]
         with set_current_trace(self.parent_trace):
             out = call_without_reverse_rule(fun, dense)
         return [_QuaxTracer(self, self.to_value(x)) for x in out]
 
-    def process_shard_map(self: Any, primitive: Any, fun: Any, tracers: Any, *, in_specs: Any, **params: Any) -> Any:
+    def process_shard_map(
+        self: Any, primitive: Any, fun: Any, tracers: Any, *, in_specs: Any, **params: Any
+    ) -> Any:
         values = [self.to_value(t) for t in tracers]
         leaves, tree = jax.tree.flatten(values)
-        specs = tuple(s for value, spec in zip(values, in_specs, strict=True) for s in _specs(value, spec))
+        specs = tuple(
+            s for value, spec in zip(values, in_specs, strict=True) for s in _specs(value, spec)
+        )
 
         def inside(*leaves: Any) -> Any:
             with take_current_trace() as parent:

@@ -45,7 +45,9 @@ def directional_derivative(
         # a parameter that is returned as it came in comes out as a Quax value
         is_value = lambda x: isinstance(x, PerturbedArray)  # noqa: E731
         aux = jax.tree.map(lambda x: x.weight if is_value(x) else x, aux, is_leaf=is_value)
-        return jax.tree.map(lambda x: x.materialise() if is_value(x) else x, value, is_leaf=is_value), aux
+        return jax.tree.map(
+            lambda x: x.materialise() if is_value(x) else x, value, is_leaf=is_value
+        ), aux
 
     try:
         return jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),), has_aux=True)
@@ -58,7 +60,9 @@ def weighted_sum(tangents: PyTree[Tangent], coefficients: Float[Array, " k"]) ->
 
     def leaf(v: Tangent) -> Array:
         dtype = v.factors[0].dtype if isinstance(v, LowRankTangent) else v.dtype
-        c = coefficients.astype(jnp.float64 if jnp.float64 in (coefficients.dtype, dtype) else jnp.float32)
+        c = coefficients.astype(
+            jnp.float64 if jnp.float64 in (coefficients.dtype, dtype) else jnp.float32
+        )
         if isinstance(v, LowRankTangent):
             return v.weighted_sum(c)
         return jnp.sum(c.reshape((-1,) + (1,) * (v.ndim - 1)) * v.astype(c.dtype), axis=0)
@@ -72,8 +76,12 @@ def inner_products(tangents: PyTree[Tangent]) -> Float[Array, "k k"]:
     def leaf(v: Tangent) -> Array:
         if isinstance(v, LowRankTangent):
             return v.inner_products()
-        along = tuple(range(1, v.ndim))  # not reshaped: what is sharded over devices would have to be gathered
-        return jnp.tensordot(v, v, (along, along), preferred_element_type=wider(v.dtype, jnp.float32))
+        along = tuple(
+            range(1, v.ndim)
+        )  # not reshaped: what is sharded over devices would have to be gathered
+        return jnp.tensordot(
+            v, v, (along, along), preferred_element_type=wider(v.dtype, jnp.float32)
+        )
 
     parts = jax.tree.leaves(jax.tree.map(leaf, tangents, is_leaf=is_structured))
     dtype = jnp.float64 if any(part.dtype == jnp.float64 for part in parts) else jnp.float32

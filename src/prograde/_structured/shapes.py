@@ -18,7 +18,10 @@ from prograde._structured.tangent import LowRankTangent, PerturbedArray
 
 @quax.register(lax.transpose_p)
 def _(p: PerturbedArray, *, permutation):
-    return p.map(lambda w: lax.transpose(w, permutation), lambda f: lax.transpose(f, (*permutation, len(permutation))))
+    return p.map(
+        lambda w: lax.transpose(w, permutation),
+        lambda f: lax.transpose(f, (*permutation, len(permutation))),
+    )
 
 
 @quax.register(lax.squeeze_p)
@@ -36,7 +39,9 @@ def _(p: PerturbedArray, *, start_indices, limit_indices, strides):
     strides = strides or (1,) * p.weight.ndim
 
     def sliced(f: Array) -> Array:
-        for axis, (start, limit, stride) in enumerate(zip(start_indices, limit_indices, strides, strict=True)):
+        for axis, (start, limit, stride) in enumerate(
+            zip(start_indices, limit_indices, strides, strict=True)
+        ):
             if f.shape[axis] > 1:
                 f = lax.slice_in_dim(f, start, limit, stride, axis)
         return f
@@ -58,7 +63,9 @@ def _(p: PerturbedArray, *start_indices: ArrayLike, slice_sizes):
 @quax.register(lax.split_p)
 def _(p: PerturbedArray, *, sizes, axis):
     weights = lax.split(p.weight, sizes, axis)
-    factors = [lax.split(f, sizes, axis) if f.shape[axis] > 1 else [f] * len(sizes) for f in p.factors]
+    factors = [
+        lax.split(f, sizes, axis) if f.shape[axis] > 1 else [f] * len(sizes) for f in p.factors
+    ]
     return [p.replace(w, parts) for w, *parts in zip(weights, *factors, strict=True)]
 
 
@@ -78,13 +85,21 @@ def _(p: PerturbedArray, *dynamic: ArrayLike, shape, broadcast_dimensions, **kwa
 
 @quax.register(lax.reshape_p)
 def _(p: PerturbedArray, *dynamic: ArrayLike, new_sizes, dimensions, **kwargs):
-    weight = lax.reshape_p.bind(p.weight, *dynamic, new_sizes=new_sizes, dimensions=dimensions, **kwargs)
+    weight = lax.reshape_p.bind(
+        p.weight, *dynamic, new_sizes=new_sizes, dimensions=dimensions, **kwargs
+    )
     if dimensions is not None or dynamic or p.weight.size == 0:
-        return lax.reshape_p.bind(p.materialise(), *dynamic, new_sizes=new_sizes, dimensions=dimensions, **kwargs)
+        return lax.reshape_p.bind(
+            p.materialise(), *dynamic, new_sizes=new_sizes, dimensions=dimensions, **kwargs
+        )
     blocks = _matching_blocks(p.weight.shape, new_sizes)
     factors = _merged_within_blocks(p.factors, [old for old, _ in blocks])
-    if len(factors) == 1 < len(p.factors):  # the whole tangent: then it is better formed without an axis for the rank
-        return lax.reshape_p.bind(p.materialise(), *dynamic, new_sizes=new_sizes, dimensions=dimensions, **kwargs)
+    if (
+        len(factors) == 1 < len(p.factors)
+    ):  # the whole tangent: then it is better formed without an axis for the rank
+        return lax.reshape_p.bind(
+            p.materialise(), *dynamic, new_sizes=new_sizes, dimensions=dimensions, **kwargs
+        )
 
     def reshaped(f: Array) -> Array:
         whole, sizes = [], []
@@ -128,7 +143,9 @@ def _merged_within_blocks(factors: Sequence[Array], blocks: list[list[int]]) -> 
         inside = [f for f in factors if partial(f)]
         whole = [i for i in axes if any(f.shape[i] > 1 for f in inside)]
         if len(inside) > 1 and len(whole) > 1:
-            factors = [f for f in factors if not partial(f)] + [functools.reduce(operator.mul, inside)]
+            factors = [f for f in factors if not partial(f)] + [
+                functools.reduce(operator.mul, inside)
+            ]
     return factors
 
 
@@ -222,23 +239,32 @@ def _(p: PerturbedArray, indices: Array, *, dimension_numbers, slice_sizes, fill
     varying = [[n > 1 for n in f.shape[:-1]] for f in p.factors]
     unseen = [axis for axis in numbers.start_index_map if not any(v[axis] for v in varying)]
     if numbers.operand_batching_dims or unseen or weight.size == 0:
-        return lax.gather(p.materialise(), indices, numbers, slice_sizes, fill_value=fill_value, **params)
+        return lax.gather(
+            p.materialise(), indices, numbers, slice_sizes, fill_value=fill_value, **params
+        )
     extended = lax.GatherDimensionNumbers(
-        offset_dims=(*numbers.offset_dims, weight.ndim),  # the rank comes along whole, as the last axis
+        offset_dims=(
+            *numbers.offset_dims,
+            weight.ndim,
+        ),  # the rank comes along whole, as the last axis
         collapsed_slice_dims=numbers.collapsed_slice_dims,
         start_index_map=numbers.start_index_map,
     )
 
     def gathered(f: Array, varies: list[bool]) -> Array:
         moving = [varies[axis] for axis in numbers.start_index_map]
-        at = jnp.where(jnp.asarray(moving), indices, 0)  # along its other axes a factor has one entry
+        at = jnp.where(
+            jnp.asarray(moving), indices, 0
+        )  # along its other axes a factor has one entry
         if not any(moving):
             at = at[(slice(0, 1),) * (at.ndim - 1)]
         sizes = [n if v else 1 for n, v in zip(slice_sizes, varies, strict=True)]
         # where an index is out of bounds, what is gathered is a constant, so its tangent is 0
         return lax.gather(f, at, extended, (*sizes, f.shape[-1]), fill_value=0, mode=params["mode"])
 
-    gathered_p = p.replace(weight, [gathered(f, v) for f, v in zip(p.factors, varying, strict=True)])
+    gathered_p = p.replace(
+        weight, [gathered(f, v) for f, v in zip(p.factors, varying, strict=True)]
+    )
     window = [axis for axis in range(p.weight.ndim) if axis not in numbers.collapsed_slice_dims]
     if sum(any(v[axis] and slice_sizes[axis] > 1 for axis in window) for v in varying) > 1:
         return gathered_p

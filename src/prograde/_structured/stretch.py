@@ -15,7 +15,9 @@ from prograde._structured.shapes import _merged_within_blocks
 from prograde._structured.tangent import PerturbedArray
 
 
-def stretch(u: Float[Array, "*shape"], about: Float[Array, "*shape"], c: Array) -> Float[Array, "*shape"]:
+def stretch(
+    u: Float[Array, "*shape"], about: Float[Array, "*shape"], c: Array
+) -> Float[Array, "*shape"]:
     """The point about + c (u - about), with c of as many axes as u, each of size 1 or that of u.
 
     Where u is `about` itself, as in every derivative at the present parameters, the result is u, to the bit and without arithmetic;
@@ -51,7 +53,9 @@ def _jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
     udot, *others = tangents
     if all(type(t) is ad.Zero for t in others):
         out = _value(u, about, c)
-        return out, ad.Zero(jax.typeof(out).to_tangent_aval()) if type(udot) is ad.Zero else c * udot
+        return out, ad.Zero(jax.typeof(out).to_tangent_aval()) if type(
+            udot
+        ) is ad.Zero else c * udot
     return jax.jvp(_stretch, primals, tuple(ad.instantiate_zeros(t) for t in tangents))
 
 
@@ -60,7 +64,10 @@ ad.primitive_jvps[stretch_p] = _jvp
 
 def _batched(args: Any, axes: Any) -> tuple[Array, int]:
     size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
-    u, about, c = (x[None] if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(args, axes, strict=True))
+    u, about, c = (
+        x[None] if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(args, axes, strict=True)
+    )
     return stretch_p.bind(jnp.broadcast_to(u, (size, *u.shape[1:])), about, c), 0
 
 

@@ -41,19 +41,29 @@ class LowRankTangent(eqx.Module):
         first, *others = (f.astype(coefficients.dtype) for f in self.factors)
         first = first * coefficients.reshape((k,) + (1,) * (first.ndim - 1))
         if k * rank <= _MOST_TERMS:
-            product = lambda i, r: functools.reduce(operator.mul, (f[i, ..., r] for f in (first, *others)))  # noqa: E731
-            return functools.reduce(operator.add, (product(i, r) for i in range(k) for r in range(rank)))
+
+            def product(i, r):
+                return functools.reduce(operator.mul, (f[i, ..., r] for f in (first, *others)))
+
+            return functools.reduce(
+                operator.add, (product(i, r) for i in range(k) for r in range(rank))
+            )
         ndim = first.ndim - 2
         names = string.ascii_lowercase[:ndim]
         terms = []
         for factor in (first, *others):
             covered = [i for i in range(ndim) if factor.shape[1 + i] > 1]
             terms.append(
-                ("K" + "".join(names[i] for i in covered) + "R", factor.reshape(k, *_sizes(factor, covered), rank))
+                (
+                    "K" + "".join(names[i] for i in covered) + "R",
+                    factor.reshape(k, *_sizes(factor, covered), rank),
+                )
             )
         shape = jnp.broadcast_shapes(*(f.shape for f in (first, *others)))[1:-1]
         out = "".join(name for name, size in zip(names, shape, strict=True) if size > 1)
-        total = jnp.einsum(",".join(t for t, _ in terms) + "->" + out, *(f for _, f in terms), optimize="optimal")
+        total = jnp.einsum(
+            ",".join(t for t, _ in terms) + "->" + out, *(f for _, f in terms), optimize="optimal"
+        )
         return total.reshape(shape)
 
     def inner_products(self) -> Float[Array, "k k"]:
@@ -63,7 +73,9 @@ class LowRankTangent(eqx.Module):
         """
         pairs = []
         for factor in self.factors:
-            flat = jnp.moveaxis(factor.reshape(factor.shape[0], -1, factor.shape[-1]), 1, -1)  # [k, rank, entries]
+            flat = jnp.moveaxis(
+                factor.reshape(factor.shape[0], -1, factor.shape[-1]), 1, -1
+            )  # [k, rank, entries]
             dtype = wider(flat.dtype, jnp.float32)
             pairs.append(jnp.einsum("jrn,ksn->jrks", flat, flat, preferred_element_type=dtype))
         return jnp.sum(functools.reduce(operator.mul, pairs), axis=(1, 3))
@@ -117,9 +129,13 @@ class PerturbedArray(quax.ArrayValue):
 
     def replace(self, weight: Array, factors: Sequence[Array]) -> "PerturbedArray":
         """Another weight and other factors, differentiated by the same scalar."""
-        return PerturbedArray(weight, tuple(factors), self.scalar.reshape((1,) * weight.ndim), self.recorder)
+        return PerturbedArray(
+            weight, tuple(factors), self.scalar.reshape((1,) * weight.ndim), self.recorder
+        )
 
-    def map(self, of_weight: Callable[[Array], Array], of_factor: Callable[[Array], Array]) -> "PerturbedArray":
+    def map(
+        self, of_weight: Callable[[Array], Array], of_factor: Callable[[Array], Array]
+    ) -> "PerturbedArray":
         """Applies one function to the weight and another to every factor."""
         return self.replace(of_weight(self.weight), [of_factor(f) for f in self.factors])
 

@@ -13,7 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree
 
 from prograde._value_and_grad import value_and_grad as _value_and_grad
-from prograde.distributed._mesh import Axes, axis_names, is_array, is_key, laid_out_as, of_the_compiler
+from prograde.distributed._mesh import (
+    Axes,
+    axis_names,
+    is_array,
+    is_key,
+    laid_out_as,
+    of_the_compiler,
+)
 from prograde.estimators import Estimate, Estimator, SeededEstimator, Share
 from prograde.estimators._estimator import float_leaves, pack, unpack, wide
 
@@ -71,10 +78,14 @@ class Distributed(Estimator):
 
     def __post_init__(self):
         if not isinstance(self.estimator, Estimator):
-            raise TypeError(f"estimator={self.estimator!r}, but an estimator is needed, such as WeightPerturbation().")
+            raise TypeError(
+                f"estimator={self.estimator!r}, but an estimator is needed, such as WeightPerturbation()."
+            )
         named = axis_names(self.data) + axis_names(self.tangents)
         if unknown := [name for name in named if name not in self.mesh.axis_names]:
-            raise ValueError(f"axes {unknown} are not among those of the mesh, {list(self.mesh.axis_names)}.")
+            raise ValueError(
+                f"axes {unknown} are not among those of the mesh, {list(self.mesh.axis_names)}."
+            )
         if len(set(named)) < len(named):
             raise ValueError(
                 f"data={self.data!r} and tangents={self.tangents!r} name an axis twice. For other tangents on each part of the "
@@ -106,13 +117,22 @@ class Distributed(Estimator):
         def in_share(key, params, args):
             own: Any = None if key is None else jax.random.fold_in(key, lax.axis_index(axes))
             found = estimator.estimate(fun, own, None, params, *args, has_aux=has_aux)
-            return wide(found.value)[None], found.aux, jax.tree.map(lambda g: lax.pmean(g, axes), found.grads)
+            return (
+                wide(found.value)[None],
+                found.aux,
+                jax.tree.map(lambda g: lax.pmean(g, axes), found.grads),
+            )
 
         values, aux, grads = self._in_shares(in_share, key, params, args)
         return Estimate(jnp.mean(values), aux, grads, None, state)
 
     def derivatives(
-        self, fun: Callable[..., Any], key: Key[Array, ""], params: PyTree, *args: Any, has_aux: bool = False
+        self,
+        fun: Callable[..., Any],
+        key: Key[Array, ""],
+        params: PyTree,
+        *args: Any,
+        has_aux: bool = False,
     ) -> tuple[Float[Array, ""], Any, Float[Array, "num_tangents groups numbers"]]:
         """(value, aux, derivatives) of the whole, known to all workers: what `SeededEstimator.gradient` makes the estimate from."""
         estimator, tangents, data = self.estimator, self._size(self.tangents), self._size(self.data)
@@ -124,7 +144,9 @@ class Distributed(Estimator):
 
         def in_share(key, params, args):
             share = Share(_index(self.tangents), tangents, _index(self.data), data)
-            value, aux, found = estimator.derivatives(fun, key, params, *args, has_aux=has_aux, share=share)
+            value, aux, found = estimator.derivatives(
+                fun, key, params, *args, has_aux=has_aux, share=share
+            )
             return jnp.concatenate([wide(value)[None], found.reshape(-1)]), aux, None
 
         numbers, aux, _ = self._in_shares(in_share, key, params, args)
@@ -148,7 +170,9 @@ class Distributed(Estimator):
 
         def of_worker(key, shared, batch):
             # what varies from worker to worker is added to the parameters, so they must be of the same type
-            shared = jax.tree.map(lambda x: x if is_key(x) else lax.pcast(x, axes, to="varying"), shared)
+            shared = jax.tree.map(
+                lambda x: x if is_key(x) else lax.pcast(x, axes, to="varying"), shared
+            )
             params, others = eqx.combine(shared, static)
             numbers, aux, same = in_share(key, params, eqx.combine(batch, others))
             aux, static_aux = pack(aux)
@@ -157,11 +181,17 @@ class Distributed(Estimator):
         shares = jax.shard_map(
             of_worker,
             mesh=self.mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(axis_names(self.data) or None)),
+            in_specs=(
+                PartitionSpec(),
+                PartitionSpec(),
+                PartitionSpec(axis_names(self.data) or None),
+            ),
             out_specs=(PartitionSpec(axes), PartitionSpec()),
             axis_names=set(axes),
         )
-        key = None if key is None else jax.random.clone(key)  # JAX takes a key given to `shard_map` for used up
+        key = (
+            None if key is None else jax.random.clone(key)
+        )  # JAX takes a key given to `shard_map` for used up
         # jitted: JAX would run it primitive by primitive where the caller is not
         (numbers, aux), (same, static_aux) = jax.jit(shares)(key, shared, batch)
         # the one exchange: the numbers of all workers, to all workers
@@ -246,8 +276,12 @@ def payload(estimator: Estimator, params: PyTree) -> int:
         8000000
     """
     if not isinstance(estimator, Estimator):
-        raise TypeError(f"estimator={estimator!r}, but an estimator is needed, such as WeightPerturbation().")
+        raise TypeError(
+            f"estimator={estimator!r}, but an estimator is needed, such as WeightPerturbation()."
+        )
     estimator = estimator.estimator if isinstance(estimator, Distributed) else estimator
     if isinstance(estimator, SeededEstimator):
         return 4 * (estimator.num_tangents * estimator.num_groups * estimator.num_numbers + 1)
-    return 8 * sum(math.prod(w.shape) for w in jax.tree.leaves(params) if jnp.issubdtype(w.dtype, jnp.inexact))
+    return 8 * sum(
+        math.prod(w.shape) for w in jax.tree.leaves(params) if jnp.issubdtype(w.dtype, jnp.inexact)
+    )

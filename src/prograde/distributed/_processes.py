@@ -90,7 +90,9 @@ def _check_free(address: str) -> None:
     """JAX would crash where the address is not this machine's, and take over a port that another run listens at."""
     host, port = address.rsplit(":", 1)
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM
+        )[0]
         with socket.socket(family, kind, protocol) as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind(place)
@@ -123,9 +125,13 @@ def agree(facts: dict[str, Any], *, timeout: int = 60) -> None:
     service.client.key_value_set(f"prograde/{count}/{here}", json.dumps(own))
     for other in range(service.num_processes) if here == 0 else [0]:
         try:
-            found = json.loads(service.client.blocking_key_value_get(f"prograde/{count}/{other}", timeout * 1000))
+            found = json.loads(
+                service.client.blocking_key_value_get(f"prograde/{count}/{other}", timeout * 1000)
+            )
         except jax.errors.JaxRuntimeError as error:
-            raise StartError(f"process {other} did not say within {timeout} s what it is about to run.") from error
+            raise StartError(
+                f"process {other} did not say within {timeout} s what it is about to run."
+            ) from error
         differences = [
             f"{name} is {own.get(name)!r} on process {here} and {found.get(name)!r} on process {other}"
             for name in sorted(own.keys() | found.keys())

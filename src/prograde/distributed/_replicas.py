@@ -36,7 +36,11 @@ def checksums(params: PyTree) -> UInt32[Array, "leaves 2"]:
         False
     """
     arrays = [x for x in jax.tree.leaves(params) if is_array(x)]
-    return jnp.stack([_checksum(jnp.asarray(x)) for x in arrays]) if arrays else jnp.zeros((0, 2), jnp.uint32)
+    return (
+        jnp.stack([_checksum(jnp.asarray(x)) for x in arrays])
+        if arrays
+        else jnp.zeros((0, 2), jnp.uint32)
+    )
 
 
 def _checksum(x: Array) -> UInt32[Array, "2"]:
@@ -47,7 +51,9 @@ def _checksum(x: Array) -> UInt32[Array, "2"]:
     bits = jax.dtypes.itemsize_bits(x.dtype)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x, bits = jnp.stack([x.real, x.imag]), bits // 2
-    words = lax.bitcast_convert_type(x, jnp.uint32 if bits >= 32 else jnp.dtype(f"uint{max(bits, 8)}"))
+    words = lax.bitcast_convert_type(
+        x, jnp.uint32 if bits >= 32 else jnp.dtype(f"uint{max(bits, 8)}")
+    )
     words = words.astype(jnp.uint32)
     position = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):  # not reshaped: what is sharded stays where it is
@@ -58,7 +64,10 @@ def _checksum(x: Array) -> UInt32[Array, "2"]:
         x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
         return x ^ (x >> 16)
 
-    one, other = mixed(words + mixed(position)), mixed(words ^ mixed(position + jnp.uint32(0x9E3779B9)))
+    one, other = (
+        mixed(words + mixed(position)),
+        mixed(words ^ mixed(position + jnp.uint32(0x9E3779B9))),
+    )
     return jnp.stack([jnp.sum(one, dtype=jnp.uint32), jnp.sum(other, dtype=jnp.uint32)])
 
 
@@ -85,7 +94,11 @@ def check_replicas(params: PyTree, mesh: Mesh, step: int, axes: Axes = None) -> 
         >>> pg.distributed.check_replicas({"w": jnp.ones(3)}, mesh, step=100)
     """
     names = axis_names(axes) or mesh.axis_names
-    arrays = [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params) if is_array(x)]
+    arrays = [
+        (jax.tree_util.keystr(path), x)
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+        if is_array(x)
+    ]
     leaves = [x for _, x in arrays]
     totals = np.asarray(_of_workers(mesh, names, True)(leaves))
     if (totals == totals[0]).all():
@@ -97,7 +110,9 @@ def check_replicas(params: PyTree, mesh: Mesh, step: int, axes: Axes = None) -> 
         usual = totals[0]
     like = np.flatnonzero((totals == usual).all(axis=1))
     odd = np.flatnonzero((totals != usual).any(axis=1))
-    differing = [name for i, (name, _) in enumerate(arrays) if (each[odd, i] != each[like[0], i]).any()]
+    differing = [
+        name for i, (name, _) in enumerate(arrays) if (each[odd, i] != each[like[0], i]).any()
+    ]
     raise ReplicaError(
         f"after step {step} the parameters of worker {', '.join(map(str, odd))} differ from those of worker "
         f"{', '.join(map(str, like))}, in {', '.join(differing)}. They are equal by construction, so memory or a program was "

@@ -11,11 +11,17 @@ from jaxtyping import Array, PyTree
 
 from prograde._jaxprs import live_bytes
 
-_CHUNK_BYTES = 2**28  # what the tangents of a chunk may take when `chunk` is not given; more for larger models
+_CHUNK_BYTES = (
+    2**28
+)  # what the tangents of a chunk may take when `chunk` is not given; more for larger models
 
 
 def tangents_at_once(
-    chunk: int | None, num_tangents: int, fun: Callable[..., Any], params: PyTree[Array], along_all: Callable[..., Any]
+    chunk: int | None,
+    num_tangents: int,
+    fun: Callable[..., Any],
+    params: PyTree[Array],
+    along_all: Callable[..., Any],
 ) -> int:
     """`chunk`, or as many as fit into the memory of the parameters, or into 256 MiB where that is more.
 
@@ -24,14 +30,19 @@ def tangents_at_once(
     if chunk is not None or num_tangents == 1:
         return min(chunk or 1, num_tangents)
     bare = live_bytes(jax.make_jaxpr(fun)(params).jaxpr)
-    together = live_bytes(jax.make_jaxpr(along_all)(jnp.arange(num_tangents, dtype=jnp.int32)).jaxpr) - bare
+    together = (
+        live_bytes(jax.make_jaxpr(along_all)(jnp.arange(num_tangents, dtype=jnp.int32)).jaxpr)
+        - bare
+    )
     budget = max(_CHUNK_BYTES, sum(w.nbytes for w in jax.tree.leaves(params)))
     return min(num_tangents, max(1, budget * num_tangents // max(1, together)))
 
 
 def in_groups(args: tuple[Any, ...], num_groups: int) -> tuple[PyTree, PyTree]:
     """(arrays, rest) of the arguments: arrays with axes, of which the first is cut into two for the groups; and the others."""
-    arrays, rest = eqx.partition(args, lambda x: isinstance(x, jax.Array | np.ndarray) and x.ndim > 0)
+    arrays, rest = eqx.partition(
+        args, lambda x: isinstance(x, jax.Array | np.ndarray) and x.ndim > 0
+    )
     if num_groups == 1:
         return arrays, rest
     shapes = [x.shape for x in jax.tree.leaves(arrays)]
@@ -43,4 +54,6 @@ def in_groups(args: tuple[Any, ...], num_groups: int) -> tuple[PyTree, PyTree]:
             "examples, which the number of groups divides. Close over what is the same for all examples, and choose num_groups "
             "accordingly."
         )
-    return jax.tree.map(lambda x: jnp.reshape(x, (num_groups, batch // num_groups, *x.shape[1:])), arrays), rest
+    return jax.tree.map(
+        lambda x: jnp.reshape(x, (num_groups, batch // num_groups, *x.shape[1:])), arrays
+    ), rest

@@ -57,7 +57,9 @@ class Estimator(abc.ABC):
         True
     """
 
-    def init(self, fun: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool = False) -> PyTree:
+    def init(
+        self, fun: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool = False
+    ) -> PyTree:
         """The state before the first estimate, `None` for estimators without one. `fun` is traced, not run."""
         del fun, params, args, has_aux
         return None
@@ -118,7 +120,9 @@ def check_key(key: Any) -> None:
             "becomes one with jax.random.wrap_key_data(key)."
         )
     if key.shape != ():
-        raise TypeError(f"key has shape {key.shape}, but one key is needed. Use keys[i], or jax.vmap over the keys.")
+        raise TypeError(
+            f"key has shape {key.shape}, but one key is needed. Use keys[i], or jax.vmap over the keys."
+        )
 
 
 def check_whole(name: str, value: Any) -> None:
@@ -129,8 +133,17 @@ def check_whole(name: str, value: Any) -> None:
 
 def check_positive(name: str, value: Any, at_most: float = math.inf) -> None:
     """Raises unless `value` is a positive finite number, and no more than `at_most`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= at_most or math.isinf(value):
-        allowed = "a positive finite number" if math.isinf(at_most) else f"a number above 0 and at most {at_most:g}"
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 < value <= at_most
+        or math.isinf(value)
+    ):
+        allowed = (
+            "a positive finite number"
+            if math.isinf(at_most)
+            else f"a number above 0 and at most {at_most:g}"
+        )
         raise ValueError(f"{name}={value!r}, but {allowed} is needed.")
 
 
@@ -159,7 +172,9 @@ def wide(x: Array) -> Array:
 
 
 def _partitioned(params: PyTree) -> tuple[PyTree[Array], PyTree]:
-    params = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, params)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, params
+    )
     return eqx.partition(params, eqx.is_inexact_array)
 
 
@@ -189,10 +204,14 @@ def checked_floats(params: PyTree) -> tuple[PyTree[Array], PyTree]:
 def checked_loss(loss: Any, hint: str = "") -> Array:
     """The loss, a real float scalar or vector; `hint` is added where it is no array at all."""
     if not eqx.is_array_like(loss):
-        raise TypeError(f"the function returned {type(loss).__name__} as its loss, but an array is needed.{hint}")
+        raise TypeError(
+            f"the function returned {type(loss).__name__} as its loss, but an array is needed.{hint}"
+        )
     loss = jnp.asarray(loss)
     if not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise TypeError(f"the loss has dtype {loss.dtype}, but a real floating-point loss is needed.")
+        raise TypeError(
+            f"the loss has dtype {loss.dtype}, but a real floating-point loss is needed."
+        )
     if loss.ndim > 1:
         raise ValueError(
             f"the loss has shape {loss.shape}, but a scalar or one loss per example, [batch], is needed. "
@@ -214,6 +233,8 @@ def split_params(
                 f"has_aux=True, but the function returned {type(out).__name__} instead of a pair (loss, aux)."
             )
         loss, aux = out if has_aux else (out, None)
-        return checked_loss(loss, "" if has_aux else " To return more than the loss, pass has_aux=True."), pack(aux)
+        return checked_loss(
+            loss, "" if has_aux else " To return more than the loss, pass has_aux=True."
+        ), pack(aux)
 
     return f, floats

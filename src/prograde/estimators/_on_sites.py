@@ -56,13 +56,17 @@ class SiteEstimator(Estimator):
 
     def __post_init__(self):
         if not isinstance(self.noise, Normal | Rademacher):
-            raise TypeError(f"noise={self.noise!r}, but noise has independent entries: Rademacher() or Normal().")
+            raise TypeError(
+                f"noise={self.noise!r}, but noise has independent entries: Rademacher() or Normal()."
+            )
         check_whole("num_tangents", self.num_tangents)
         check_choice("head", self.head, ("perturbed", "exact"))
         check_choice("scale", self.scale, ("one", "rms"))
         check_choice("custom_vjp", self.custom_vjp, ("error", "inline"))
 
-    def program(self, fun: Any, params: PyTree, args: tuple[Any, ...], has_aux: bool) -> tuple[Program, PyTree[Array]]:
+    def program(
+        self, fun: Any, params: PyTree, args: tuple[Any, ...], has_aux: bool
+    ) -> tuple[Program, PyTree[Array]]:
         """The function as a program with sites, and the parameters it is differentiated by."""
         _, floats = split_params(fun, params, args, has_aux)
 
@@ -105,12 +109,19 @@ class SiteEstimator(Estimator):
             if not exact:
                 (losses, (directional, at_exact, aux, records)), errors = both({}), {}
             else:
-                losses, errors, (directional, at_exact, aux, records) = self._errors(program, floats, exact, both)
+                losses, errors, (directional, at_exact, aux, records) = self._errors(
+                    program, floats, exact, both
+                )
             directional = [wide(d) for d in directional]
             if not self.per_example:
                 directional = [jnp.mean(d)[None] for d in directional]
             return Perturbed(
-                _mean(losses), jax.tree.unflatten(program.aux_tree, aux), directional, records, errors, at_exact
+                _mean(losses),
+                jax.tree.unflatten(program.aux_tree, aux),
+                directional,
+                records,
+                errors,
+                at_exact,
             )
 
         # the records are the same for all tangents but for the noise, which gets an axis for them
@@ -126,19 +137,41 @@ class SiteEstimator(Estimator):
             run = self._run(program, leaves, jnp.zeros(()), threefry(key), shifts)
             return run.losses, (run.aux, run.records)
 
-        losses, errors, (aux, records) = self._errors(program, floats, self.exact(program, floats), losses_of)
-        directional = [jnp.zeros((0, *loss.shape) if self.per_example else (0, 1)) for loss in losses]
-        return Perturbed(_mean(losses), jax.tree.unflatten(program.aux_tree, aux), directional, records, errors, [])
+        losses, errors, (aux, records) = self._errors(
+            program, floats, self.exact(program, floats), losses_of
+        )
+        directional = [
+            jnp.zeros((0, *loss.shape) if self.per_example else (0, 1)) for loss in losses
+        ]
+        return Perturbed(
+            _mean(losses),
+            jax.tree.unflatten(program.aux_tree, aux),
+            directional,
+            records,
+            errors,
+            [],
+        )
 
-    def _run(self, program: Program, leaves: list[Array], s: Array, key: Any, shifts: dict[int, Array]) -> Run:
-        return program.run(leaves, s, key, self.noise._entries, shifts, relative=self.scale == "rms")
+    def _run(
+        self, program: Program, leaves: list[Array], s: Array, key: Any, shifts: dict[int, Array]
+    ) -> Run:
+        return program.run(
+            leaves, s, key, self.noise._entries, shifts, relative=self.scale == "rms"
+        )
 
-    def _errors(self, program: Program, floats: PyTree[Array], exact: Mapping[int, int], losses_of: Any) -> Any:
+    def _errors(
+        self, program: Program, floats: PyTree[Array], exact: Mapping[int, int], losses_of: Any
+    ) -> Any:
         """The losses, their derivatives by the values at the exact sites, by reverse mode of what follows and nothing before."""
         records = self.shapes(program, floats)
         origin = [*jax.tree.leaves(floats), *program.arrays]
-        values = {i: site.noise for i, site in enumerate(records) if i in exact and isinstance(site, Site)}
-        zeros = {i: varying_like(jnp.zeros(value.shape, value.dtype), *origin) for i, value in values.items()}
+        values = {
+            i: site.noise for i, site in enumerate(records) if i in exact and isinstance(site, Site)
+        }
+        zeros = {
+            i: varying_like(jnp.zeros(value.shape, value.dtype), *origin)
+            for i, value in values.items()
+        }
         losses, pull, others = jax.vjp(losses_of, zeros, has_aux=True)
         ones = [jnp.ones_like(x) if self.per_example else jnp.ones_like(x) / x.size for x in losses]
         return losses, pull(ones)[0], others
@@ -147,11 +180,17 @@ class SiteEstimator(Estimator):
         """1/(K B) sum_k d_k u_k: a site's cotangent of the mean loss, from directional derivatives [num_tangents, batch]."""
         weights = site.per_example(directional)
         return (
-            weighed(site, weights.reshape(len(weights), *(1,) * site.depth, *weights.shape[1:])) / directional.shape[1]
+            weighed(site, weights.reshape(len(weights), *(1,) * site.depth, *weights.shape[1:]))
+            / directional.shape[1]
         )
 
     def from_cotangents(
-        self, program: Program, run: Perturbed, floats: PyTree[Array], cotangents: Sequence[Array], state: PyTree
+        self,
+        program: Program,
+        run: Perturbed,
+        floats: PyTree[Array],
+        cotangents: Sequence[Array],
+        state: PyTree,
     ) -> Estimate:
         """The estimate that follows from a cotangent of the mean loss at each site that is not exact."""
         leaves, treedef = jax.tree.flatten(floats)
@@ -178,14 +217,18 @@ class SiteEstimator(Estimator):
         if program.shapes is not None:
             return program.shapes
         leaves = jax.tree.leaves(floats)
-        run = jax.eval_shape(lambda: self._run(program, leaves, jnp.zeros(()), jax.random.key(0), {}))
+        run = jax.eval_shape(
+            lambda: self._run(program, leaves, jnp.zeros(()), jax.random.key(0), {})
+        )
         program.shapes = run.records
         return run.records
 
     def reach(self, program: Program, floats: PyTree[Array]) -> list[Reach]:
         """What the perturbation of each site reaches."""
         if program.reach is None:
-            program.reach = reach_of(program.closed.jaxpr, program.num_losses, sites(self.shapes(program, floats)))
+            program.reach = reach_of(
+                program.closed.jaxpr, program.num_losses, sites(self.shapes(program, floats))
+            )
         return program.reach
 
     @property
@@ -196,16 +239,24 @@ class SiteEstimator(Estimator):
     def exact(self, program: Program, floats: PyTree[Array]) -> dict[int, int]:
         """Which records have exact cotangents, and how many sites in a row follow each: none follows a head."""
         records = self.shapes(program, floats)
-        reach = dict(zip((site.place for site in sites(records)), self.reach(program, floats), strict=True))
+        reach = dict(
+            zip((site.place for site in sites(records)), self.reach(program, floats), strict=True)
+        )
 
         ranks: dict[Place, int] = {}
         for rank in range(self.num_exact):
-            due = [place for place in reach if place not in ranks and reach[place].sites <= ranks.keys()]
+            due = [
+                place
+                for place in reach
+                if place not in ranks and reach[place].sites <= ranks.keys()
+            ]
             ranks |= dict.fromkeys(due, rank)
         found = {
             i: ranks[record.place]
             for i, record in enumerate(records)
-            if isinstance(record, Site) and record.place in ranks and (program.batch is None or record.axis is not None)
+            if isinstance(record, Site)
+            and record.place in ranks
+            and (program.batch is None or record.axis is not None)
         }
         if 0 not in found.values():
             raise ValueError(

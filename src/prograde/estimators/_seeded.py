@@ -97,6 +97,9 @@ class SeededEstimator(Estimator):
 
     @abc.abstractmethod
     def gradient(
-        self, key: Key[Array, ""], params: PyTree, derivatives: Float[Array, "num_tangents groups numbers"]
+        self,
+        key: Key[Array, ""],
+        params: PyTree,
+        derivatives: Float[Array, "num_tangents groups numbers"],
     ) -> PyTree:
         """The gradient estimate of the whole, a tree like `params`, from all the derivatives. The function is not run."""

@@ -10,7 +10,15 @@ from jax import lax
 from prograde._custom_vjp import inline_custom_vjp
 from prograde._structured import coordinate_tangent, count, directional_derivative, from_coordinates
 from prograde.estimators._chunks import tangents_at_once
-from prograde.estimators._estimator import Estimate, Estimator, check_choice, check_whole, split_params, unpack, wide
+from prograde.estimators._estimator import (
+    Estimate,
+    Estimator,
+    check_choice,
+    check_whole,
+    split_params,
+    unpack,
+    wide,
+)
 
 
 @dataclass(frozen=True)
@@ -64,17 +72,23 @@ class ForwardJacobian(Estimator):
         n = count(floats)
 
         def derivative(index):
-            value, directional, aux = directional_derivative(f, floats, coordinate_tangent(index, floats))
+            value, directional, aux = directional_derivative(
+                f, floats, coordinate_tangent(index, floats)
+            )
             return value, aux, wide(directional)
 
         def of_chunk(indices):
             value, aux, directional = jax.vmap(derivative)(indices)
-            value, aux = jax.tree.map(lambda x: x[0], (value, aux))  # the primal is the same for all of them
+            value, aux = jax.tree.map(
+                lambda x: x[0], (value, aux)
+            )  # the primal is the same for all of them
             return value, aux, directional
 
         # the run along the first chunk is also the one that gives the value
         chunk = tangents_at_once(self.chunk, n, f, floats, of_chunk)
-        chunks = jnp.arange(-(-n // chunk) * chunk, dtype=jnp.int32).reshape(-1, chunk)  # over n: tangents of zeros
+        chunks = jnp.arange(-(-n // chunk) * chunk, dtype=jnp.int32).reshape(
+            -1, chunk
+        )  # over n: tangents of zeros
         value, aux, directional = of_chunk(chunks[0])
         if len(chunks) > 1:
             rest = lax.map(lambda indices: of_chunk(indices)[2], chunks[1:])

@@ -12,7 +12,13 @@ from jaxtyping import Array, Int, PyTree
 
 from prograde._inject import varying_like
 from prograde._sites import Program, Site, sites
-from prograde.estimators._estimator import Estimate, check_choice, check_key, check_positive, check_whole
+from prograde.estimators._estimator import (
+    Estimate,
+    check_choice,
+    check_key,
+    check_positive,
+    check_whole,
+)
 from prograde.estimators._on_sites import Perturbed, SiteEstimator, as_value, by_example
 
 
@@ -123,7 +129,12 @@ class LearnedFeedback(SiteEstimator):
 
         def branch(step: Any) -> Any:
             def arrays(key: Any, state: FeedbackState) -> Any:
-                result = eqx.tree_at(lambda r: r.directional, step(program, floats, key, state), None, is_leaf=_is_none)
+                result = eqx.tree_at(
+                    lambda r: r.directional,
+                    step(program, floats, key, state),
+                    None,
+                    is_leaf=_is_none,
+                )
                 dynamic, static = eqx.partition(result, eqx.is_array)
                 results.append(static)
                 # inside `shard_map` both must vary along the same axes
@@ -136,7 +147,9 @@ class LearnedFeedback(SiteEstimator):
         dynamic = lax.cond(due, branch(self._learning), branch(self._following), key, state)
         return eqx.combine(dynamic, results[0])
 
-    def _following(self, program: Program, floats: PyTree, key: Any, state: FeedbackState) -> Estimate:
+    def _following(
+        self, program: Program, floats: PyTree, key: Any, state: FeedbackState
+    ) -> Estimate:
         """A step with the feedback as it is: no noise, and no tangent."""
         run = self.plain_run(program, floats, key)
         hidden = self.hidden(run)
@@ -147,9 +160,13 @@ class LearnedFeedback(SiteEstimator):
             else as_value(self._guess(site, feedback, error), site) / len(error)
             for site, feedback in zip(hidden, state.feedback, strict=True)
         ]
-        return self.from_cotangents(program, run, floats, cotangents, FeedbackState(state.feedback, state.step + 1))
+        return self.from_cotangents(
+            program, run, floats, cotangents, FeedbackState(state.feedback, state.step + 1)
+        )
 
-    def _learning(self, program: Program, floats: PyTree, key: Any, state: FeedbackState) -> Estimate:
+    def _learning(
+        self, program: Program, floats: PyTree, key: Any, state: FeedbackState
+    ) -> Estimate:
         """A step with noise at all sites, from which the feedback learns."""
         run = self.perturbed_run(program, floats, key)
         hidden = self.hidden(run)
@@ -167,9 +184,13 @@ class LearnedFeedback(SiteEstimator):
                 guess = self._guess(site, feedback, error)
                 noise = by_example(site.noise, site, site.depth + 1).astype(feedback.dtype)
                 felt = noise * _gain(site)[..., None, :, :]
-                residual = residual - jnp.einsum("luo,lkbu->kbo", _flat_loops(feedback, 2), _flat_loops(felt, 3))
+                residual = residual - jnp.einsum(
+                    "luo,lkbu->kbo", _flat_loops(feedback, 2), _flat_loops(felt, 3)
+                )
                 power = power + jnp.sum(jnp.square(felt)) / residual[..., 0].size
-                predicted = predicted + jnp.einsum("lbu,lkbu->kb", _flat_loops(guess, 2), _flat_loops(noise, 3))
+                predicted = predicted + jnp.einsum(
+                    "lbu,lkbu->kb", _flat_loops(guess, 2), _flat_loops(noise, 3)
+                )
             guesses.append(guess)
 
         # normalised, as least mean squares must be: with many more units than examples a step would overshoot
@@ -180,7 +201,9 @@ class LearnedFeedback(SiteEstimator):
             if feedback is not None:
                 noise = by_example(site.noise, site, site.depth + 1).astype(feedback.dtype)
                 felt = noise * _gain(site)[..., None, :, :]
-                correlation = jnp.einsum("kbo,...kbu->...uo", residual, felt) / residual[..., 0].size
+                correlation = (
+                    jnp.einsum("kbo,...kbu->...uo", residual, felt) / residual[..., 0].size
+                )
                 feedback = feedback + rate * correlation
                 cotangent = as_value(guess, site) / len(error)
             if feedback is None or self.use == "control_variate":
@@ -189,14 +212,21 @@ class LearnedFeedback(SiteEstimator):
                 cotangent = from_noise if cotangent is None else cotangent + from_noise
             learned.append(feedback)
             cotangents.append(cotangent)
-        return self.from_cotangents(program, run, floats, cotangents, FeedbackState(learned, state.step + 1))
+        return self.from_cotangents(
+            program, run, floats, cotangents, FeedbackState(learned, state.step + 1)
+        )
 
     @property
     def num_exact(self):
         return self.tail
 
     def _at_heads(
-        self, program: Program, floats: PyTree[Array], run: Perturbed, values: list[Array], lead: int
+        self,
+        program: Program,
+        floats: PyTree[Array],
+        run: Perturbed,
+        values: list[Array],
+        lead: int,
     ) -> Array:
         """Of values at all exact sites those at the heads, side by side: [..., batch, outputs]."""
         ranks = self.exact(program, floats)
@@ -221,11 +251,16 @@ class LearnedFeedback(SiteEstimator):
         outputs = sum(head.noise.size // batch for head in heads if isinstance(head, Site))
         whole = lambda site: program.batch is not None and site.axis is None  # noqa: E731
         units = lambda site: math.prod(site.noise.shape[site.depth :]) // batch  # noqa: E731
-        return [None if whole(site) else (*site.noise.shape[: site.depth], units(site), outputs) for site in hidden]
+        return [
+            None if whole(site) else (*site.noise.shape[: site.depth], units(site), outputs)
+            for site in hidden
+        ]
 
     def _check_state(self, state, wanted):
         known = isinstance(state, FeedbackState)
-        given = [getattr(x, "shape", None) for x in state.feedback] if known else type(state).__name__
+        given = (
+            [getattr(x, "shape", None) for x in state.feedback] if known else type(state).__name__
+        )
         if given != wanted:
             raise ValueError(
                 f"state holds feedback of shapes {given}, but the sites of this function need {wanted}. Make the state by "

@@ -113,7 +113,11 @@ class Guided(Estimator):
         check_key(key)
         f, floats = split_params(fun, params, args, has_aux)
         f = inline_custom_vjp(f) if self.custom_vjp == "inline" else f
-        guess = eqx.filter(self.guess(params, *args), eqx.is_inexact_array) if callable(self.guess) else state
+        guess = (
+            eqx.filter(self.guess(params, *args), eqx.is_inexact_array)
+            if callable(self.guess)
+            else state
+        )
         _check_like("the guess" if callable(self.guess) else "state", guess, floats)
         guess = jax.tree.map(lambda g, w: g.astype(wide_dtype(w.dtype)), guess, floats)
         run = self._projection if self.use == "projection" else self._control_variate
@@ -134,7 +138,9 @@ class Guided(Estimator):
         directional = wide(directional)[None]
         return value, aux, jax.tree.map(lambda u: jnp.mean(directional) * u, unit), directional
 
-    def _control_variate(self, f: Any, key: Array, floats: PyTree[Array], guess: PyTree[Array]) -> Any:
+    def _control_variate(
+        self, f: Any, key: Array, floats: PyTree[Array], guess: PyTree[Array]
+    ) -> Any:
         def one_tangent(index: Array) -> Any:
             tangents = self.tangents.sample(key, floats, index, self.num_tangents)
             value, directional, aux = directional_derivative(f, floats, tangents)
@@ -142,7 +148,9 @@ class Guided(Estimator):
 
         def add_chunk(grads: PyTree[Array], indices: Array) -> Any:
             value, aux, directional, tangents = jax.vmap(one_tangent)(indices)
-            left = directional.reshape(len(indices), -1).mean(axis=1) - inner_products_with(guess, tangents)
+            left = directional.reshape(len(indices), -1).mean(axis=1) - inner_products_with(
+                guess, tangents
+            )
             # the last chunk may run over the number of tangents: what is over counts nothing
             weights = jnp.where(indices < self.num_tangents, left / self.num_tangents, 0)
             correction = weighted_sum(tangents, weights)
@@ -156,7 +164,9 @@ class Guided(Estimator):
         grads, (value, aux, directional) = add_chunk(guess, indices[0])
         if len(indices) > 1:
             grads, (_, _, others) = lax.scan(add_chunk, grads, indices[1:])
-            directional = jnp.concatenate([directional[None], others]).reshape(-1, *directional.shape[1:])[:k]
+            directional = jnp.concatenate([directional[None], others]).reshape(
+                -1, *directional.shape[1:]
+            )[:k]
         return value, aux, grads, directional
 
 

@@ -53,14 +53,19 @@ def total_loss(fun: Callable[..., Any], has_aux: bool = False) -> Callable[..., 
 
 def _checked(losses: PyTree) -> list[Array]:
     """The losses of a tree, of which each has the examples along its first axis."""
-    found = [(jax.tree_util.keystr(path), loss) for path, loss in jax.tree_util.tree_leaves_with_path(losses)]
+    found = [
+        (jax.tree_util.keystr(path), loss)
+        for path, loss in jax.tree_util.tree_leaves_with_path(losses)
+    ]
     if not found:
         raise TypeError(
             f"the function returned {losses!r}, but an array of losses [batch, ...], or a tree of such, is needed."
         )
     for path, loss in found:
         if not eqx.is_array_like(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-            raise TypeError(f"losses{path} is {loss!r}, but a real floating-point array [batch, ...] is needed.")
+            raise TypeError(
+                f"losses{path} is {loss!r}, but a real floating-point array [batch, ...] is needed."
+            )
         if jnp.ndim(loss) == 0:
             raise ValueError(
                 f"losses{path} is a scalar, but every loss needs the examples along its first axis, [batch, ...]. Return the "
@@ -150,7 +155,10 @@ class LocalLosses(SiteEstimator):
         places = [site.place for site in sites(self.shapes(program, floats))]
         reach = dict(zip(places, self.reach(program, floats), strict=True))
         batch = run.directional[0].shape[1]
-        cotangents = [weighed(site, _weights(site, reach[site.place], run.directional)) / batch for site in hidden]
+        cotangents = [
+            weighed(site, _weights(site, reach[site.place], run.directional)) / batch
+            for site in hidden
+        ]
         return self.from_cotangents(program, run, floats, cotangents, state)
 
 
@@ -174,6 +182,8 @@ def _weights(site: Site, reach: Reach, directional: Sequence[Array]) -> Array:
         d = d.reshape(num_tangents, *(placed.get(axis, 1) for axis in range(1, total.ndim)))
         for axis, outer, inner in to.values():
             if outer * inner > 1:
-                d = jnp.tile(jnp.repeat(d, inner, axis), [outer if i == axis else 1 for i in range(d.ndim)])
+                d = jnp.tile(
+                    jnp.repeat(d, inner, axis), [outer if i == axis else 1 for i in range(d.ndim)]
+                )
         total = total + d
     return total

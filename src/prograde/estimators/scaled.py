@@ -29,7 +29,9 @@ from prograde.estimators._on_sites import SiteEstimator
 from prograde.estimators.weight import WeightPerturbation
 from prograde.tangents import Rademacher
 
-_PROBE = 2**31  # folded into the key for the tangent of a probe: no tangent of an estimate has this number
+_PROBE = (
+    2**31
+)  # folded into the key for the tangent of a probe: no tangent of an estimate has this number
 
 
 class ScaleState(eqx.Module):
@@ -175,7 +177,9 @@ class Scaled(Estimator):
         num_leaves = len(jax.tree.leaves(floats))
         zeros = lambda *shape, **kind: jnp.zeros(shape, **kind)  # noqa: E731  (each a buffer of its own, so that all may be donated)
         bends = zeros(num_leaves) if self.scales == "curvature" else None
-        return ScaleState(inner, zeros(num_leaves), bends, zeros(dtype=jnp.int32), zeros(dtype=jnp.int32))
+        return ScaleState(
+            inner, zeros(num_leaves), bends, zeros(dtype=jnp.int32), zeros(dtype=jnp.int32)
+        )
 
     def estimate(self, fun, key, state, params, *args, has_aux=False):
         learns, before = isinstance(self.scales, str), state
@@ -184,7 +188,9 @@ class Scaled(Estimator):
             check_key(key)
             self._check_state(state, floats)
         h, floats, scales = self.coordinates(fun, state, params, args, has_aux)
-        found = self.estimator.estimate(h, key, state.inner if learns else state, floats, *args, has_aux=has_aux)
+        found = self.estimator.estimate(
+            h, key, state.inner if learns else state, floats, *args, has_aux=has_aux
+        )
 
         def leaf(g: Array, c: Array) -> Array:
             c = wide(c)
@@ -193,13 +199,26 @@ class Scaled(Estimator):
         state = found.state
         if learns:
             state = self._next(f, key, before, floats, args, state)
-        return Estimate(found.value, found.aux, jax.tree.map(leaf, found.grads, scales), found.directional, state)
+        return Estimate(
+            found.value,
+            found.aux,
+            jax.tree.map(leaf, found.grads, scales),
+            found.directional,
+            state,
+        )
 
     def coordinates(
-        self, fun: Callable[..., Any], state: PyTree, params: PyTree, args: tuple[Any, ...], has_aux: bool
+        self,
+        fun: Callable[..., Any],
+        state: PyTree,
+        params: PyTree,
+        args: tuple[Any, ...],
+        has_aux: bool,
     ) -> tuple[Callable[..., Any], PyTree[Array], PyTree[Array]]:
         """(h, floats, scales): the function of u = floats + (w - floats) / c, the floats of the parameters, and c."""
-        params = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, params)
+        params = jax.tree.map(
+            lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, params
+        )
         _, floats = split_params(fun, params, args, has_aux)
         rest = eqx.filter(params, eqx.is_inexact_array, inverse=True)
         if isinstance(self.scales, str):
@@ -224,13 +243,17 @@ class Scaled(Estimator):
         above, below = (sizes, bends) if self.precondition else (bends, state.slopes)
         # beside all leaves together, which one that has no gradient or does not bend cannot move far
         ratio = jnp.maximum(share(above), tiny) / jnp.maximum(share(below), tiny)
-        squares = jnp.clip(ratio if self.precondition else jnp.sqrt(ratio), self.limit**-2.0, self.limit**2.0)
+        squares = jnp.clip(
+            ratio if self.precondition else jnp.sqrt(ratio), self.limit**-2.0, self.limit**2.0
+        )
         known, total = state.probes >= len(leaves), jnp.sum(bends)
         if self.precondition:
             c = jnp.where(known & (total > 0), jnp.sqrt(squares / jnp.maximum(total, tiny)), 0.0)
         else:
             c = jnp.where(known, jnp.sqrt(squares * jnp.sum(sizes) / jnp.sum(sizes * squares)), 1.0)
-        return treedef.unflatten([c[i].astype(w.dtype).reshape((1,) * w.ndim) for i, w in enumerate(leaves)])
+        return treedef.unflatten(
+            [c[i].astype(w.dtype).reshape((1,) * w.ndim) for i, w in enumerate(leaves)]
+        )
 
     def _next(
         self, f: Any, key: Array, state: ScaleState, floats: PyTree[Array], args: Any, inner: PyTree
@@ -245,7 +268,10 @@ class Scaled(Estimator):
             # the plain mean of the first ones, until each has the weight that it has in the average of long runs
             rate = jnp.maximum(1 / (state.probes // num_leaves + 1), 1 - self.decay)
             moved = lambda old, new: old.at[at].add(rate * (new.astype(old.dtype) - old[at]))  # noqa: E731
-            new = moved(state.slopes, jnp.square(slope)), None if state.bends is None else moved(state.bends, bend)
+            new = (
+                moved(state.slopes, jnp.square(slope)),
+                None if state.bends is None else moved(state.bends, bend),
+            )
             return jax.tree.map(lambda x: varying_like(x, *others), new)
 
         def kept() -> tuple[Array, Array | None]:
@@ -253,22 +279,40 @@ class Scaled(Estimator):
 
         due = (state.step < num_leaves) | (state.step % self.every == 0)
         slopes, bends = lax.cond(due, probed, kept)
-        return ScaleState(inner, slopes, bends, state.probes + due.astype(jnp.int32), state.step + 1)
+        return ScaleState(
+            inner, slopes, bends, state.probes + due.astype(jnp.int32), state.step + 1
+        )
 
     def _probe(self, f: Any, key: Array, floats: PyTree[Array], at: Array) -> tuple[Array, Array]:
         """(grad f . v, v^T H v) along signs v of the leaf number `at`."""
-        f = inline_custom_vjp(f) if getattr(self.estimator, "custom_vjp", "error") == "inline" else f
-        signs, treedef = jax.tree.flatten(Rademacher().sample(jax.random.fold_in(key, _PROBE), floats))
-        v = treedef.unflatten([jnp.where(at == i, x, jnp.zeros_like(x)) for i, x in enumerate(signs)])
+        f = (
+            inline_custom_vjp(f)
+            if getattr(self.estimator, "custom_vjp", "error") == "inline"
+            else f
+        )
+        signs, treedef = jax.tree.flatten(
+            Rademacher().sample(jax.random.fold_in(key, _PROBE), floats)
+        )
+        v = treedef.unflatten(
+            [jnp.where(at == i, x, jnp.zeros_like(x)) for i, x in enumerate(signs)]
+        )
 
         def slope(w: PyTree[Array]) -> Array:
             return jax.jvp(lambda w: jnp.mean(wide(f(w)[0])), (w,), (v,))[1]
 
-        return jax.jvp(slope, (floats,), (v,)) if self.scales == "curvature" else (slope(floats), jnp.zeros(()))
+        return (
+            jax.jvp(slope, (floats,), (v,))
+            if self.scales == "curvature"
+            else (slope(floats), jnp.zeros(()))
+        )
 
     def _check_state(self, state: Any, floats: PyTree[Array]) -> None:
         wanted = (len(jax.tree.leaves(floats)), self.scales == "curvature")
-        given = (len(state.slopes), state.bends is not None) if isinstance(state, ScaleState) else type(state).__name__
+        given = (
+            (len(state.slopes), state.bends is not None)
+            if isinstance(state, ScaleState)
+            else type(state).__name__
+        )
         if given != wanted:
             raise ValueError(
                 f"state is that of (leaves, whether curvature is learned) {given}, but {wanted} is needed. Make the state by "
@@ -280,7 +324,9 @@ def _check_scales(scales: PyTree) -> None:
     """Raises unless the leaves of fixed scales are positive finite numbers."""
     for path, c in jax.tree_util.tree_leaves_with_path(scales):
         name = f"scales{jax.tree_util.keystr(path)}"
-        if isinstance(c, bool) or not isinstance(c, int | float | np.ndarray | np.generic | jax.Array):
+        if isinstance(c, bool) or not isinstance(
+            c, int | float | np.ndarray | np.generic | jax.Array
+        ):
             raise TypeError(
                 f"{name}={c!r}, but a positive number or an array of them is needed, 'gradient', 'curvature', or a function of "
                 "(params, *args) that returns such a tree."
@@ -288,7 +334,10 @@ def _check_scales(scales: PyTree) -> None:
         if isinstance(c, Tracer):
             continue
         values = np.asarray(c)
-        if values.dtype.kind not in "fiuV" or not (np.isfinite(values.astype(np.float64)) & (values > 0)).all():
+        if (
+            values.dtype.kind not in "fiuV"
+            or not (np.isfinite(values.astype(np.float64)) & (values > 0)).all()
+        ):
             raise ValueError(f"{name}={c!r}, but all scales must be positive finite numbers.")
 
 
@@ -306,7 +355,9 @@ def _like_leaves(scales: PyTree, floats: PyTree[Array]) -> PyTree[Array]:
     def leaf(path: Any, w: Array, c: Any) -> Array:
         shape = np.shape(c)
         padded = (1,) * (w.ndim - len(shape)) + shape
-        if len(padded) > w.ndim or any(n not in (1, m) for n, m in zip(padded, w.shape, strict=True)):
+        if len(padded) > w.ndim or any(
+            n not in (1, m) for n, m in zip(padded, w.shape, strict=True)
+        ):
             raise ValueError(
                 f"the scale of params{jax.tree_util.keystr(path)} has shape {shape}, which does not broadcast to that of the parameter, "
                 f"{w.shape}. Give a number, or an array with size 1 along the axes that share a scale: (rows, 1) for a scale for each row."

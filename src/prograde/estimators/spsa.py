@@ -96,7 +96,11 @@ class CentralDifference(SeededEstimator):
 
         def one_tangent(sums, index):
             value, aux, directional, numbers = run(index)
-            return self._add(sums, floats, key, index, self._coefficient(numbers)), (value, directional, aux)
+            return self._add(sums, floats, key, index, self._coefficient(numbers)), (
+                value,
+                directional,
+                aux,
+            )
 
         sums = jax.tree.map(lambda w: jnp.zeros(w.shape, wide_dtype(w.dtype)), floats)
         # the first is not in the loop: inside `shard_map` zeros vary along other axes than what is added
@@ -121,7 +125,9 @@ class CentralDifference(SeededEstimator):
             value, aux, _, numbers = run(index)
             return value, aux, numbers
 
-        value, aux, numbers = lax.map(one_tangent, share.tangent * count + jnp.arange(count, dtype=jnp.int32))
+        value, aux, numbers = lax.map(
+            one_tangent, share.tangent * count + jnp.arange(count, dtype=jnp.int32)
+        )
         return jnp.mean(value), unpack(jax.tree.map(lambda x: x[-1], aux)), numbers[:, None]
 
     def gradient(self, key, params, derivatives):
@@ -150,7 +156,9 @@ class CentralDifference(SeededEstimator):
 
         def value_at(index, sign):
             tangents = self.tangents.sample(key, floats, index, self.num_tangents)
-            value, aux = f(jax.tree.map(lambda w, v: _moved(w, v, sign * self.step), floats, tangents))
+            value, aux = f(
+                jax.tree.map(lambda w, v: _moved(w, v, sign * self.step), floats, tangents)
+            )
             return wide(value), aux
 
         def run(index):
@@ -160,7 +168,12 @@ class CentralDifference(SeededEstimator):
             if clean is None:
                 return jnp.mean(above + below) / 2, aux, directional, jnp.mean(directional)[None]
             curvature = jnp.mean(above - 2 * wide(clean[0]) + below) / self.step**2
-            return jnp.mean(clean[0]), clean[1], directional, jnp.stack([jnp.mean(directional), curvature])
+            return (
+                jnp.mean(clean[0]),
+                clean[1],
+                directional,
+                jnp.stack([jnp.mean(directional), curvature]),
+            )
 
         return run
 
@@ -171,7 +184,14 @@ class CentralDifference(SeededEstimator):
             weight = jnp.maximum(jnp.abs(numbers[1]) ** self.curvature_power, self.curvature_floor)
         return numbers[0] / weight / self.num_tangents
 
-    def _add(self, sums: PyTree[Array], floats: PyTree[Array], key: Any, index: int | Array, weight: Array) -> PyTree:
+    def _add(
+        self,
+        sums: PyTree[Array],
+        floats: PyTree[Array],
+        key: Any,
+        index: int | Array,
+        weight: Array,
+    ) -> PyTree:
         tangents = self.tangents.sample(key, floats, index, self.num_tangents)
         tangents = jax.tree.map(lambda x: x[None], eqx.filter(tangents, eqx.is_array))
         return jax.tree.map(jnp.add, sums, weighted_sum(tangents, weight[None]))
@@ -179,4 +199,6 @@ class CentralDifference(SeededEstimator):
 
 def _moved(weight: Array, tangent: PyTree, step: float) -> Array:
     dense = tangent.dense() if is_structured(tangent) else tangent
-    return weight + jnp.asarray(step, weight.dtype) * jnp.broadcast_to(dense, weight.shape).astype(weight.dtype)
+    return weight + jnp.asarray(step, weight.dtype) * jnp.broadcast_to(dense, weight.shape).astype(
+        weight.dtype
+    )

@@ -119,11 +119,15 @@ class WeightPerturbation(SeededEstimator):
 
         def coefficients(directional, indices):
             # the last chunk may run over the number of tangents: what is over counts nothing
-            return jnp.where(jnp.repeat(indices < k, g), self._coefficients(floats, directional, len(indices)), 0)
+            return jnp.where(
+                jnp.repeat(indices < k, g), self._coefficients(floats, directional, len(indices)), 0
+            )
 
         def combined(tangents, directional, indices):
             along = coefficients(directional, indices)
-            return weighted_sum(tangents, projected(tangents, along) if self.combine == "projection" else along)
+            return weighted_sum(
+                tangents, projected(tangents, along) if self.combine == "projection" else along
+            )
 
         if len(chunks) == 1:
             value, aux, directional, tangents = one_chunk(chunks[0])
@@ -136,7 +140,9 @@ class WeightPerturbation(SeededEstimator):
 
             def add_chunk(carry, indices):
                 value, aux, directional, tangents = one_chunk(indices)
-                tangents = jax.tree.map(lambda late, v: None if late else v, last, tangents, is_leaf=is_structured)
+                tangents = jax.tree.map(
+                    lambda late, v: None if late else v, last, tangents, is_leaf=is_structured
+                )
                 total = weighted_sum(tangents, coefficients(directional, indices))
                 return (value, aux, jax.tree.map(jnp.add, carry[2], total)), directional
 
@@ -147,7 +153,9 @@ class WeightPerturbation(SeededEstimator):
             directional = _merged(jnp.concatenate([first[None], rest_of_them]))[: k * g]
             grads = sums
             if jax.tree.leaves(at_the_end):
-                again = jax.vmap(lambda i: self.tangents.sample(key, at_the_end, i, k * g))(jnp.arange(k * g))
+                again = jax.vmap(lambda i: self.tangents.sample(key, at_the_end, i, k * g))(
+                    jnp.arange(k * g)
+                )
                 grads = eqx.combine(sums, combined(again, directional, jnp.arange(k)))
         grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, floats)
         if g > 1:
@@ -221,7 +229,9 @@ class WeightPerturbation(SeededEstimator):
         def one_for_each_group(index):
             """A tangent for each group, along a leading axis."""
             if g == 1:
-                value, aux, directional, tangents = one_tangent(index * self.num_groups + groups[0], arrays)
+                value, aux, directional, tangents = one_tangent(
+                    index * self.num_groups + groups[0], arrays
+                )
                 return value, aux, *jax.tree.map(lambda x: x[None], (directional, tangents))
             value, *others = jax.vmap(one_tangent)(index * self.num_groups + groups, arrays)
             return jnp.mean(value), *others
@@ -230,18 +240,24 @@ class WeightPerturbation(SeededEstimator):
             if len(indices) == 1:
                 return one_for_each_group(indices[0])
             value, aux, directional, tangents = jax.vmap(one_for_each_group)(indices)
-            value, aux = jax.tree.map(lambda x: x[0], (value, aux))  # the primal is the same for all of them
+            value, aux = jax.tree.map(
+                lambda x: x[0], (value, aux)
+            )  # the primal is the same for all of them
             return value, aux, *jax.tree.map(_merged, (directional, tangents))
 
         whole = of_group(args) if g == 1 else of_group(jax.tree.map(lambda x: x[0], arrays))
         num_chunks = -(-k // tangents_at_once(self.chunk, k, whole, floats, one_chunk))
         size = -(-k // num_chunks)
-        chunks = share.tangent * k + jnp.arange(num_chunks * size, dtype=jnp.int32).reshape(num_chunks, size)
+        chunks = share.tangent * k + jnp.arange(num_chunks * size, dtype=jnp.int32).reshape(
+            num_chunks, size
+        )
         return floats, one_chunk, chunks
 
     def _coefficients(self, floats: PyTree[Array], directional: Array, num_tangents: int) -> Array:
         """What each tangent of each group is multiplied by, before a projection."""
-        return self._scale(floats) * directional.reshape(num_tangents * self.num_groups, -1).mean(axis=1)
+        return self._scale(floats) * directional.reshape(num_tangents * self.num_groups, -1).mean(
+            axis=1
+        )
 
     def _scale(self, floats: PyTree[Array]) -> float:
         """What a directional derivative is multiplied by to weigh its tangent."""

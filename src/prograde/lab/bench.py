@@ -34,7 +34,9 @@ SETTLE_SECONDS = 0.01  # between visits, for the threads of the one before to go
 # its turn. (OMP_WAIT_POLICY=PASSIVE, which does not spin at all, makes an MLP step of PyTorch a fifth slower.)
 _SPINS = "20000"
 
-Visit = Callable[[int], tuple[float, float]]  # so many steps -> the seconds they took, the last loss
+Visit = Callable[
+    [int], tuple[float, float]
+]  # so many steps -> the seconds they took, the last loss
 
 
 class TorchError(RuntimeError):
@@ -52,7 +54,11 @@ class TorchSide:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=os.environ | {"GOMP_SPINCOUNT": _SPINS, "TORCHINDUCTOR_CACHE_DIR": str(arrays.parent / "inductor")},
+            env=os.environ
+            | {
+                "GOMP_SPINCOUNT": _SPINS,
+                "TORCHINDUCTOR_CACHE_DIR": str(arrays.parent / "inductor"),
+            },
             start_new_session=True,  # Ctrl-C is for the command, which ends this process itself
         )
         try:
@@ -73,7 +79,9 @@ class TorchSide:
         reply = process.stdout.readline()
         if not reply:
             self._errors.seek(0)
-            last = (self._errors.read().decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+            last = (
+                self._errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
+            )[-1]
             raise TorchError(f"the process of PyTorch ended: {last}")
         found = json.loads(reply)
         if "error" in found:
@@ -132,7 +140,9 @@ def take_turns(
             time.sleep(SETTLE_SECONDS)
             taken, value = visits[name](counts[name])
             if not math.isfinite(value):
-                raise RuntimeError(f"{name}: the loss is not finite; what was measured would mean nothing.")
+                raise RuntimeError(
+                    f"{name}: the loss is not finite; what was measured would mean nothing."
+                )
             seconds[name].append(taken / counts[name])
             on_visit(name)
     return seconds
@@ -175,9 +185,15 @@ class Measurement:
                     self.missing["torch"] = str(error)
             visits = self._compile(jax_side, torch_side)
             counts = {name: calibrate(visit) for name, visit in visits.items()}
-            expected = {name: visit(counts[name])[0] + SETTLE_SECONDS for name, visit in visits.items()}
-            with self.display.stage(f"{self.workload.name}: {rounds} rounds", rounds * sum(expected.values())):
-                seconds = take_turns(visits, counts, rounds, lambda name: self.display.advance(expected[name], name))
+            expected = {
+                name: visit(counts[name])[0] + SETTLE_SECONDS for name, visit in visits.items()
+            }
+            with self.display.stage(
+                f"{self.workload.name}: {rounds} rounds", rounds * sum(expected.values())
+            ):
+                seconds = take_turns(
+                    visits, counts, rounds, lambda name: self.display.advance(expected[name], name)
+                )
         for name, values in seconds.items():
             self.figures[name] |= {
                 "seconds": costs.quartiles(values),
@@ -195,7 +211,9 @@ class Measurement:
         if torch_side is not None:
             sides |= dict.fromkeys(torch_side.methods, torch_side)
         visits: dict[str, Visit] = {}
-        jax.block_until_ready(jax.jit(lambda x: x @ x)(jnp.ones((8, 8))))  # what the first compilation takes once
+        jax.block_until_ready(
+            jax.jit(lambda x: x @ x)(jnp.ones((8, 8)))
+        )  # what the first compilation takes once
         with self.display.stage(f"{self.workload.name}: compiling", len(sides)):
             for name, side in sides.items():
                 try:
@@ -208,7 +226,9 @@ class Measurement:
         if "torch-bare" in visits:  # neither has moved its parameters yet
             ours, theirs = visits["bare"](1)[1], self.figures["torch-bare"]["first_loss"]
             if not math.isclose(ours, theirs, rel_tol=1e-3):
-                raise RuntimeError(f"{self.workload.name}: the loss is {ours:g} in JAX and {theirs:g} in PyTorch.")
+                raise RuntimeError(
+                    f"{self.workload.name}: the loss is {ours:g} in JAX and {theirs:g} in PyTorch."
+                )
         return visits
 
     def _memory(self, arrays: Path) -> None:
@@ -266,9 +286,14 @@ def claim(path: Path, names: list[str], rounds: int) -> dict[str, Any]:
     return old
 
 
-def run(names: list[str], rounds: int, with_memory: bool, path: Path, display: Display) -> Iterator[dict[str, Any]]:
+def run(
+    names: list[str], rounds: int, with_memory: bool, path: Path, display: Display
+) -> Iterator[dict[str, Any]]:
     """Measures one workload after the other; the record is written, and yielded, after each."""
-    facts = {"keeps_freed_memory": keep_freed_memory(), "load_average": load_average()}  # before JAX starts its threads
+    facts = {
+        "keeps_freed_memory": keep_freed_memory(),
+        "load_average": load_average(),
+    }  # before JAX starts its threads
     record = claim(path, names, rounds)
     record["environment"] |= facts
     for name in names:

@@ -36,7 +36,9 @@ LEARNING_RATE = 1e-6  # small, so that no method diverges while it is timed
 NUM_BATCHES = 4  # they take turns, so that no step sees the data of the one before
 _PERTURBATION = 1e-3  # of a central difference, MeZO's
 
-Step = Callable[..., tuple[PyTree, PyTree, jax.Array]]  # (params, state, key, *batch) -> (params, state, loss)
+Step = Callable[
+    ..., tuple[PyTree, PyTree, jax.Array]
+]  # (params, state, key, *batch) -> (params, state, loss)
 
 
 def _moved(params: PyTree, gradient: PyTree) -> PyTree:
@@ -62,7 +64,9 @@ def _by_prograde(loss: Loss, num_tangents: int) -> Step:
     estimator = _estimator(num_tangents)
 
     def step(params, state, key, *batch):
-        (value, state), gradient = pg.value_and_grad(loss, estimator, has_aux=True)(key, params, state, *batch)
+        (value, state), gradient = pg.value_and_grad(loss, estimator, has_aux=True)(
+            key, params, state, *batch
+        )
         return _moved(params, gradient), state, value
 
     return step
@@ -74,9 +78,17 @@ def _by_dense_jvp(loss: Loss) -> Step:
     def step(params, state, key, *batch):
         leaves, treedef = jax.tree.flatten(params)
         keys = jax.random.split(key, len(leaves))
-        tangent = treedef.unflatten([jax.random.normal(k, w.shape) for k, w in zip(keys, leaves, strict=True)])
-        value, slope, state = jax.jvp(lambda p: loss(p, state, *batch), (params,), (tangent,), has_aux=True)
-        return jax.tree.map(lambda w, v: w - LEARNING_RATE * slope * v, params, tangent), state, value
+        tangent = treedef.unflatten(
+            [jax.random.normal(k, w.shape) for k, w in zip(keys, leaves, strict=True)]
+        )
+        value, slope, state = jax.jvp(
+            lambda p: loss(p, state, *batch), (params,), (tangent,), has_aux=True
+        )
+        return (
+            jax.tree.map(lambda w, v: w - LEARNING_RATE * slope * v, params, tangent),
+            state,
+            value,
+        )
 
     return step
 
@@ -93,12 +105,18 @@ def _by_central_difference(loss: Loss, distribution: pg.TangentDistribution) -> 
         def move(carry, i):
             params, state, values = carry
             slope = (values[0] - values[1]) / (2 * _PERTURBATION)
-            amount = jnp.stack([_PERTURBATION, -2 * _PERTURBATION, _PERTURBATION - LEARNING_RATE * slope])[i]
+            amount = jnp.stack(
+                [_PERTURBATION, -2 * _PERTURBATION, _PERTURBATION - LEARNING_RATE * slope]
+            )[i]
             direction = distribution.sample(jax.random.fold_in(key, jnp.isnan(slope)), params)
             params = jax.tree.map(
-                lambda w, v: w + amount * (v.dense() if hasattr(v, "dense") else v), params, direction
+                lambda w, v: w + amount * (v.dense() if hasattr(v, "dense") else v),
+                params,
+                direction,
             )
-            value, state = lax.cond(i < 2, lambda: loss(params, state, *batch), lambda: (jnp.float32(0), state))
+            value, state = lax.cond(
+                i < 2, lambda: loss(params, state, *batch), lambda: (jnp.float32(0), state)
+            )
             return (params, state, values.at[i].set(value)), None
 
         (params, state, values), _ = lax.scan(move, (params, state, jnp.zeros(3)), jnp.arange(3))
@@ -135,7 +153,9 @@ def counted_ratios(workload: Workload) -> dict[str, float | None]:
 
     def ratio(num_tangents: int) -> float | None:
         estimator = _estimator(num_tangents)
-        report = pg.check(workload.loss, params, state, *batch, estimator=estimator, has_aux=True, memory=False)
+        report = pg.check(
+            workload.loss, params, state, *batch, estimator=estimator, has_aux=True, memory=False
+        )
         return report.cost_ratio
 
     return {f"prograde-{k}": ratio(k) for k in NUM_TANGENTS}
@@ -147,7 +167,9 @@ class JaxSide:
     def __init__(self, workload: Workload):
         self.methods = steps(workload)
         key_init, key_batches, self._key = jax.random.split(jax.random.key(0), 3)
-        self.batches = [jax.jit(workload.batch)(key) for key in jax.random.split(key_batches, NUM_BATCHES)]
+        self.batches = [
+            jax.jit(workload.batch)(key) for key in jax.random.split(key_batches, NUM_BATCHES)
+        ]
         params, state = jax.jit(workload.init)(key_init)
         self.carry = (params, state, jnp.zeros((), jnp.int32))
         self.compiled: dict[str, Any] = {}
@@ -164,14 +186,22 @@ class JaxSide:
         jax.clear_caches()
         begin = time.perf_counter()
         jitted = jax.jit(counted, donate_argnums=0)
-        self.compiled[method] = compiled = jitted.lower(self.carry, self._key, self.batches[0]).compile()
+        self.compiled[method] = compiled = jitted.lower(
+            self.carry, self._key, self.batches[0]
+        ).compile()
         seconds = time.perf_counter() - begin
         analysis: Any = compiled.memory_analysis()
         return {"compile_seconds": seconds, "temp_bytes": analysis.temp_size_in_bytes}
 
     def visit(self, method: str, count: int) -> tuple[float, float]:
         """Takes `count` steps; returns the seconds and the last loss. Nothing waits for the result of a step but the end."""
-        step, carry, key, batches, value = self.compiled[method], self.carry, self._key, self.batches, None
+        step, carry, key, batches, value = (
+            self.compiled[method],
+            self.carry,
+            self._key,
+            self.batches,
+            None,
+        )
         begin = time.perf_counter()
         for i in range(count):
             carry, value = step(carry, key, batches[i % NUM_BATCHES])
@@ -185,11 +215,15 @@ class JaxSide:
         save_arrays(path, self.carry[0], self.carry[1], self.batches)
 
 
-def save_arrays(path: Path, params: PyTree, state: PyTree, batches: list[tuple[jax.Array, ...]]) -> None:
+def save_arrays(
+    path: Path, params: PyTree, state: PyTree, batches: list[tuple[jax.Array, ...]]
+) -> None:
     """Writes them under their names: `params/...`, `state/...`, `batch/NUMBER/...`."""
     tree = {"params": params, "state": state, "batch": [list(batch) for batch in batches]}
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    arrays: Any = {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
+    arrays: Any = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves
+    }
     np.savez(path, **arrays)
 
 

@@ -15,7 +15,13 @@ from prograde.lab import costs, figures, records
 from prograde.lab.bench_methods import METHODS
 from prograde.lab.report import Table
 
-BACKPROPS = ("backprop", "backprop-unrolled", "checkpointed", "torch-backprop", "torch-backprop-compiled")
+BACKPROPS = (
+    "backprop",
+    "backprop-unrolled",
+    "checkpointed",
+    "torch-backprop",
+    "torch-backprop-compiled",
+)
 BEGIN, END = "<!-- bench: begin, written by prograde bench --markdown -->", "<!-- bench: end -->"
 OURS = "prograde-1"
 
@@ -46,7 +52,9 @@ def fastest_backprop(model: dict[str, Any]) -> str:
 def over_backprop(model: dict[str, Any], method: str = OURS) -> dict[str, float]:
     """Time of a method over that of the fastest backprop: median and quartiles of the rounds' ratios."""
     methods = model["methods"]
-    return costs.ratio_quartiles(methods[method]["rounds"], methods[fastest_backprop(model)]["rounds"])
+    return costs.ratio_quartiles(
+        methods[method]["rounds"], methods[fastest_backprop(model)]["rounds"]
+    )
 
 
 def _quartiles(ratio: dict[str, float]) -> str:
@@ -85,8 +93,19 @@ def overview(record: dict[str, Any]) -> Table:
                 "prograde" if over["median"] < 1 else "backprop",
             ]
         )
-    columns = ["model", "parameters", "bare, ms", "fastest backprop", "its R", f"R of {OURS}", "over it", "faster step"]
-    return Table(f"A step of {OURS} and of the fastest backprop ({record['rounds']} rounds)", columns, rows)
+    columns = [
+        "model",
+        "parameters",
+        "bare, ms",
+        "fastest backprop",
+        "its R",
+        f"R of {OURS}",
+        "over it",
+        "faster step",
+    ]
+    return Table(
+        f"A step of {OURS} and of the fastest backprop ({record['rounds']} rounds)", columns, rows
+    )
 
 
 def model_table(record: dict[str, Any], name: str) -> Table:
@@ -94,7 +113,10 @@ def model_table(record: dict[str, Any], name: str) -> Table:
     model, rows = record["models"][name], []
     fastest, over = fastest_backprop(model), over_backprop(model)
     wins = "" if over["median"] < 1 else ", backprop wins"
-    notes = {fastest: "fastest backprop", OURS: f"{over['median']:.2f} of the fastest backprop{wins}"}
+    notes = {
+        fastest: "fastest backprop",
+        OURS: f"{over['median']:.2f} of the fastest backprop{wins}",
+    }
     for method, found in model["methods"].items():
         seconds = found.get("compile_seconds")
         rows.append(
@@ -109,7 +131,16 @@ def model_table(record: dict[str, Any], name: str) -> Table:
                 notes.get(method, ""),
             ]
         )
-    columns = ["method", "ms", "R (quartiles)", "counted", "XLA temp, MB", "RSS, MB", "compile, s", ""]
+    columns = [
+        "method",
+        "ms",
+        "R (quartiles)",
+        "counted",
+        "XLA temp, MB",
+        "RSS, MB",
+        "compile, s",
+        "",
+    ]
     if all(_growth(found) is None for found in model["methods"].values()):  # it was not measured
         columns, rows = [c for c in columns if c != "RSS, MB"], [row[:5] + row[6:] for row in rows]
     return Table(f"{model['title']}; {model['parameters']:,} parameters", columns, rows)
@@ -147,7 +178,11 @@ def print_overview(record: dict[str, Any], console: Console) -> None:
 
 def _print(table: Table, console: Console) -> None:
     shown = RichTable(
-        title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=table.title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for i, column in enumerate(table.columns):
         left = i == 0 or i == len(table.columns) - 1 or column == "fastest backprop"
@@ -165,14 +200,18 @@ def figure(record: dict[str, Any]) -> str:
     """A panel a model, a bar a method: R, as SVG text."""
     models = record["models"]
     rows = -(-len(models) // 2)
-    with rc_context(figures._RC | {"hatch.linewidth": 0.6, "axes.grid.axis": "x", "axes.axisbelow": True}):
+    with rc_context(
+        figures._RC | {"hatch.linewidth": 0.6, "axes.grid.axis": "x", "axes.axisbelow": True}
+    ):
         fig = Figure(figsize=(10, 0.6 + 2.9 * rows), layout="constrained")
         panels = fig.subplots(rows, 2, squeeze=False).ravel()
         for axes, (name, model) in zip(panels, models.items(), strict=False):
             _bars(axes, name, model)
         for axes in panels[len(models) :]:
             axes.set_axis_off()
-        fig.suptitle("time of a step over that of the bare forward pass in JAX; hatched: PyTorch", fontsize=9)
+        fig.suptitle(
+            "time of a step over that of the bare forward pass in JAX; hatched: PyTorch", fontsize=9
+        )
         buffer = io.StringIO()
         fig.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -183,15 +222,27 @@ def _bars(axes: Any, name: str, model: dict[str, Any]) -> None:
     methods = list(reversed(model["methods"]))
     ratios = [model["methods"][m]["ratio"] for m in methods]
     medians = np.array([r["median"] for r in ratios])
-    widest = min(1.2 * medians.max(), 4 * np.median(medians))  # what is far longer than the others is cut
+    widest = min(
+        1.2 * medians.max(), 4 * np.median(medians)
+    )  # what is far longer than the others is cut
     spread = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
-    bars = axes.barh(methods, np.minimum(medians, widest), color=[_colour(m) for m in methods], height=0.75)
-    axes.errorbar(medians, range(len(methods)), xerr=spread, fmt="none", ecolor="#666666", elinewidth=0.8)
+    bars = axes.barh(
+        methods, np.minimum(medians, widest), color=[_colour(m) for m in methods], height=0.75
+    )
+    axes.errorbar(
+        medians, range(len(methods)), xerr=spread, fmt="none", ecolor="#666666", elinewidth=0.8
+    )
     for bar, method in zip(bars, methods, strict=True):
         if method.startswith("torch"):
             bar.set(hatch="////", edgecolor="white")
     fastest = fastest_backprop(model)
-    axes.axvline(model["methods"][fastest]["ratio"]["median"], color="#0072B2", linewidth=0.8, linestyle="--", zorder=0)
+    axes.axvline(
+        model["methods"][fastest]["ratio"]["median"],
+        color="#0072B2",
+        linewidth=0.8,
+        linestyle="--",
+        zorder=0,
+    )
     for i, (method, r) in enumerate(zip(methods, ratios, strict=True)):
         cut = " →" if r["median"] > widest else ""
         fits = r["high"] < 0.87 * widest
@@ -249,7 +300,9 @@ def write_markdown(record: dict[str, Any], page: Path) -> None:
     """Writes tables and figure into a page, between its marks, the figure into a directory of the page's name beside it."""
     text = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise records.RecordError(f"{page} exists and lacks the marks between which tables go: {BEGIN} and {END}.")
+        raise records.RecordError(
+            f"{page} exists and lacks the marks between which tables go: {BEGIN} and {END}."
+        )
     picture = page.with_suffix("") / "overview.svg"
     records.write(picture, figure(record).encode())
     before, rest = text.split(BEGIN)

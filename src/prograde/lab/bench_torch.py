@@ -93,7 +93,9 @@ def _split_heads(x: Tensor, batch: int, heads: int) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    mixed = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return mixed.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
@@ -135,7 +137,9 @@ def _smollm2(layers: int, width: int, queries: int, keys: int, batch: int, lengt
                 rotate(_split_heads(x @ layer["q"], batch, queries)),
                 rotate(_split_heads(x @ layer["k"], batch, keys)),
             )
-            h = torch.addmm(h, _attention(q, k, _split_heads(x @ layer["v"], batch, keys)), layer["o"])
+            h = torch.addmm(
+                h, _attention(q, k, _split_heads(x @ layer["v"], batch, keys)), layer["o"]
+            )
             x = norm(layer["norm2"], h)
             h = torch.addmm(h, F.silu(x @ layer["gate"]) * (x @ layer["up"]), layer["down"])
         last = norm(p["norm"], h.view(batch, length, width)[:, -1])
@@ -154,7 +158,9 @@ def loss_of(name: str, sizes: dict[str, int]) -> Loss:
     if name == "transformer":
         return _transformer(sizes["layers"], sizes["width"], sizes["heads"], sizes["batch"])
     if name == "smollm2":
-        return _smollm2(*(sizes[k] for k in ("layers", "width", "queries", "keys", "batch", "length")))
+        return _smollm2(
+            *(sizes[k] for k in ("layers", "width", "queries", "keys", "batch", "length"))
+        )
     return {"logreg": _logreg, "mlp": _mlp, "mlp-512": _mlp, "cnn": _cnn}[name]
 
 
@@ -170,7 +176,9 @@ def arrays_of(file: Any) -> tuple[Arrays, Arrays, list[list[Tensor]]]:
             )
         elif kind == "state":
             state[name] = tensor
-        elif name.startswith("layers/"):  # a leaf of each layer, or every gradient would be as large as the stack
+        elif name.startswith(
+            "layers/"
+        ):  # a leaf of each layer, or every gradient would be as large as the stack
             for i, part in enumerate(tensor):
                 params[name.replace("layers/", f"layers/{i}/", 1)] = part.clone()
         elif tensor.ndim == 4:
@@ -187,7 +195,9 @@ class Worker:
         with np.load(arrays, allow_pickle=False) as file:
             self.params, self.state, self.batches = arrays_of(file)
         self.loss = loss_of(name, sizes)
-        self.leaves = {k: w.detach().requires_grad_() for k, w in self.params.items()}  # the same memory
+        self.leaves = {
+            k: w.detach().requires_grad_() for k, w in self.params.items()
+        }  # the same memory
         self.methods: dict[str, Callable[[list[Tensor]], Tensor]] = {
             "torch-bare": self._bare,
             "torch-backprop": lambda batch: self._backprop(self.loss, batch),
@@ -215,7 +225,9 @@ class Worker:
         tangents = {name: torch.randn_like(w) for name, w in self.params.items()}
         # of the attention kernels only the plain one has a forward derivative
         with sdpa_kernel(SDPBackend.MATH):
-            value, slope, *_ = torch.func.jvp(lambda p: self.loss(p, self.state, *batch), (self.params,), (tangents,))
+            value, slope, *_ = torch.func.jvp(
+                lambda p: self.loss(p, self.state, *batch), (self.params,), (tangents,)
+            )
         rate = -LEARNING_RATE * slope.item()
         torch._foreach_add_(list(self.params.values()), list(tangents.values()), alpha=rate)
         return value

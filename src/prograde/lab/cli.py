@@ -25,7 +25,9 @@ from prograde.lab import cli_beyond, cli_finetune
 # XLA hands single convolutions on a CPU to a library whose backward pass is slow; without it backprop of the CNN is
 # much faster. Every comparison gives backprop the faster setting. The option is known to exist in jaxlib 0.10 only,
 # and XLA ends the process on an option it does not know.
-_FASTER_CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+_FASTER_CONVOLUTIONS = (
+    "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+)
 
 _DESCRIPTION = """Training without backpropagation: the experiments of "Gradients without Backpropagation" (arXiv 2202.08587),
 beside backprop, on this machine.
@@ -57,7 +59,9 @@ class Reproduce:
     by the paper's estimator, by rank-one forward gradients and by backprop, at the paper's rate and at the rate found.
     """
 
-    experiments: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")] = ("all",)
+    experiments: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")
+    ] = ("all",)
     """Names of experiments (see `prograde list`), or all."""
     data: Annotated[str, tyro.conf.arg(metavar="digits|mnist|DIR")] = "digits"
     """digits (comes with the package), mnist (data directory, cache, or download), or a directory of idx files."""
@@ -87,7 +91,9 @@ class Launch:
     When one is killed the others stop; the same command with --out DIR --resume goes on from the logs.
     """
 
-    command: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="-- COMMAND ...")] = ()
+    command: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="-- COMMAND ...")
+    ] = ()
     """What to run: a command that takes --distributed, after two dashes."""
     processes: Annotated[int, tyro.conf.arg(metavar="N")] = 2
     """How many; each gets its share of the cores."""
@@ -99,7 +105,9 @@ class Launch:
 class Report:
     """Build report.html again, from records alone."""
 
-    directories: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR [DIR ...]")]
+    directories: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR [DIR ...]")
+    ]
     """Directories of records; several are shown on one page."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where report.html goes; by default into the first directory."""
@@ -116,7 +124,9 @@ class Compare:
     equal time, a report page, and the frontiers of loss against time and against memory.
     """
 
-    model: Annotated[str, tyro.conf.arg(metavar="mlp|cnn|mixer|transformer|local-mixer-s|local-mixer-m")] = "mlp"
+    model: Annotated[
+        str, tyro.conf.arg(metavar="mlp|cnn|mixer|transformer|local-mixer-s|local-mixer-m")
+    ] = "mlp"
     """What is trained."""
     data: Annotated[str, tyro.conf.arg(metavar="digits|mnist|DIR")] = "digits"
     """digits (comes with the package), mnist (data directory, cache, or download), or a directory of idx files."""
@@ -164,7 +174,9 @@ class Bench:
     - prograde bench --from records/bench.json --markdown docs/benchmarks.md: and the page
     """
 
-    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL ...]")] = ("all",)
+    models: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL ...]")
+    ] = ("all",)
     """Names of models, or all: logreg, mlp, mlp-512, cnn, resnet, transformer, smollm2."""
     rounds: Annotated[int, tyro.conf.arg(metavar="N")] = 20
     """How often each method is timed."""
@@ -199,12 +211,26 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"prograde {metadata.version('prograde')}")
         return
-    commands = {"reproduce": Reproduce, "report": Report, "compare": Compare, "bench": Bench, "launch": Launch}
+    commands = {
+        "reproduce": Reproduce,
+        "report": Report,
+        "compare": Compare,
+        "bench": Bench,
+        "launch": Launch,
+    }
     commands |= {"beyond": cli_beyond.Beyond}
-    language = {"finetune": cli_finetune.Finetune, "replay": cli_finetune.Replay, "inspect": cli_finetune.Inspect}
+    language = {
+        "finetune": cli_finetune.Finetune,
+        "replay": cli_finetune.Replay,
+        "inspect": cli_finetune.Inspect,
+    }
     arguments = sys.argv[1:]
     # what follows two dashes is a command of its own
-    cut = arguments.index("--") if arguments[:1] == ["launch"] and "--" in arguments else len(arguments)
+    cut = (
+        arguments.index("--")
+        if arguments[:1] == ["launch"] and "--" in arguments
+        else len(arguments)
+    )
     launched: tuple[str, ...] = tuple(arguments[cut + 1 :])
     command = tyro.extras.subcommand_cli_from_dict(
         commands | language | {"list": List},
@@ -221,15 +247,17 @@ def main() -> None:
         if isinstance(command, List):
             _list(console)
         elif isinstance(command, Launch):
-            raise SystemExit(_launch(dataclasses.replace(command, command=command.command + launched), errors))
+            raise SystemExit(
+                _launch(dataclasses.replace(command, command=command.command + launched), errors)
+            )
         elif isinstance(command, Report):
             _report(command, console)
         elif isinstance(command, tuple(language.values())):
             _language(command, console, errors)
         else:
-            {Reproduce: _reproduce, Compare: _compare, Bench: _bench, cli_beyond.Beyond: _beyond}[type(command)](
-                command, console, errors
-            )
+            {Reproduce: _reproduce, Compare: _compare, Bench: _bench, cli_beyond.Beyond: _beyond}[
+                type(command)
+            ](command, console, errors)
     except (DataError, RecordError, UsageError) as error:
         say(errors, f"prograde: {error}")
         raise SystemExit(2) from None
@@ -255,7 +283,12 @@ def _launch(command: Launch, errors) -> int:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         words += ["--out", f"runs/{stamp}-{command.processes}-workers"]
     program = [sys.executable, "-m", "prograde.lab.cli", *words, "--distributed"]
-    status = launch(program, command.processes, command.coordinator, lambda text: say(errors, f"prograde: {text}"))
+    status = launch(
+        program,
+        command.processes,
+        command.coordinator,
+        lambda text: say(errors, f"prograde: {text}"),
+    )
     if status not in (0, 2):
         again = words if "--resume" in words else [*words, "--resume"]
         options = ["--processes", str(command.processes)]
@@ -265,11 +298,15 @@ def _launch(command: Launch, errors) -> int:
     return status
 
 
-def _language(command: cli_finetune.Finetune | cli_finetune.Replay | cli_finetune.Inspect, console, errors) -> None:
+def _language(
+    command: cli_finetune.Finetune | cli_finetune.Replay | cli_finetune.Inspect, console, errors
+) -> None:
     try:
         from prograde import lm
     except ImportError as error:
-        raise UsageError(f"language models need more packages ({error.name}). pip install 'prograde[lm]'") from None
+        raise UsageError(
+            f"language models need more packages ({error.name}). pip install 'prograde[lm]'"
+        ) from None
     from prograde.lab.display import Display
     from prograde.lab.finetune_run import DivergedError, MemoryLimitError
     from prograde.replay import LogError
@@ -290,7 +327,10 @@ def _language(command: cli_finetune.Finetune | cli_finetune.Replay | cli_finetun
     else:
         out = command.out
         if out is None:
-            out = Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-finetune-{Path(command.model).stem}"
+            out = (
+                Path("runs")
+                / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-finetune-{Path(command.model).stem}"
+            )
         say(console, f"Records go to {out}.")
         with _continued(command, out, errors), refusals():
             cli_finetune.finetune(command, out, Display(console))
@@ -299,7 +339,9 @@ def _language(command: cli_finetune.Finetune | cli_finetune.Replay | cli_finetun
 def _use_faster_convolutions() -> None:
     """Before jax is imported."""
     if metadata.version("jaxlib").startswith("0.10."):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FASTER_CONVOLUTIONS}".strip()
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} {_FASTER_CONVOLUTIONS}".strip()
+        )
 
 
 def _reproduce(command: Reproduce, console, errors) -> None:
@@ -311,12 +353,16 @@ def _reproduce(command: Reproduce, console, errors) -> None:
     from prograde.lab.display import Display
     from prograde.lab.experiments import EXPERIMENTS
 
-    possible = [name for name, e in EXPERIMENTS.items() if callable(e.subject) or not command.distributed]
+    possible = [
+        name for name, e in EXPERIMENTS.items() if callable(e.subject) or not command.distributed
+    ]
     names = list(dict.fromkeys(command.experiments)) or ["all"]
     if "all" in names:
         names = [name for name in names if name not in EXPERIMENTS and name != "all"] + possible
     if unknown := [name for name in names if name not in EXPERIMENTS]:
-        raise UsageError(f"unknown experiment {', '.join(unknown)}. Valid names: all, {', '.join(EXPERIMENTS)}.")
+        raise UsageError(
+            f"unknown experiment {', '.join(unknown)}. Valid names: all, {', '.join(EXPERIMENTS)}."
+        )
     if command.seeds is not None and command.seeds < 1:
         raise UsageError(f"--seeds {command.seeds}: at least 1 is needed.")
     _check_common(command)
@@ -331,7 +377,9 @@ def _reproduce(command: Reproduce, console, errors) -> None:
         worker = _join(BATCH_SIZE)
         console = Console(quiet=True) if worker else console
     chosen = [EXPERIMENTS[name] for name in names]
-    data = load(command.data, command.data_dir) if any(callable(e.subject) for e in chosen) else None
+    data = (
+        load(command.data, command.data_dir) if any(callable(e.subject) for e in chosen) else None
+    )
     length = "full" if command.full else "quick"
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     out = command.out or Path("runs") / f"{stamp}-{data.name if data else 'functions'}-{length}"
@@ -340,7 +388,14 @@ def _reproduce(command: Reproduce, console, errors) -> None:
     say(console, f"Records go to {out}.")
     with _continued(command, out, errors):
         reproduce.run_all(
-            chosen, data, command.full, command.seeds, out, command.resume, Display(console), command.distributed
+            chosen,
+            data,
+            command.full,
+            command.seeds,
+            out,
+            command.resume,
+            Display(console),
+            command.distributed,
         )
     if worker:
         return
@@ -370,7 +425,9 @@ def _check_common(command: Reproduce | Compare) -> None:
     if command.resume and command.out is None:
         raise UsageError("--resume needs --out DIR, the directory to continue.")
     if command.data_dir is not None and command.data != "mnist":
-        raise UsageError(f"--data-dir {command.data_dir} goes with --data mnist only; this is --data {command.data}.")
+        raise UsageError(
+            f"--data-dir {command.data_dir} goes with --data mnist only; this is --data {command.data}."
+        )
 
 
 @contextlib.contextmanager
@@ -389,12 +446,16 @@ def _continued(
         say(errors, f"\nStopped; the records are complete. To continue: {again}")
         raise SystemExit(130) from None
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RecordError) or (type(error).__module__ != "builtins" and not isinstance(error, OSError)):
+        if isinstance(error, RecordError) or (
+            type(error).__module__ != "builtins" and not isinstance(error, OSError)
+        ):
             raise
         if getattr(command, "distributed", False):
             say(errors, f"prograde: this worker cannot go on: {error}")
             os._exit(1)  # not waiting for one that is gone
-        say(errors, f"prograde: {error}\nWhat was recorded before is complete. To continue: {again}")
+        say(
+            errors, f"prograde: {error}\nWhat was recorded before is complete. To continue: {again}"
+        )
         raise SystemExit(1) from None
 
 
@@ -445,13 +506,19 @@ def _compare(command: Compare, console, errors) -> None:
         every = compare.Plan.every_estimator(command.model)
         names = every if "all" in command.estimators else command.estimators or compare.DEFAULT
         command = dataclasses.replace(command, estimators=tuple(names))
-        chosen: dict[str, Any] = {f.name: getattr(command, f.name) for f in dataclasses.fields(compare.Plan)}
+        chosen: dict[str, Any] = {
+            f.name: getattr(command, f.name) for f in dataclasses.fields(compare.Plan)
+        }
         try:
             plan = compare.Plan(**chosen)
         except ValueError as error:
             raise UsageError(str(error)) from None
         data = load(command.data, command.data_dir)
-        out = command.out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-compare-{plan.model}-{data.name}"
+        out = (
+            command.out
+            or Path("runs")
+            / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-compare-{plan.model}-{data.name}"
+        )
         say(console, f"Records go to {out}.")
         with _continued(command, out, errors):
             compare.run(plan, data, out, command.resume, Display(console))
@@ -468,14 +535,20 @@ def _bench(command: Bench, console, errors) -> None:
 
     names = list(dict.fromkeys(command.models)) or ["all"]
     if "all" in names:
-        names = [name for name in names if name not in WORKLOADS and name != "all"] + list(WORKLOADS)
+        names = [name for name in names if name not in WORKLOADS and name != "all"] + list(
+            WORKLOADS
+        )
     if unknown := [name for name in names if name not in WORKLOADS]:
-        raise UsageError(f"unknown model {', '.join(unknown)}. Valid names: all, {', '.join(WORKLOADS)}.")
+        raise UsageError(
+            f"unknown model {', '.join(unknown)}. Valid names: all, {', '.join(WORKLOADS)}."
+        )
     if command.rounds < 1:
         raise UsageError(f"--rounds {command.rounds}: at least 1 is needed.")
     if command.from_ is not None:
         if command.models != ("all",) or command.out is not None:
-            raise UsageError("--from FILE shows a record and measures nothing; it takes neither models nor --out.")
+            raise UsageError(
+                "--from FILE shows a record and measures nothing; it takes neither models nor --out."
+            )
         record = bench.read(command.from_)
         bench_report.print_tables(record, list(record["models"]), console)
     else:
@@ -491,7 +564,9 @@ def _bench(command: Bench, console, errors) -> None:
         record, finished = {}, []
         try:
             for name, record in zip(
-                names, bench.run(names, command.rounds, not command.no_memory, path, Display(console)), strict=False
+                names,
+                bench.run(names, command.rounds, not command.no_memory, path, Display(console)),
+                strict=False,
             ):
                 finished.append(name)
                 bench_report.print_tables(record, finished[-1:], console)
@@ -514,10 +589,14 @@ def _beyond(command: cli_beyond.Beyond, console, errors) -> None:
 
     names = list(dict.fromkeys(command.experiments)) or ["all"]
     if unknown := [name for name in names if name not in EXPERIMENTS and name != "all"]:
-        raise UsageError(f"unknown experiment {', '.join(unknown)}. Valid names: all, {', '.join(EXPERIMENTS)}.")
+        raise UsageError(
+            f"unknown experiment {', '.join(unknown)}. Valid names: all, {', '.join(EXPERIMENTS)}."
+        )
     if command.from_ is not None:
         if dataclasses.replace(command, from_=None, markdown=None) != cli_beyond.Beyond():
-            raise UsageError("--from DIR shows records and runs nothing; it takes no other option than --markdown.")
+            raise UsageError(
+                "--from DIR shows records and runs nothing; it takes no other option than --markdown."
+            )
         out = command.from_
     else:
         if command.resume and command.out is None:
@@ -526,7 +605,9 @@ def _beyond(command: cli_beyond.Beyond, console, errors) -> None:
         try:
             experiments = [run.experiment(name) for name in names]
         except ImportError as error:
-            raise UsageError(f"this needs more packages ({error.name}). pip install 'prograde[beyond]'") from None
+            raise UsageError(
+                f"this needs more packages ({error.name}). pip install 'prograde[beyond]'"
+            ) from None
         out = command.out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-beyond"
         say(console, f"Records go to {out}.")
         with _continued(command, out, errors):
@@ -550,7 +631,9 @@ def _list(console) -> None:
         for detail in filter(None, details):
             console.print(Padding(Text(detail, style="dim"), (0, 0, 0, 14)))
 
-    console.print("Experiments. Figures reported by the paper are given at second hand.\n", highlight=False)
+    console.print(
+        "Experiments. Figures reported by the paper are given at second hand.\n", highlight=False
+    )
     for e in EXPERIMENTS.values():
         r = e.reported
         ratios = ", ".join(f"{t:g}" for t in r.t_ratio)
@@ -561,7 +644,12 @@ def _list(console) -> None:
         ]
         reported = "; ".join(filter(None, [", ".join(filter(None, figures)), r.note]))
         rates = ", ".join(f"{p:g}" for p in e.paper_rates)
-        entry(e.name, e.title, f"rate {rates}" if rates else "", f"reported: {reported}" if reported else "")
+        entry(
+            e.name,
+            e.title,
+            f"rate {rates}" if rates else "",
+            f"reported: {reported}" if reported else "",
+        )
     console.print("\nMethods\n")
     for name, estimator in METHODS.items():
         entry(name, METHOD_TITLES[name], repr(estimator))

@@ -24,7 +24,9 @@ class Beyond:
     """
 
     experiments: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar=f"[{'|'.join(EXPERIMENTS)} ...]")
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar=f"[{'|'.join(EXPERIMENTS)} ...]"),
     ] = ("all",)
     """Which; by default all."""
     quick: Annotated[bool, _LENGTH] = False

@@ -47,7 +47,10 @@ class Finetune:
     """Train on so many examples at most."""
     max_length: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 128
     """Longer prompts lose the end of their text; the length of a window of plain text."""
-    train: Literal["norm", "norms", "attention", "matrices", "all", "lora", "readout", "subspace"] | None = None
+    train: (
+        Literal["norm", "norms", "attention", "matrices", "all", "lora", "readout", "subspace"]
+        | None
+    ) = None
     """What is trained: `prograde list` explains them. By default norm for tables, and lora for plain text."""
     layers: Annotated[str | None, tyro.conf.arg(metavar="FIRST-LAST|last-N")] = None
     """Of which layers; those before the first have the same states at every step, which are computed once."""
@@ -140,8 +143,12 @@ def finetune(command: Finetune, out: Path, display: Any) -> None:
     lines = [f"Report: {page}"]
     if log.exists():
         kept = str(finetune_report.kept(out)["step"])
-        again = shlex.join(["prograde", "replay", command.model, str(log), "--steps", kept, "-o", f"{out}/model"])
-        lines.append(f"Log: {log} ({log.stat().st_size:,} bytes). The weights, wherever the model is: {again}")
+        again = shlex.join(
+            ["prograde", "replay", command.model, str(log), "--steps", kept, "-o", f"{out}/model"]
+        )
+        lines.append(
+            f"Log: {log} ({log.stat().st_size:,} bytes). The weights, wherever the model is: {again}"
+        )
     elif finetune_run.exported(out).exists():
         lines.append(f"Weights: {finetune_run.exported(out)}")
     for line in lines:
@@ -160,7 +167,9 @@ def _job_and_plan(command: Finetune) -> Any:
     for given in command.labels:
         label, equals, word = given.partition("=")
         if not equals or not label:
-            raise ValueError(f'--labels {given!r}: LABEL=" word" is needed, such as positive=" great".')
+            raise ValueError(
+                f'--labels {given!r}: LABEL=" word" is needed, such as positive=" great".'
+            )
         labels[label] = word
     minutes = command.minutes if command.minutes is not None or command.steps is not None else 3.0
     if minutes is not None and not minutes > 0:

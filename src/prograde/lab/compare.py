@@ -27,8 +27,12 @@ ESTIMATORS: dict[str, pg.Estimator] = {
     "checkpointed": pg.CheckpointedBackprop(),
     "weight": pg.WeightPerturbation(pg.LowRank(rank=1)),
     "weight-16": pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=16),
-    "projection-16": pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=16, combine="projection"),
-    "weight-16-groups-16": pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=16, num_groups=16),
+    "projection-16": pg.WeightPerturbation(
+        pg.LowRank(rank=1), num_tangents=16, combine="projection"
+    ),
+    "weight-16-groups-16": pg.WeightPerturbation(
+        pg.LowRank(rank=1), num_tangents=16, num_groups=16
+    ),
     "groups-8": pg.WeightPerturbation(pg.LowRank(rank=1), num_groups=8),
     "dense": pg.WeightPerturbation(pg.Normal()),
     "momentum": pg.Guided("momentum"),
@@ -55,7 +59,14 @@ LOCAL = ("local", "local-4", "local-backprop")
 SAME_GRADIENT = {"checkpointed": "backprop"}
 
 # what need not tell examples apart gets the faster network
-_MERGED = pg.Backprop | pg.CheckpointedBackprop | pg.WeightPerturbation | pg.CentralDifference | pg.Guided | pg.Scaled
+_MERGED = (
+    pg.Backprop
+    | pg.CheckpointedBackprop
+    | pg.WeightPerturbation
+    | pg.CentralDifference
+    | pg.Guided
+    | pg.Scaled
+)
 
 DEFAULT_MINUTES = 2.5
 POINTS = 12  # of a curve
@@ -70,7 +81,9 @@ SCHEDULES = {  # those of `train`, in words
 }
 _LEARNING_STEPS = 200  # for an estimator that learns, before its bias is measured
 _DIAGNOSIS_SEED = 2_000_000  # apart from those of the runs and of the search
-_RESERVED_SECONDS = 8  # of the minutes, for the report and for what the first step of each run takes
+_RESERVED_SECONDS = (
+    8  # of the minutes, for the report and for what the first step of each run takes
+)
 
 
 @dataclass(frozen=True)
@@ -91,8 +104,12 @@ MODELS = {
     "mlp": Model("MLP 784-1024-1024-10", lambda merged: models.mlp(), visit=10, estimates=100),
     "cnn": Model("the paper's CNN", lambda merged: models.cnn(), visit=1, estimates=24),
     "mixer": Model("MLP-mixer, 4 blocks of width 64", models.mixer, visit=4, estimates=100),
-    "transformer": Model("vision transformer, 4 blocks of width 64", models.transformer, visit=4, estimates=100),
-    "local-mixer-s": Model("LocalMixer S/1/1", models.local_mixer, visit=10, estimates=100, local=True),
+    "transformer": Model(
+        "vision transformer, 4 blocks of width 64", models.transformer, visit=4, estimates=100
+    ),
+    "local-mixer-s": Model(
+        "LocalMixer S/1/1", models.local_mixer, visit=10, estimates=100, local=True
+    ),
     "local-mixer-m": Model(
         "LocalMixer M/1/16",
         lambda merged: models.local_mixer(merged, width=512, groups=16),
@@ -145,18 +162,26 @@ class Plan:
             ("--schedule", (self.schedule,), SCHEDULES),
         ):
             if unknown := [x for x in given if x not in known]:
-                raise ValueError(f"{name} {' '.join(unknown)}: not known. Valid names: {', '.join(known)}.")
+                raise ValueError(
+                    f"{name} {' '.join(unknown)}: not known. Valid names: {', '.join(known)}."
+                )
             if not given or len(set(given)) < len(given):
-                raise ValueError(f"{name} {' '.join(given)}: at least one name is needed, each once.")
+                raise ValueError(
+                    f"{name} {' '.join(given)}: at least one name is needed, each once."
+                )
         if not MODELS[self.model].local and (local := [x for x in self.estimators if x in LOCAL]):
             models_with = ", ".join(name for name, model in MODELS.items() if model.local)
             raise ValueError(
                 f"--estimators {' '.join(local)}: {self.model} has no local losses. Models with: {models_with}."
             )
         if "scaled-rows" in self.estimators and self.model != "mlp":
-            raise ValueError(f"--estimators scaled-rows --model {self.model}: it knows the layers of mlp only.")
+            raise ValueError(
+                f"--estimators scaled-rows --model {self.model}: it knows the layers of mlp only."
+            )
         if self.steps is not None and self.minutes is not None:
-            raise ValueError(f"--steps {self.steps} and --minutes {self.minutes:g}: one of them decides the length.")
+            raise ValueError(
+                f"--steps {self.steps} and --minutes {self.minutes:g}: one of them decides the length."
+            )
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ValueError(f"--minutes {self.minutes:g}: more than 0 are needed.")
         for name, value, least in (
@@ -179,12 +204,20 @@ class Plan:
     @staticmethod
     def every_estimator(model: str) -> tuple[str, ...]:
         """All names that apply to a model."""
-        return tuple(name for name in ESTIMATORS if name not in LOCAL or model not in MODELS or MODELS[model].local)
+        return tuple(
+            name
+            for name in ESTIMATORS
+            if name not in LOCAL or model not in MODELS or MODELS[model].local
+        )
 
     @property
     def entries(self) -> list[Entry]:
         """What is measured."""
-        return [Entry(estimator, optimizer) for optimizer in self.optimizers for estimator in self.estimators]
+        return [
+            Entry(estimator, optimizer)
+            for optimizer in self.optimizers
+            for estimator in self.estimators
+        ]
 
     @property
     def trained(self) -> list[Entry]:
@@ -244,7 +277,14 @@ def run(plan: Plan, data: Dataset, out: Path, resume: bool, display: Display) ->
         network = networks[isinstance(found, _MERGED | None)]
         # steps are dispatched one by one, for reverse mode of convolutions is slow inside a loop
         experiment = Experiment(
-            plan.model, "", lambda checkpointed: network, (), Reported(), Budget(), Budget(), in_scan=False
+            plan.model,
+            "",
+            lambda checkpointed: network,
+            (),
+            Reported(),
+            Budget(),
+            Budget(),
+            in_scan=False,
         )
         losses = "local" if estimator in LOCAL else "each"
         return Trainer(
@@ -259,9 +299,14 @@ def run(plan: Plan, data: Dataset, out: Path, resume: bool, display: Display) ->
 
     trainers = {e.name: trainer(e.estimator, e.optimizer) for e in plan.entries}
     _measure_costs(plan, {"bare": trainer(None, plan.optimizers[0])} | trainers, out, display)
-    seconds = {name: cost["seconds"]["median"] for name, cost in records.read_json(out / "costs.json").items()}
+    seconds = {
+        name: cost["seconds"]["median"]
+        for name, cost in records.read_json(out / "costs.json").items()
+    }
     _diagnose(plan, trainers, seconds, out, display)
-    budget = Budget(_steps(plan, trainers, seconds, begin, out), POINTS, plan.seeds, plan.eval_examples)
+    budget = Budget(
+        _steps(plan, trainers, seconds, begin, out), POINTS, plan.seeds, plan.eval_examples
+    )
     for each in trainers.values():
         each.length = budget.steps
     if plan.rates:
@@ -289,11 +334,16 @@ def _measure_costs(plan: Plan, trainers: dict[str, Trainer], out: Path, display:
     records.write_json(path, measured)
 
 
-def _diagnose(plan: Plan, trainers: dict[str, Trainer], seconds: dict[str, float], out: Path, display: Display) -> None:
+def _diagnose(
+    plan: Plan, trainers: dict[str, Trainer], seconds: dict[str, float], out: Path, display: Display
+) -> None:
     """Bias and variance at the start of the first seed, on its first batch."""
     names = {name: Entry(name, plan.optimizers[0]).name for name in plan.estimators}
     # an estimate, and a second derivative, which takes about four forward passes
-    work = {e: plan.num_estimates(e) * (seconds[name] + 4 * seconds["bare"]) for e, name in names.items()}
+    work = {
+        e: plan.num_estimates(e) * (seconds[name] + 4 * seconds["bare"])
+        for e, name in names.items()
+    }
     with display.stage(f"{plan.model}: bias and variance", sum(work.values())):
         for estimator, name in names.items():
             path = out / "diagnosis" / f"{estimator}.json"
@@ -311,11 +361,17 @@ def _diagnose(plan: Plan, trainers: dict[str, Trainer], seconds: dict[str, float
                     num_estimates=plan.num_estimates(estimator),
                     state=carry[3],
                 )
-                records.write_json(path, dataclasses.asdict(found) | {"estimator": repr(found.estimator)})
-            display.advance(work[estimator], f"{estimator}, {plan.num_estimates(estimator)} estimates")
+                records.write_json(
+                    path, dataclasses.asdict(found) | {"estimator": repr(found.estimator)}
+                )
+            display.advance(
+                work[estimator], f"{estimator}, {plan.num_estimates(estimator)} estimates"
+            )
 
 
-def _steps(plan: Plan, trainers: dict[str, Trainer], seconds: dict[str, float], begin: float, out: Path) -> int:
+def _steps(
+    plan: Plan, trainers: dict[str, Trainer], seconds: dict[str, float], begin: float, out: Path
+) -> int:
     """How many steps a run has: as given, or as many as fit into what is left of the minutes. Decided once, and recorded."""
     path = out / "length.json"
     if path.exists():
@@ -342,7 +398,9 @@ def _evaluation_seconds(plan: Plan, trainer: Trainer) -> float:
         return time.monotonic() - begin
 
     point = measure(trainer.data.test) + measure(trainer.data.train)
-    return plan.trials * JUDGED * measure(trainer.data.validation) + plan.seeds * (POINTS + 1) * point
+    return (
+        plan.trials * JUDGED * measure(trainer.data.validation) + plan.seeds * (POINTS + 1) * point
+    )
 
 
 def _search(
@@ -357,10 +415,15 @@ def _search(
 
     def on_trial(name: str, number: int, trial: dict[str, Any]) -> None:
         loss = "diverged" if trial["loss"] is None else f"loss {trial['loss']:.4g}"
-        display.advance(work[name], f"{name}, trial {number} of {TRIALS}, rate {trial['learning_rate']:.2g}, {loss}")
+        display.advance(
+            work[name],
+            f"{name}, trial {number} of {TRIALS}, rate {trial['learning_rate']:.2g}, {loss}",
+        )
 
     rates, done = {}, 0.0
-    with display.stage(f"{plan.model}: learning rates, {budget.steps} steps a trial", TRIALS * sum(work.values())):
+    with display.stage(
+        f"{plan.model}: learning rates, {budget.steps} steps a trial", TRIALS * sum(work.values())
+    ):
         for name in work:
             rates[name] = search(trainers[name], name, budget, out, on_trial, last=JUDGED)
             done += TRIALS * work[name]
@@ -392,7 +455,9 @@ def _train(
         display.advance(work, f"{point['step']}/{run.steps}, {reached}{accuracy}, {run.name}")
 
     total = sum(run.steps * seconds[name] for name, run in runs)
-    with display.stage(f"{plan.model}: training, {plan.seeds} seeds of {budget.steps} steps", total):
+    with display.stage(
+        f"{plan.model}: training, {plan.seeds} seeds of {budget.steps} steps", total
+    ):
         done = 0.0
         for name, run in runs:
             train(trainers[name], run, budget, out, on_point)

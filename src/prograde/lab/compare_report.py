@@ -16,7 +16,15 @@ from rich.console import Console
 from prograde.lab import figures, records
 from prograde.lab.compare import POINTS, SAME_GRADIENT
 from prograde.lab.compare_summary import Comparison, Result, read
-from prograde.lab.report import PAGE, Table, html_table, mebibytes, print_table, ratio_text, spread_text
+from prograde.lab.report import (
+    PAGE,
+    Table,
+    html_table,
+    mebibytes,
+    print_table,
+    ratio_text,
+    spread_text,
+)
 from prograde.lab.summary import Spread, points
 
 _INTRODUCTION = (
@@ -91,8 +99,14 @@ def noise_table(comparison: Comparison) -> Table:
         )
     columns = ["estimator", "cosine", "projection", "bias", "variance", "rate bound"]
     parameters = comparison.results[0].diagnosis["num_parameters"]
-    numbers = ", ".join(f"{n} of {e}" for e, n in comparison.manifest["config"]["estimates"].items())
-    return Table(f"Bias and variance at the start; {parameters:,} parameters; estimates: {numbers}", columns, rows)
+    numbers = ", ".join(
+        f"{n} of {e}" for e, n in comparison.manifest["config"]["estimates"].items()
+    )
+    return Table(
+        f"Bias and variance at the start; {parameters:,} parameters; estimates: {numbers}",
+        columns,
+        rows,
+    )
 
 
 def _measured(x: dict[str, Any]) -> str:
@@ -133,7 +147,15 @@ def result_table(comparison: Comparison) -> Table:
             ]
         )
     after = f"loss after {comparison.steps} steps"
-    columns = ["estimator", "rate", after, "accuracy", f"loss after {comparison.equal_seconds:.3g} s", "T", "seeds"]
+    columns = [
+        "estimator",
+        "rate",
+        after,
+        "accuracy",
+        f"loss after {comparison.equal_seconds:.3g} s",
+        "T",
+        "seeds",
+    ]
     return Table("Held-out loss at equal steps and at equal time", columns, rows)
 
 
@@ -152,7 +174,9 @@ def leaf_table(result: Result) -> Table:
                 leaf["path"],
                 f"{leaf['size']:,}",
                 f"{leaf['gradient_share']:.1%}",
-                "no noise" if ratio["value"] is None else f"{ratio['value']:.2g} ± {ratio['error']:.0g}",
+                "no noise"
+                if ratio["value"] is None
+                else f"{ratio['value']:.2g} ± {ratio['error']:.0g}",
                 "–" if bias["value"] is None else _measured(bias),
             ]
         )
@@ -172,18 +196,26 @@ def conclusion(comparison: Comparison) -> str:
         ),
         _UNEQUAL if comparison.falls_to_zero else "",
     ]
-    biased = dict.fromkeys(r.entry.estimator for r in comparison.results if r.diagnosis["bias_detected"])
+    biased = dict.fromkeys(
+        r.entry.estimator for r in comparison.results if r.diagnosis["bias_detected"]
+    )
     said.append(f"Bias was seen in {', '.join(biased)}." if biased else "Bias was seen in none.")
     if edges := [comparison.label(r.entry) for r in comparison.trained if r.at_edge]:
-        said.append(f"The rate found for {', '.join(edges)} is at the edge of the search: a better one may lie beyond.")
+        said.append(
+            f"The rate found for {', '.join(edges)} is at the edge of the search: a better one may lie beyond."
+        )
     return " ".join(filter(None, said))
 
 
 def _ranking(comparison: Comparison, when: str, losses: list[tuple[Result, Spread | None]]) -> str:
-    found = sorted(((loss.mean, comparison.label(r.entry)) for r, loss in losses if loss), key=lambda x: x[0])
+    found = sorted(
+        ((loss.mean, comparison.label(r.entry)) for r, loss in losses if loss), key=lambda x: x[0]
+    )
     if not found:
         return ""
-    rest = f" ({'; '.join(f'{label} {loss:.3g}' for loss, label in found[1:])})" if found[1:] else ""
+    rest = (
+        f" ({'; '.join(f'{label} {loss:.3g}' for loss, label in found[1:])})" if found[1:] else ""
+    )
     return f"{when}, the least held-out loss is that of {found[0][1]}, {found[0][0]:.3g}{rest}."
 
 
@@ -200,14 +232,25 @@ def figure(comparison: Comparison) -> str | None:
             if curve is None:
                 continue
             steps, mean, low, high = curve
-            line = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 1.5, "label": style["label"]}
+            line = {
+                "color": style["color"],
+                "linestyle": style["linestyle"],
+                "linewidth": 1.5,
+                "label": style["label"],
+            }
             by_time.plot(steps[1:] * result.seconds, mean[1:], **line)
             curves.append((steps * result.seconds, mean))
             if result in comparison.trained:
                 by_steps.plot(steps, mean, **line)
-                by_steps.fill_between(steps, low, high, color=style["color"], alpha=0.13, linewidth=0)
+                by_steps.fill_between(
+                    steps, low, high, color=style["color"], alpha=0.13, linewidth=0
+                )
         _draw_frontier(
-            by_time, *_frontier(np.concatenate([c[0][1:] for c in curves]), np.concatenate([c[1][1:] for c in curves]))
+            by_time,
+            *_frontier(
+                np.concatenate([c[0][1:] for c in curves]),
+                np.concatenate([c[1][1:] for c in curves]),
+            ),
         )
         _memory_panel(by_memory, comparison)
         # the start, the same for all, would leave the curves no room
@@ -217,14 +260,20 @@ def figure(comparison: Comparison) -> str | None:
         by_time.set(xlabel="time (s)", xscale="log")
         by_time.axvline(comparison.equal_seconds, color="#888888", linewidth=0.8, linestyle=":")
         by_memory.set(xlabel="XLA temporary memory (MiB)", xscale="log")
-        by_memory.set_title(f"after {comparison.equal_seconds:.3g} s; dashed: forward pass", loc="left", fontsize=9)
+        by_memory.set_title(
+            f"after {comparison.equal_seconds:.3g} s; dashed: forward pass", loc="left", fontsize=9
+        )
         for axis in (by_steps.yaxis, by_time.xaxis, by_memory.xaxis):
             narrow = axis is by_steps.yaxis and shown.max() < 8 * shown.min()
-            axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if narrow else (1, 2, 5)))
+            axis.set_major_locator(
+                LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if narrow else (1, 2, 5))
+            )
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
         handles, labels = by_time.get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), handlelength=3.2)
+        fig.legend(
+            handles, labels, loc="outside lower center", ncols=min(len(labels), 6), handlelength=3.2
+        )
         buffer = io.StringIO()
         fig.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -233,14 +282,20 @@ def figure(comparison: Comparison) -> str | None:
 
 def _style(comparison: Comparison, result: Result) -> dict[str, Any]:
     name = result.entry.estimator
-    others = [e for e in comparison.manifest["config"]["estimators"] if e != "backprop" and e not in SAME_GRADIENT]
+    others = [
+        e
+        for e in comparison.manifest["config"]["estimators"]
+        if e != "backprop" and e not in SAME_GRADIENT
+    ]
     i = others.index(name) if name in others else 0
     several = len(comparison.manifest["config"]["optimizers"]) > 1
     reverse = name == "backprop" or name in SAME_GRADIENT
     return {
         "color": "#0072B2" if reverse else _COLOURS[i % len(_COLOURS)],
         "marker": "^" if reverse else _MARKERS[i % len(_MARKERS)],
-        "linestyle": (_DOTS if name in SAME_GRADIENT else _DASHES)[result.entry.optimizer if several else "sgd"],
+        "linestyle": (_DOTS if name in SAME_GRADIENT else _DASHES)[
+            result.entry.optimizer if several else "sgd"
+        ],
         "alpha": 0.55 if several and result.entry.optimizer == "adam" else 1,
         "hollow": name in SAME_GRADIENT,
         "label": comparison.label(result.entry),
@@ -270,14 +325,25 @@ def _frontier(x: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_frontier(axes: Any, x: np.ndarray, loss: np.ndarray) -> None:
-    axes.step(x, loss, where="post", color="#bbbbbb", linewidth=6, alpha=0.6, zorder=0, label="frontier")
+    axes.step(
+        x, loss, where="post", color="#bbbbbb", linewidth=6, alpha=0.6, zorder=0, label="frontier"
+    )
 
 
 def _memory_panel(axes: Any, comparison: Comparison) -> None:
-    placed = [(r, r.cost["temp_bytes"] / 2**20, r.at_equal_time) for r in comparison.results if r.at_equal_time]
+    placed = [
+        (r, r.cost["temp_bytes"] / 2**20, r.at_equal_time)
+        for r in comparison.results
+        if r.at_equal_time
+    ]
     if not placed:
         return
-    _draw_frontier(axes, *_frontier(np.array([m for _, m, _ in placed]), np.array([loss.mean for *_, loss in placed])))
+    _draw_frontier(
+        axes,
+        *_frontier(
+            np.array([m for _, m, _ in placed]), np.array([loss.mean for *_, loss in placed])
+        ),
+    )
     for result, memory, loss in placed:
         style = _style(comparison, result)
         spread = [[loss.mean - loss.low], [loss.high - loss.mean]]
@@ -286,7 +352,12 @@ def _memory_panel(axes: Any, comparison: Comparison) -> None:
             [memory], [loss.mean], yerr=spread, fmt=style["marker"], color=style["color"], markerfacecolor=face,
             markersize=7, elinewidth=1, alpha=style["alpha"],
         )  # fmt: skip
-    axes.axvline(comparison.costs["bare"]["temp_bytes"] / 2**20, color="#888888", linewidth=0.8, linestyle="--")
+    axes.axvline(
+        comparison.costs["bare"]["temp_bytes"] / 2**20,
+        color="#888888",
+        linewidth=0.8,
+        linestyle="--",
+    )
 
 
 def print_tables(comparison: Comparison, console: Console) -> None:
@@ -299,19 +370,28 @@ def print_tables(comparison: Comparison, console: Console) -> None:
 def build(directory: Path) -> Path:
     """Writes `report.html` beside the records; returns its path."""
     comparison = read(directory)
-    parts = [f"<section><h2>{html.escape(comparison.title)}</h2><p>{html.escape(conclusion(comparison))}</p>"]
+    parts = [
+        f"<section><h2>{html.escape(comparison.title)}</h2><p>{html.escape(conclusion(comparison))}</p>"
+    ]
     if svg := figure(comparison):
-        parts.append(f'<figure role="img" aria-label="held-out loss by steps, time and memory">{svg}</figure>')
+        parts.append(
+            f'<figure role="img" aria-label="held-out loss by steps, time and memory">{svg}</figure>'
+        )
     parts += [html_table(table) for table in tables(comparison)]
     shown = {r.entry.estimator: r for r in reversed(comparison.results)}
-    leaves = "\n".join(html_table(leaf_table(shown[name])) for name in comparison.manifest["config"]["estimators"])
+    leaves = "\n".join(
+        html_table(leaf_table(shown[name])) for name in comparison.manifest["config"]["estimators"]
+    )
     parts.append(f"<details><summary>Signal to noise, leaf by leaf</summary>{leaves}</details>")
     parts.append(f"<p class=small>{html.escape(made_on(comparison))}</p>")
     parts.append(
         f"<details><summary>Manifest</summary><pre>{html.escape(json.dumps(comparison.manifest, indent=1))}</pre></details></section>"
     )
     page = PAGE.format(
-        introduction=html.escape(_INTRODUCTION), terms=html.escape(_TERMS), contents="", sections="\n".join(parts)
+        introduction=html.escape(_INTRODUCTION),
+        terms=html.escape(_TERMS),
+        contents="",
+        sections="\n".join(parts),
     )
     path = directory / "report.html"
     records.write(path, page.encode())
@@ -328,7 +408,9 @@ def made_on(comparison: Comparison) -> str:
             f"{e['processor']}, {e['cores']} cores, jax {e['versions']['jax']}, {commit}, {e['started'][:10]}"
         )
     search = (
-        f"{config['trials']} trials of {comparison.steps} steps" if config["trials"] else "rates given, not searched"
+        f"{config['trials']} trials of {comparison.steps} steps"
+        if config["trials"]
+        else "rates given, not searched"
     )
     return (
         f"Made on {'; then on '.join(dict.fromkeys(places))}. Batches of {config['batch_size']}, {config['schedule']}, "

@@ -32,7 +32,11 @@ class Result:
     def at_edge(self) -> bool:
         """Whether the rate that was found is the least or the greatest that was tried."""
         rates = [trial["learning_rate"] for trial in self.trials]
-        return self.outcome is not None and bool(rates) and self.outcome.learning_rate in (min(rates), max(rates))
+        return (
+            self.outcome is not None
+            and bool(rates)
+            and self.outcome.learning_rate in (min(rates), max(rates))
+        )
 
 
 @dataclass(frozen=True)
@@ -78,25 +82,38 @@ def read(directory: Path) -> Comparison:
     manifest = records.read_json(directory / records.MANIFEST)
     config = manifest["config"]
     if config.get("experiment") != "compare":
-        raise records.RecordError(f"{directory} holds records of another command. prograde report shows them.")
+        raise records.RecordError(
+            f"{directory} holds records of another command. prograde report shows them."
+        )
     if not (directory / "length.json").exists():
-        raise records.RecordError(f"{directory}: nothing was trained yet. Continue it with --out {directory} --resume.")
+        raise records.RecordError(
+            f"{directory}: nothing was trained yet. Continue it with --out {directory} --resume."
+        )
     steps = records.read_json(directory / "length.json")["steps"]
     costs = records.read_json(directory / "costs.json")
-    entries = [Entry(e, optimizer) for optimizer in config["optimizers"] for e in config["estimators"]]
+    entries = [
+        Entry(e, optimizer) for optimizer in config["optimizers"] for e in config["estimators"]
+    ]
     equal_seconds = steps * min(costs[e.name]["seconds"]["median"] for e in entries)
     results = [_result(directory, e, config, costs, equal_seconds) for e in entries]
     return Comparison(manifest, costs, results, steps, equal_seconds)
 
 
-def _result(directory: Path, entry: Entry, config: dict, costs: dict[str, Any], equal_seconds: float) -> Result:
+def _result(
+    directory: Path, entry: Entry, config: dict, costs: dict[str, Any], equal_seconds: float
+) -> Result:
     twin = SAME_GRADIENT.get(entry.estimator, "")
     trained = Entry(twin, entry.optimizer) if twin in config["estimators"] else entry
-    runs, reference = _runs(directory, trained), _runs(directory, Entry("backprop", entry.optimizer))
+    runs, reference = (
+        _runs(directory, trained),
+        _runs(directory, Entry("backprop", entry.optimizer)),
+    )
     cost = costs[entry.name]
     # what T is relative to: the faster of those that have the gradient of backprop
     exact = [Entry(e, entry.optimizer).name for e in ("backprop", *SAME_GRADIENT)]
-    fastest = min((costs[e] for e in exact if e in costs), key=lambda c: c["seconds"]["median"], default=None)
+    fastest = min(
+        (costs[e] for e in exact if e in costs), key=lambda c: c["seconds"]["median"], default=None
+    )
     both = {entry.name: cost, "backprop": fastest}
     outcome = outcome_of(entry.name, entry.optimizer, runs, reference, both) if runs else None
     at_equal_time = [_loss_at(run, equal_seconds / cost["seconds"]["median"]) for run in runs]
@@ -122,4 +139,8 @@ def _loss_at(run: list[dict[str, Any]], step: float) -> float | None:
     curve = points(run)
     steps = [p["step"] for p in curve]
     # the shortest run ends at the equal time, but for rounding
-    return float(np.interp(step, steps, [p["test_loss"] for p in curve])) if step <= steps[-1] * (1 + 1e-9) else None
+    return (
+        float(np.interp(step, steps, [p["test_loss"] for p in curve]))
+        if step <= steps[-1] * (1 + 1e-9)
+        else None
+    )

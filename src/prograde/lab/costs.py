@@ -45,7 +45,10 @@ def synthetic_data(num_batches: int = 10) -> Dataset:
 
 
 def step_seconds(
-    trainers: dict[str, Trainer], rounds: int, on_round: Callable[[int], None], steps: int | None = None
+    trainers: dict[str, Trainer],
+    rounds: int,
+    on_round: Callable[[int], None],
+    steps: int | None = None,
 ) -> dict[str, Any]:
     """Seconds a full training step (or bare forward pass) of each trainer takes.
 
@@ -93,7 +96,9 @@ def experiment_costs(
 ) -> dict[str, Any]:
     """`step_seconds` of an experiment's methods, with the bare forward pass and the checkpointed variant beside them."""
     everything = {
-        name: trainers[name] if name in trainers else Trainer(experiment, estimator, data, checkpointed)
+        name: trainers[name]
+        if name in trainers
+        else Trainer(experiment, estimator, data, checkpointed)
         for name, (estimator, checkpointed) in variants(experiment).items()
     }
     return step_seconds(everything, rounds, on_round)
@@ -140,7 +145,9 @@ def depth_seconds(depth: int, rounds: int, on_round: Callable[[int], None]) -> d
     }
 
 
-def memory(experiment: experiments.Experiment, depth: int, on_method: Callable[[str], None]) -> dict[str, Any]:
+def memory(
+    experiment: experiments.Experiment, depth: int, on_method: Callable[[str], None]
+) -> dict[str, Any]:
     """Memory of one training step of each method, each in a process of its own, two at a time; in bytes.
 
     `temp_bytes` is what XLA says the step needs beside its arguments and results; `peak_rss` and `rss_before` are the
@@ -164,7 +171,10 @@ def in_a_process(module: str, *arguments: str) -> dict[str, Any]:
     if done.returncode != 0:  # out of memory, say: the figure is missing, and the record says why
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         missing = dict.fromkeys(("temp_bytes", "argument_bytes", "rss_before", "peak_rss"))
-        return {**missing, "error": f"{shlex.join(command[1:])} ended with {done.returncode}: {reason}"}
+        return {
+            **missing,
+            "error": f"{shlex.join(command[1:])} ended with {done.returncode}: {reason}",
+        }
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -180,7 +190,9 @@ def resident_memory(steps: Callable[[], Any]) -> dict[str, int | None]:
     """Resident memory of this process just before `steps` and at its peak while they run, in bytes."""
     peak_is_of_steps = False
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what compilation freed and the C library kept would hide what steps need
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what compilation freed and the C library kept would hide what steps need
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the compilation
         peak_is_of_steps = True
@@ -210,8 +222,17 @@ def step_memory(compiled: Any, carry: Any, *arguments: Any) -> dict[str, int | N
 def compiled_step(trainer: Trainer) -> tuple[Any, Any, tuple[Any, ...]]:
     """One step of a trainer, compiled by itself: `carry, _ = compiled(carry, *arguments)`; with a carry and the arguments."""
     carry, rows = trainer.start(0), jnp.asarray(trainer.rows(0, 0, 1)[0])
-    arguments = (Rate(jnp.float32(0.0), jnp.float32(1.0)), jax.random.key(0), trainer.train_data, rows)
-    return jax.jit(trainer._step, donate_argnums=0).lower(carry, *arguments).compile(), carry, arguments
+    arguments = (
+        Rate(jnp.float32(0.0), jnp.float32(1.0)),
+        jax.random.key(0),
+        trainer.train_data,
+        rows,
+    )
+    return (
+        jax.jit(trainer._step, donate_argnums=0).lower(carry, *arguments).compile(),
+        carry,
+        arguments,
+    )
 
 
 def _measure_memory(name: str, method: str, depth: int) -> dict[str, Any]:

@@ -36,7 +36,9 @@ _MNIST_MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
 BATCH_SIZE = 64
-_VALIDATION_PART = 10  # one training example in so many is kept apart for the search of learning rates
+_VALIDATION_PART = (
+    10  # one training example in so many is kept apart for the search of learning rates
+)
 
 
 class DataError(ValueError):
@@ -76,13 +78,18 @@ def load(source: str, data_dir: Path | None = None) -> Dataset:
         return _mnist(data_dir)
     directory = Path(source)
     if not directory.is_dir():
-        raise DataError(f"--data {source}: there is no such directory. Use digits, mnist, or a directory of idx files.")
+        raise DataError(
+            f"--data {source}: there is no such directory. Use digits, mnist, or a directory of idx files."
+        )
     return _from_idx(
-        directory.name or str(directory), {key: _find_idx(directory, name) for key, name in _IDX_FILES.items()}
+        directory.name or str(directory),
+        {key: _find_idx(directory, name) for key, name in _IDX_FILES.items()},
     )
 
 
-def _split(name: str, train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> Dataset:
+def _split(
+    name: str, train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray
+) -> Dataset:
     kept_apart = np.arange(len(train_y)) % _VALIDATION_PART == 0
     return Dataset(
         name,
@@ -101,7 +108,9 @@ def _digits() -> Dataset:
     images = np.asarray(jax.image.resize(small, (len(small), IMAGE_SIZE, IMAGE_SIZE), "bilinear"))
     labels = table[:, -1].astype(np.int32)
     num_test = len(labels) // 5
-    return _split("digits", images[num_test:], labels[num_test:], images[:num_test], labels[:num_test])
+    return _split(
+        "digits", images[num_test:], labels[num_test:], images[:num_test], labels[:num_test]
+    )
 
 
 def _mnist(data_dir: Path | None) -> Dataset:
@@ -109,7 +118,9 @@ def _mnist(data_dir: Path | None) -> Dataset:
         data_dir = Path(from_environment)
     if data_dir is not None and not data_dir.is_dir():
         raise DataError(f"--data-dir {data_dir}: there is no such directory.")
-    return _from_idx("mnist", {key: _mnist_file(f"{name}.gz", data_dir) for key, name in _IDX_FILES.items()})
+    return _from_idx(
+        "mnist", {key: _mnist_file(f"{name}.gz", data_dir) for key, name in _IDX_FILES.items()}
+    )
 
 
 def _mnist_file(name: str, data_dir: Path | None) -> Path:
@@ -179,13 +190,25 @@ def _from_idx(name: str, paths: dict[str, Path]) -> Dataset:
         images_path, labels_path = paths[f"{part}_images"], paths[f"{part}_labels"]
         images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
         if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
-            raise DataError(f"{images_path}: expected images of 28 x 28, found {images.shape[1]} x {images.shape[2]}.")
+            raise DataError(
+                f"{images_path}: expected images of 28 x 28, found {images.shape[1]} x {images.shape[2]}."
+            )
         if len(images) != len(labels):
-            raise DataError(f"{labels_path}: expected one label for each of {len(images)} images, found {len(labels)}.")
-        least = math.ceil(BATCH_SIZE * _VALIDATION_PART / (_VALIDATION_PART - 1)) if part == "train" else 1
+            raise DataError(
+                f"{labels_path}: expected one label for each of {len(images)} images, found {len(labels)}."
+            )
+        least = (
+            math.ceil(BATCH_SIZE * _VALIDATION_PART / (_VALIDATION_PART - 1))
+            if part == "train"
+            else 1
+        )
         if len(images) < least:
-            raise DataError(f"{images_path}: expected at least {least} images, found {len(images)}.")
+            raise DataError(
+                f"{images_path}: expected at least {least} images, found {len(images)}."
+            )
         if labels.max() >= NUM_CLASSES:
-            raise DataError(f"{labels_path}: expected labels from 0 to {NUM_CLASSES - 1}, found {labels.max()}.")
+            raise DataError(
+                f"{labels_path}: expected labels from 0 to {NUM_CLASSES - 1}, found {labels.max()}."
+            )
         arrays += [images.astype(np.float32) / 255, labels.astype(np.int32)]
     return _split(name, *arrays)

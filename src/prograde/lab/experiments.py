@@ -136,7 +136,9 @@ EXPERIMENTS: dict[str, Experiment] = {
             "Cost against depth, 1 to 100 layers of width 1024",
             None,
             (),
-            Reported(note="R_f 3 to 4, R_b 4 to 5; R_f/R_b below 0.6 to 10 layers, above 0.8 at 100"),
+            Reported(
+                note="R_f 3 to 4, R_b 4 to 5; R_f/R_b below 0.6 to 10 layers, above 0.8 at 100"
+            ),
             quick=Budget(timing_rounds=2, depths=(1, 10, 100)),
             full=Budget(timing_rounds=9, depths=(1, 2, 5, 10, 20, 50, 100)),
         ),
@@ -154,11 +156,16 @@ class Setting:
 
 def settings(experiment: Experiment) -> list[Setting]:
     """The settings every method runs at; the rate of `tuned` is found by the search."""
-    paper = [Setting("paper" if i == 0 else f"paper-{rate:g}", rate) for i, rate in enumerate(experiment.paper_rates)]
+    paper = [
+        Setting("paper" if i == 0 else f"paper-{rate:g}", rate)
+        for i, rate in enumerate(experiment.paper_rates)
+    ]
     return [*paper, Setting("tuned")]
 
 
-def describe(experiment: Experiment, full: bool, seeds: int | None, data: dict[str, Any] | None) -> dict[str, Any]:
+def describe(
+    experiment: Experiment, full: bool, seeds: int | None, data: dict[str, Any] | None
+) -> dict[str, Any]:
     """The configuration that decides the numbers, as it stands in the manifest."""
     budget = experiment.budget(full)
     return {

@@ -17,10 +17,25 @@ matplotlib.use("Agg")
 
 STYLE: dict[str, dict[str, Any]] = {
     "bare": {"color": "#000000", "linestyle": ":", "marker": "v", "label": "bare forward pass"},
-    "forward": {"color": "#D55E00", "linestyle": "-", "marker": "o", "label": "forward gradient (normal, the paper's)"},
-    "low-rank": {"color": "#009E73", "linestyle": "-.", "marker": "s", "label": "forward gradient (rank one)"},
+    "forward": {
+        "color": "#D55E00",
+        "linestyle": "-",
+        "marker": "o",
+        "label": "forward gradient (normal, the paper's)",
+    },
+    "low-rank": {
+        "color": "#009E73",
+        "linestyle": "-.",
+        "marker": "s",
+        "label": "forward gradient (rank one)",
+    },
     "backprop": {"color": "#0072B2", "linestyle": "--", "marker": "^", "label": "backprop"},
-    "checkpointed": {"color": "#CC79A7", "linestyle": (0, (1, 1)), "marker": "D", "label": "backprop, checkpointed"},
+    "checkpointed": {
+        "color": "#CC79A7",
+        "linestyle": (0, (1, 1)),
+        "marker": "D",
+        "label": "backprop, checkpointed",
+    },
 }
 _RC: Any = {
     "font.size": 9,
@@ -66,7 +81,9 @@ def _settings(summary: Summary) -> list[str]:
 
 def _setting_title(summary: Summary, setting: str) -> str:
     if setting == "tuned":
-        rates = ", ".join(f"{o.method} {o.learning_rate:.2g}" for o in summary.outcomes if o.setting == "tuned")
+        rates = ", ".join(
+            f"{o.method} {o.learning_rate:.2g}" for o in summary.outcomes if o.setting == "tuned"
+        )
         return f"rates found by search: {rates}"
     return f"the paper's rate: {next(o.learning_rate for o in summary.outcomes if o.setting == setting):g}"
 
@@ -91,7 +108,9 @@ def _band(axes: Any, outcome: Outcome, x_of: Any, key: str) -> None:
         before = max((t for t in steps if t <= step), default=None)
         if before is not None:
             y = values[before][0] if len(values[before]) == 1 else float(np.mean(values[before]))
-            axes.plot(x_of(np.array([before])), [y], marker="x", color=STYLE[outcome.method]["color"])
+            axes.plot(
+                x_of(np.array([before])), [y], marker="x", color=STYLE[outcome.method]["color"]
+            )
 
 
 def _curves(summary: Summary) -> Figure:
@@ -118,7 +137,9 @@ def _curves(summary: Summary) -> Figure:
 
 def _legend(fig: Figure, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, handlelength=3.5)
+    fig.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, handlelength=3.5
+    )
 
 
 def _trajectories(summary: Summary, surface: Surface) -> Figure:
@@ -127,7 +148,9 @@ def _trajectories(summary: Summary, surface: Surface) -> Figure:
     panels = fig.subplots(len(settings), 2, squeeze=False, width_ratios=(1.15, 1))
     (x_low, x_high), (y_low, y_high) = surface.window
     x, y = np.meshgrid(np.linspace(x_low, x_high, 160), np.linspace(y_low, y_high, 160))
-    height = np.asarray(jax.vmap(surface.fun)(jnp.stack([x.ravel(), y.ravel()], -1))).reshape(x.shape)
+    height = np.asarray(jax.vmap(surface.fun)(jnp.stack([x.ravel(), y.ravel()], -1))).reshape(
+        x.shape
+    )
     for row, setting in zip(panels, settings, strict=True):
         plane, loss = row
         levels = np.geomspace(max(height.min(), 1e-2), height.max(), 14)
@@ -148,7 +171,9 @@ def _trajectories(summary: Summary, surface: Surface) -> Figure:
             steps = sorted(curves)
             loss.plot(steps, [np.median(curves[t]) for t in steps], **style, linewidth=1.4)
             low, high = [min(curves[t]) for t in steps], [max(curves[t]) for t in steps]
-            loss.fill_between(steps, low, high, color=STYLE[outcome.method]["color"], alpha=0.15, linewidth=0)
+            loss.fill_between(
+                steps, low, high, color=STYLE[outcome.method]["color"], alpha=0.15, linewidth=0
+            )
         plane.plot(*surface.start, "o", color="black", markersize=5)
         plane.annotate("start", surface.start, xytext=(5, 5), textcoords="offset points")
         plane.plot(*surface.minimum, "*", color="black", markersize=10)
@@ -173,7 +198,9 @@ def _depth(summary: Summary) -> Figure:
         if method != "bare":
             ratio.plot(depths, [c["ratio"]["median"] for c in costs], **style)
         memory.plot(
-            depths, [(summary.depths[d]["memory"][method]["temp_bytes"] or np.nan) / 2**20 for d in depths], **style
+            depths,
+            [(summary.depths[d]["memory"][method]["temp_bytes"] or np.nan) / 2**20 for d in depths],
+            **style,
         )
     time.set(ylabel="time a step (ms)", yscale="log")
     ratio.set(ylabel="step over bare forward pass", ylim=(0, None))

@@ -83,7 +83,9 @@ class Plan:
             ("directions", {"default": None, **DIRECTIONS}),
         ):
             if getattr(self, name) not in table:
-                raise ValueError(f"{name}={getattr(self, name)!r}, but one of {', '.join(table)} is needed.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}, but one of {', '.join(table)} is needed."
+                )
         for name in ("rank", "refresh", "tangents", "groups", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}, but at least 1 is needed.")
@@ -92,19 +94,31 @@ class Plan:
         if self.batch_size % self.groups:
             raise ValueError(f"groups={self.groups} does not divide batch_size={self.batch_size}.")
         if self.groups > 1 and self.estimator != "weight":
-            raise ValueError(f"groups={self.groups} with estimator={self.estimator!r}, but only 'weight' has groups.")
+            raise ValueError(
+                f"groups={self.groups} with estimator={self.estimator!r}, but only 'weight' has groups."
+            )
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Plan":
         """From the JSON of a log."""
         known = {field.name for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known
+        }
         return cls(**values)
 
     def make_estimator(self) -> pg.Estimator:
         """The estimator that the plan names."""
-        thin = self.train in ("lora", "readout", "subspace", "norm", "norms")  # a few numbers: each has its own
-        default = "normal" if self.estimator in ("mezo", "spsa") else "rademacher" if thin else "low-rank"
+        thin = self.train in (
+            "lora",
+            "readout",
+            "subspace",
+            "norm",
+            "norms",
+        )  # a few numbers: each has its own
+        default = (
+            "normal" if self.estimator in ("mezo", "spsa") else "rademacher" if thin else "low-rank"
+        )
         tangents = DIRECTIONS[default if self.directions == "default" else self.directions]
         count = self.tangents
         match self.estimator:
@@ -115,7 +129,9 @@ class Plan:
             case "mezo":
                 return pg.CentralDifference(tangents, num_tangents=count, step=self.difference)
             case "spsa":
-                return pg.CentralDifference(tangents, num_tangents=count, step=self.difference, curvature_power=0.5)
+                return pg.CentralDifference(
+                    tangents, num_tangents=count, step=self.difference, curvature_power=0.5
+                )
             case "backprop":
                 return pg.Backprop()
         return pg.CheckpointedBackprop()
@@ -140,13 +156,19 @@ class Tuning:
             first, last = count + first, count
         self.plan = plan = dataclasses.replace(plan, layers=plan.layers and (first, last))
         if plan.train == "readout" and plan.label_tokens is None:
-            raise ValueError("train='readout' needs labels, and a text has none. 'lora' is its like.")
+            raise ValueError(
+                "train='readout' needs labels, and a text has none. 'lora' is its like."
+            )
         if plan.train == "all" and (first, last) != (0, count):
-            raise ValueError(f"layers={plan.layers} with train='all', which is all layers and what is around them.")
+            raise ValueError(
+                f"layers={plan.layers} with train='all', which is all layers and what is around them."
+            )
         if plan.train == "norm":
             first = last = count
         elif not 0 <= first < last <= count:
-            raise ValueError(f"layers={plan.layers}, but the model has {count}: from 0 to {count}, and at least one.")
+            raise ValueError(
+                f"layers={plan.layers}, but the model has {count}: from 0 to {count}, and at least one."
+            )
         else:
             model = model.split(first, last)
         self.prefix = model.segments[: int(first > 0)]
@@ -186,13 +208,17 @@ class Tuning:
                 down = jax.random.normal(own, down.shape, down.dtype) / math.sqrt(inputs)
             elif plan.train == "subspace":
                 if isinstance(base, Quantized):
-                    raise ValueError("train='subspace' merges into the matrices, which are quantized. Use 'lora'.")
+                    raise ValueError(
+                        "train='subspace' merges into the matrices, which are quantized. Use 'lora'."
+                    )
                 up = _directions(own, up)
             else:
                 rows = _label_directions(model, plan.label_tokens or ())
                 up = jnp.broadcast_to(rows, (layers, *rows.shape)).astype(model.dtype)
                 down = jnp.zeros((layers, inputs, len(rows)), model.dtype)
-            blocks = eqx.tree_at(lambda b, n=name: getattr(b, n), blocks, LowRankUpdate(base, down, up))
+            blocks = eqx.tree_at(
+                lambda b, n=name: getattr(b, n), blocks, LowRankUpdate(base, down, up)
+            )
         return eqx.tree_at(lambda m: m.segments[0], model, blocks)
 
     def _mask(self, model: Decoder) -> PyTree[bool]:
@@ -209,7 +235,11 @@ class Tuning:
 
         def chosen(blocks: Any) -> list[Any]:
             if train == "norms":
-                biases = [b for b in (blocks.query_bias, blocks.key_bias, blocks.value_bias) if b is not None]
+                biases = [
+                    b
+                    for b in (blocks.query_bias, blocks.key_bias, blocks.value_bias)
+                    if b is not None
+                ]
                 return [blocks.attention_norm, blocks.feed_norm, *biases]
             if train == "attention":
                 return [blocks.query, blocks.key, blocks.value, blocks.output]
@@ -220,9 +250,15 @@ class Tuning:
             ups = [p.up for p in products] if train == "lora" else []
             return [p.down for p in products] + ups
 
-        if train in ("attention", "matrices") and any(isinstance(x, Quantized) for x in chosen(model.segments[0])):
-            raise ValueError(f"train={train!r}, but these matrices are quantized. Train 'lora', 'readout' or 'norms'.")
-        return eqx.tree_at(lambda m: m.segments[0], mask, eqx.tree_at(chosen, blocks, replace_fn=lambda _: True))
+        if train in ("attention", "matrices") and any(
+            isinstance(x, Quantized) for x in chosen(model.segments[0])
+        ):
+            raise ValueError(
+                f"train={train!r}, but these matrices are quantized. Train 'lora', 'readout' or 'norms'."
+            )
+        return eqx.tree_at(
+            lambda m: m.segments[0], mask, eqx.tree_at(chosen, blocks, replace_fn=lambda _: True)
+        )
 
     def calibrate(self, offsets: tuple[float, ...] | None) -> None:
         """Adds offsets to the logits of the labels from here on."""
@@ -259,7 +295,9 @@ class Tuning:
             inputs, valid, rest = data.tokens, data.valid, (data.labels,)
         if not self.prefix:
             return inputs, valid, *rest
-        last_only = isinstance(data, Examples) and self.plan.train == "norm"  # the rest is looked at no more
+        last_only = (
+            isinstance(data, Examples) and self.plan.train == "norm"
+        )  # the rest is looked at no more
         begin = self._embed
         assert begin is not None
 
@@ -270,7 +308,11 @@ class Tuning:
 
         kept = []
         for rows in _chunks(len(data), inputs.shape[1]):
-            kept.append(np.asarray(before(begin, self.prefix, *_filled(rows, inputs, valid)))[: rows.stop - rows.start])
+            kept.append(
+                np.asarray(before(begin, self.prefix, *_filled(rows, inputs, valid)))[
+                    : rows.stop - rows.start
+                ]
+            )
             on_part(rows.stop - rows.start)
         return np.concatenate(kept), valid[:, -1:] if last_only else valid, *rest
 
@@ -299,7 +341,12 @@ class Tuning:
         return logits + frozen[1]
 
     def losses(
-        self, params: PyTree, frozen: tuple[PyTree, Array], inputs: Array, valid: Array, wanted: Array
+        self,
+        params: PyTree,
+        frozen: tuple[PyTree, Array],
+        inputs: Array,
+        valid: Array,
+        wanted: Array,
     ) -> Float[Array, " batch"]:
         """Cross-entropy of each example: of its label among the labels, or of its next tokens, on average."""
         if self.plan.label_tokens is not None:
@@ -312,7 +359,12 @@ class Tuning:
         return lambda params, *batch: self.losses(params, frozen, *batch)
 
     def _next_token(
-        self, params: PyTree, frozen: tuple[PyTree, Array], inputs: Array, valid: Array, wanted: Array
+        self,
+        params: PyTree,
+        frozen: tuple[PyTree, Array],
+        inputs: Array,
+        valid: Array,
+        wanted: Array,
     ) -> tuple[Array, Array]:
         """(mean loss, mean hits) of each window; the logits of one window at a time are there."""
         model = eqx.combine(params, frozen[0])
@@ -321,7 +373,10 @@ class Tuning:
         def of_window(_: None, window: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
             logits = model.logits(window[0]).astype(jnp.float32)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, window[1])
-            return None, (jnp.mean(losses), jnp.mean((jnp.argmax(logits, -1) == window[1]).astype(jnp.float32)))
+            return None, (
+                jnp.mean(losses),
+                jnp.mean((jnp.argmax(logits, -1) == window[1]).astype(jnp.float32)),
+            )
 
         return lax.scan(of_window, None, (states, wanted))[1]
 
@@ -337,7 +392,9 @@ class Tuning:
     def _compiled_derivatives(self) -> Callable[..., tuple[Array, Array]]:
         if self._steps is None:
 
-            def derivatives(params: PyTree, frozen: PyTree, key: Array, batch: Any) -> tuple[Array, Array]:
+            def derivatives(
+                params: PyTree, frozen: PyTree, key: Array, batch: Any
+            ) -> tuple[Array, Array]:
                 assert isinstance(self.estimator, pg.SeededEstimator)
                 value, _, found = self.estimator.derivatives(self._fun(frozen), key, params, *batch)
                 return value, found.astype(jnp.float32)
@@ -376,7 +433,12 @@ class Tuning:
         if self._steps is None:
 
             def stepped(
-                params: PyTree, opt_state: PyTree, frozen: PyTree, key: Array, rate: Array, batch: Any
+                params: PyTree,
+                opt_state: PyTree,
+                frozen: PyTree,
+                key: Array,
+                rate: Array,
+                batch: Any,
             ) -> tuple[PyTree, PyTree, Array]:
                 found = self.estimator.estimate(self._fun(frozen), key, None, params, *batch)
                 updates, opt_state = self.optimizer.update(found.grads, opt_state, params)
@@ -386,7 +448,9 @@ class Tuning:
             self._steps = jax.jit(stepped, donate_argnums=(0, 1))
         key = jax.random.fold_in(jax.random.key(self.plan.seed), step)
         rate = self.plan.rate_of(step) if rate is None else rate
-        params, opt_state, value = self._steps(*self.state, self.frozen, key, np.float32(rate), batch)
+        params, opt_state, value = self._steps(
+            *self.state, self.frozen, key, np.float32(rate), batch
+        )
         self.state = pg.replay.TrainState(params, opt_state)
         return value
 
@@ -398,7 +462,9 @@ class Tuning:
             lowered = self._compiled_derivatives.lower(*args)  # pyright: ignore[reportFunctionMemberAccess]
         else:
             stepped = lambda p, f, k, b: self.estimator.estimate(self._fun(f), k, None, p, *b).grads  # noqa: E731
-            lowered = jax.jit(stepped).lower(self.state.params, self.frozen, jax.random.key(0), batch)
+            lowered = jax.jit(stepped).lower(
+                self.state.params, self.frozen, jax.random.key(0), batch
+            )
         analysis = lowered.compile().memory_analysis()
         return 0 if analysis is None else analysis.temp_size_in_bytes  # not all platforms say
 
@@ -434,18 +500,25 @@ class Tuning:
         return self._jitted_figures
 
 
-def figures_of(logits: Float[np.ndarray, "examples labels"], labels: Int[np.ndarray, " examples"]) -> dict[str, float]:
+def figures_of(
+    logits: Float[np.ndarray, "examples labels"], labels: Int[np.ndarray, " examples"]
+) -> dict[str, float]:
     """Loss, accuracy, and for two labels the area under the ROC curve, which no offset changes."""
     logits = logits.astype(np.float64)
     shifted = logits - logits.max(axis=1, keepdims=True)
     loss = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
-    found = {"loss": float(loss.mean()), "accuracy": float((logits.argmax(axis=1) == labels).mean())}
+    found = {
+        "loss": float(loss.mean()),
+        "accuracy": float((logits.argmax(axis=1) == labels).mean()),
+    }
     positive, negative = (labels == 1).sum(), (labels == 0).sum()
     if logits.shape[1] == 2 and positive and negative:
         margin = logits[:, 1] - logits[:, 0]
         _, place, counts = np.unique(margin, return_inverse=True, return_counts=True)
         ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # ties share the mean of their ranks
-        found["auc"] = float((ranks[labels == 1].sum() - positive * (positive + 1) / 2) / (positive * negative))
+        found["auc"] = float(
+            (ranks[labels == 1].sum() - positive * (positive + 1) / 2) / (positive * negative)
+        )
     return found
 
 
@@ -456,7 +529,9 @@ def calibration(
 
     def loss_fn(offsets: Array) -> Array:
         return jnp.mean(
-            optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits) + offsets, jnp.asarray(labels))
+            optax.softmax_cross_entropy_with_integer_labels(
+                jnp.asarray(logits) + offsets, jnp.asarray(labels)
+            )
         )
 
     exact = pg.value_and_grad(loss_fn, pg.ForwardJacobian())
@@ -473,11 +548,16 @@ def calibration(
     return tuple(float(x) for x in np.asarray(found) - float(np.mean(found)))
 
 
-def _label_directions(model: Decoder, label_tokens: tuple[int, ...]) -> Float[np.ndarray, "labels-1 width"]:
+def _label_directions(
+    model: Decoder, label_tokens: tuple[int, ...]
+) -> Float[np.ndarray, "labels-1 width"]:
     """Orthonormal directions in which the labels' logits differ."""
     # the logits of the unit vectors are the labels' columns of the head
     columns = np.asarray(
-        model.logits(jnp.eye(model.architecture.width, dtype=model.dtype), np.asarray(label_tokens)), np.float64
+        model.logits(
+            jnp.eye(model.architecture.width, dtype=model.dtype), np.asarray(label_tokens)
+        ),
+        np.float64,
     )
     q, _ = np.linalg.qr(columns[:, 1:] - columns[:, :1])
     return q.T
@@ -494,16 +574,24 @@ def _redrawn(seed: Array, round: Array, products: list[LowRankUpdate]) -> list[L
     for i, p in enumerate(products):
         assert isinstance(p.base, jax.Array)  # what is quantized was refused
         base = (p.base + p.down @ p.up).astype(p.base.dtype)
-        found.append(LowRankUpdate(base, jnp.zeros_like(p.down), _directions(jax.random.fold_in(key, i), p.up)))
+        found.append(
+            LowRankUpdate(
+                base, jnp.zeros_like(p.down), _directions(jax.random.fold_in(key, i), p.up)
+            )
+        )
     return found
 
 
-def _refreshed(params: PyTree, frozen: PyTree, round: np.uint32, seed: int) -> tuple[PyTree, PyTree]:
+def _refreshed(
+    params: PyTree, frozen: PyTree, round: np.uint32, seed: int
+) -> tuple[PyTree, PyTree]:
     """Thin products merged into their matrices, and begun again along new directions (LOZO, arXiv 2410.07698)."""
     where = lambda model: [getattr(model.segments[0], name) for name in _MATRICES]  # noqa: E731
     model = eqx.combine(params, frozen)
     mask = jax.tree.map(lambda x: x is not None, params, is_leaf=lambda x: x is None)
-    model = eqx.tree_at(where, model, _redrawn(jnp.uint32(seed & 0xFFFFFFFF), jnp.asarray(round), where(model)))
+    model = eqx.tree_at(
+        where, model, _redrawn(jnp.uint32(seed & 0xFFFFFFFF), jnp.asarray(round), where(model))
+    )
     return eqx.partition(model, mask)
 
 

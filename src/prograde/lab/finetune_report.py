@@ -16,9 +16,7 @@ from prograde.lab import figures, records
 from prograde.lab.finetune_run import CURVE, LOG, SUMMARY, in_words
 from prograde.lab.report import PAGE, Table, html_table, print_table
 
-_INTRODUCTION = (
-    "A language model, fine-tuned on this machine. All figures are on held-out examples, unless they say training."
-)
+_INTRODUCTION = "A language model, fine-tuned on this machine. All figures are on held-out examples, unless they say training."
 _TERMS = """Zero-shot is the model as it was. "Label bias repaired" adds one constant to the logit of each label, chosen on training
 examples: accuracy may rise much by that alone, and the AUC not at all. Training starts from there, so that what follows is learning. AUC is the
 probability that a positive example gets a higher score than a negative one. Seconds are those of the steps, without reading,
@@ -36,13 +34,27 @@ def tables(directory: Path) -> list[Table]:
     stages.append((f"after {last['step']:,} steps, {_duration(last['seconds'])}", last))
     names = [name for name in ("accuracy", "loss", "auc", "perplexity") if name in last]
     formats = {"accuracy": lambda x: f"{100 * x:.1f} %", "perplexity": lambda x: f"{x:.1f}"}
-    rows = [[title, *(formats.get(n, lambda x: f"{x:.3f}")(figure[n]) for n in names)] for title, figure in stages]
+    rows = [
+        [title, *(formats.get(n, lambda x: f"{x:.3f}")(figure[n]) for n in names)]
+        for title, figure in stages
+    ]
     found = [Table("Held-out figures", ["", *("AUC" if n == "auc" else n for n in names)], rows)]
     if "after" in summary:
         rows = []
-        for (text, label), before, after in zip(summary["shown"], summary["before"], summary["after"], strict=True):
-            rows.append([_short(text), label, _named(before, summary["names"]), _named(after, summary["names"])])
-        found.append(Table("Held-out examples", ["text", "label", "zero-shot", "fine-tuned"], rows, 0))
+        for (text, label), before, after in zip(
+            summary["shown"], summary["before"], summary["after"], strict=True
+        ):
+            rows.append(
+                [
+                    _short(text),
+                    label,
+                    _named(before, summary["names"]),
+                    _named(after, summary["names"]),
+                ]
+            )
+        found.append(
+            Table("Held-out examples", ["text", "label", "zero-shot", "fine-tuned"], rows, 0)
+        )
     return found
 
 
@@ -74,7 +86,12 @@ def figure(directory: Path) -> str:
         left, right = fig.subplots(1, 2)
         left.plot(seconds, [p["loss"] for p in curve], color=_BLUE, label="held out")
         left.plot(
-            seconds[1:], [p["train_loss"] for p in curve[1:]], color=_BLUE, alpha=0.45, linestyle="--", label="training"
+            seconds[1:],
+            [p["train_loss"] for p in curve[1:]],
+            color=_BLUE,
+            alpha=0.45,
+            linestyle="--",
+            label="training",
         )
         left.set(xlabel="seconds of training", ylabel="loss")
         right.plot(seconds, [100 * p["accuracy"] for p in curve], color=_BLUE, label="accuracy")
@@ -86,7 +103,11 @@ def figure(directory: Path) -> str:
                 axes.axvline(last["seconds"], color="#888888", linewidth=1, label="kept")
         for axes, key, scale in ((left, "loss", 1), (right, "accuracy", 100)):
             axes.axhline(
-                scale * summary["zero_shot"][key], color=_ORANGE, linewidth=1, linestyle=":", label="zero-shot"
+                scale * summary["zero_shot"][key],
+                color=_ORANGE,
+                linewidth=1,
+                linestyle=":",
+                label="zero-shot",
             )
             axes.legend(frameon=False)
         buffer = io.StringIO()
@@ -119,7 +140,9 @@ def build(directory: Path) -> Path:
     job, plan = manifest["config"]["job"], manifest["config"]["plan"]
     title = f"{job['model']} on {Path(job['data']).name}"
     parts = [f"<section><h2>{html.escape(title)}</h2><p>{html.escape(conclusion(directory))}</p>"]
-    parts.append(f'<figure role="img" aria-label="loss and accuracy against time">{figure(directory)}</figure>')
+    parts.append(
+        f'<figure role="img" aria-label="loss and accuracy against time">{figure(directory)}</figure>'
+    )
     parts += [html_table(table) for table in tables(directory)]
     what = ", ".join(f"{name} {value}" for name, value in plan.items() if value is not None)
     parts.append(f"<p class=small>{html.escape(what)}</p>")
@@ -127,7 +150,10 @@ def build(directory: Path) -> Path:
         f"<details><summary>Manifest</summary><pre>{html.escape(json.dumps(manifest, indent=1))}</pre></details></section>"
     )
     page = PAGE.format(
-        introduction=html.escape(_INTRODUCTION), terms=html.escape(_TERMS), contents="", sections="\n".join(parts)
+        introduction=html.escape(_INTRODUCTION),
+        terms=html.escape(_TERMS),
+        contents="",
+        sections="\n".join(parts),
     )
     path = directory / "report.html"
     records.write(path, page.encode())
@@ -147,7 +173,9 @@ def print_log(log: pg.replay.ReplayLog, console: Console) -> None:
     for name, value in header.items():
         if name != "config":
             console.print(
-                f"{name}: {value if isinstance(value, str) else json.dumps(value)}", markup=False, highlight=False
+                f"{name}: {value if isinstance(value, str) else json.dumps(value)}",
+                markup=False,
+                highlight=False,
             )
     for name, value in header["config"].items():
         console.print(f"{name}: {json.dumps(value)}", markup=False, highlight=False)
@@ -168,7 +196,10 @@ def print_log(log: pg.replay.ReplayLog, console: Console) -> None:
                 f"{np.sqrt(np.mean(np.square(derivatives))):.4g}",
             ]
         )
-    print_table(Table("Steps", ["steps", "mean loss", "rate", "derivatives, root mean square"], rows), console)
+    print_table(
+        Table("Steps", ["steps", "mean loss", "rate", "derivatives, root mean square"], rows),
+        console,
+    )
 
 
 def replayed(config: dict[str, Any]) -> str:

@@ -74,7 +74,10 @@ class Split:
     @property
     def notes(self) -> list[str]:
         """What was done to the texts."""
-        return [*(f"training: {n}" for n in self.train.notes), *(f"held out: {n}" for n in self.held_out.notes)]
+        return [
+            *(f"training: {n}" for n in self.train.notes),
+            *(f"held out: {n}" for n in self.held_out.notes),
+        ]
 
 
 def read(job: Job, seed: int, tokenizer: Tokenizer) -> Split:
@@ -83,9 +86,12 @@ def read(job: Job, seed: int, tokenizer: Tokenizer) -> Split:
         whole = texts.windows(job.data, tokenizer, job.max_length)
         if job.held_out_data is not None:
             return Split(whole, texts.windows(job.held_out_data, tokenizer, job.max_length))
-        last = min(max(1, len(whole) // 10), job.held_out)  # the end of a text is new where the middle need not be
+        last = min(
+            max(1, len(whole) // 10), job.held_out
+        )  # the end of a text is new where the middle need not be
         return Split(
-            texts.Windows(whole.tokens[:-last][: job.examples], whole.notes), texts.Windows(whole.tokens[-last:], ())
+            texts.Windows(whole.tokens[:-last][: job.examples], whole.notes),
+            texts.Windows(whole.tokens[-last:], ()),
         )
     rows = texts.read_table(job.data, job.text, job.label)
     words = texts.label_words(rows, job.labels, job.data)
@@ -97,7 +103,8 @@ def read(job: Job, seed: int, tokenizer: Tokenizer) -> Split:
     train = train[: job.examples]
     texts.label_words(train, words, job.data)
     made = [
-        texts.examples(r, words, tokenizer, job.template, job.max_length, job.first_token) for r in (train, held_out)
+        texts.examples(r, words, tokenizer, job.template, job.max_length, job.first_token)
+        for r in (train, held_out)
     ]
     return Split(*made)
 
@@ -111,11 +118,15 @@ def run(job: Job, plan: Plan, out: Path, resume: bool, display: Display) -> None
     for note in data.notes:
         say(f"  {note}")
     if isinstance(data.train, texts.Examples):
-        plan = dataclasses.replace(plan, label_tokens=tuple(int(i) for i in data.train.label_tokens))
+        plan = dataclasses.replace(
+            plan, label_tokens=tuple(int(i) for i in data.train.label_tokens)
+        )
     config = {
         "kind": "finetune",
         "job": {
-            k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(job).items() if k != "memory_limit"
+            k: str(v) if isinstance(v, Path) else v
+            for k, v in dataclasses.asdict(job).items()
+            if k != "memory_limit"
         },
         "plan": dataclasses.asdict(plan),
         "data": {"train": texts.digest(data.train), "held_out": texts.digest(data.held_out)},
@@ -131,7 +142,9 @@ def run(job: Job, plan: Plan, out: Path, resume: bool, display: Display) -> None
     parts = []
     with display.stage("states before the trained layers", len(data.train) + len(data.held_out)):
         for part in (data.train, data.held_out):
-            parts.append(tuning.prepare(part, lambda count: display.advance(count, "once, for all steps")))
+            parts.append(
+                tuning.prepare(part, lambda count: display.advance(count, "once, for all steps"))
+            )
     train, held_out = parts
     # where a run is to stop is not for the held-out examples to say
     apart = 0 if job.keep_last or not tuning.thin else min(500, len(train[0]) // 5)
@@ -139,7 +152,10 @@ def run(job: Job, plan: Plan, out: Path, resume: bool, display: Display) -> None
     validation = tuple(x[cut:] for x in train) if apart else None
     train = tuple(x[:cut] for x in train)
 
-    summary: dict[str, Any] = {"zero_shot": tuning.evaluate(held_out), "trained": tuning.num_trained}
+    summary: dict[str, Any] = {
+        "zero_shot": tuning.evaluate(held_out),
+        "trained": tuning.num_trained,
+    }
     if isinstance(data.held_out, texts.Examples):
         summary |= {"names": data.held_out.names, "shown": _shown(data.held_out)}
         summary["before"] = _probabilities(tuning, held_out)
@@ -150,19 +166,30 @@ def run(job: Job, plan: Plan, out: Path, resume: bool, display: Display) -> None
             summary["calibrated"] = figures_of(tuning.logits(held_out), held_out[2])
         say(f"Zero-shot: {in_words(summary['zero_shot'])}")
         if job.calibrate:
-            say(f"with its label bias repaired: {in_words(summary['calibrated'])}   (what follows starts here)")
+            say(
+                f"with its label bias repaired: {in_words(summary['calibrated'])}   (what follows starts here)"
+            )
     else:
         say(f"Before: {in_words(summary['zero_shot'])}")
     batch = tuple(x[: plan.batch_size] for x in train)
     summary["memory"] = check_memory(tuning, batch, job.memory_limit)
-    steps, seconds = plan.steps, tuning.rehearse(batch, _REHEARSALS)  # compiled, before the clock runs
+    steps, seconds = (
+        plan.steps,
+        tuning.rehearse(batch, _REHEARSALS),
+    )  # compiled, before the clock runs
     if job.minutes is not None:
         passes = math.ceil(_PASSES * len(train[0]) / len(batch[0]))
         steps = earlier.get("steps") or min(_steps_in(job.minutes, seconds), passes)
     tuning.plan = plan = dataclasses.replace(tuning.plan, steps=steps)
-    summary |= {"steps": steps, "model_fingerprint": fingerprint, "label_offsets": tuning.plan.offsets}
+    summary |= {
+        "steps": steps,
+        "model_fingerprint": fingerprint,
+        "label_offsets": tuning.plan.offsets,
+    }
     summary["tokens"] = int(
-        data.train.valid.sum(axis=1).mean() * len(batch[0]) if isinstance(data.train, texts.Examples) else batch[0].size
+        data.train.valid.sum(axis=1).mean() * len(batch[0])
+        if isinstance(data.train, texts.Examples)
+        else batch[0].size
     )
     records.write_json(out / SUMMARY, summary)
     say(
@@ -174,7 +201,12 @@ def run(job: Job, plan: Plan, out: Path, resume: bool, display: Display) -> None
         validation,
         held_out,
         out,
-        {"model": str(job.model), "dtype": job.dtype, "quantized": job.quantized, "model_fingerprint": fingerprint},
+        {
+            "model": str(job.model),
+            "dtype": job.dtype,
+            "quantized": job.quantized,
+            "model_fingerprint": fingerprint,
+        },
         summary,
         display,
     )
@@ -201,7 +233,9 @@ def replay(base: str, path: Path, out: Path, steps: int | None, display: Display
     log = pg.replay.ReplayLog.open(path)
     config = log.header["config"]
     if not isinstance(config, dict) or config.get("kind") != "finetune":
-        raise pg.replay.LogError(f"{path} is the log of another kind of run than a fine-tune: {config}.")
+        raise pg.replay.LogError(
+            f"{path} is the log of another kind of run than a fine-tune: {config}."
+        )
     if steps is not None and not 0 <= steps <= len(log):
         raise pg.replay.LogError(f"--steps {steps}, but {path} holds {len(log)}.")
     if out.exists():
@@ -221,7 +255,9 @@ def replay(base: str, path: Path, out: Path, steps: int | None, display: Display
     tuning = Tuning(plan, model)
     del model
     if repr(tuning.estimator) != log.header["estimator"]:
-        raise pg.replay.LogError(f"{path} is the log of {log.header['estimator']}, not of {tuning.estimator!r}.")
+        raise pg.replay.LogError(
+            f"{path} is the log of {log.header['estimator']}, not of {tuning.estimator!r}."
+        )
     count = len(log) if steps is None else steps
     with display.stage("replaying", max(count, 1)):
         _replay_steps(tuning, log, count, display)
@@ -245,7 +281,9 @@ def _replay_steps(
         tuning.apply(step, jnp.asarray(log.records["derivatives"][step]))
         if look is not None:
             look(tuning, step + 1)
-        if step % 50 == 49:  # so that the updates dispatched do not pile up, and the bar tells the truth
+        if (
+            step % 50 == 49
+        ):  # so that the updates dispatched do not pile up, and the bar tells the truth
             jax.block_until_ready(tuning.state.params)
             display.reach(step + 1)
 
@@ -270,7 +308,10 @@ class _Best:
 
     def over(self) -> bool:
         """Whether the best was long ago."""
-        return self.validation is not None and len(self.curve) - 1 - self.curve.index(self.point()) >= _PATIENCE
+        return (
+            self.validation is not None
+            and len(self.curve) - 1 - self.curve.index(self.point()) >= _PATIENCE
+        )
 
     def look(self, tuning: Tuning, step: int) -> None:
         """Keeps the parameters, if they are the best."""
@@ -301,7 +342,11 @@ def _steps(
 
     def measured() -> dict[str, Any]:
         found = {**tuning.evaluate(held_out), "rss": _peak_rss()}
-        return found if validation is None else found | {"validation_loss": tuning.evaluate(validation)["loss"]}
+        return (
+            found
+            if validation is None
+            else found | {"validation_loss": tuning.evaluate(validation)["loss"]}
+        )
 
     best = _Best(validation, curve)
     if tuning.update is not None:
@@ -323,7 +368,11 @@ def _steps(
             done, best.params = int(saved["step"]), saved["best"]
             tuning.state = jax.tree.map(jnp.asarray, saved["state"])
         curve[:] = [point for point in curve if point["step"] <= done]
-    seconds = curve[-1]["seconds"] * (done / curve[-1]["step"] if curve[-1]["step"] else 1) if curve else 0.0
+    seconds = (
+        curve[-1]["seconds"] * (done / curve[-1]["step"] if curve[-1]["step"] else 1)
+        if curve
+        else 0.0
+    )
     if not curve:
         curve.append({"step": 0, "seconds": 0.0, **measured(), "train_loss": None})
         records.write_lines(out / CURVE, curve)
@@ -336,7 +385,9 @@ def _steps(
         shown = done
         begin = time.perf_counter()
         left = 0 if best.over() else plan.steps - done
-        for step, rows in zip(range(done, done + left), tuning.order(count, done, left), strict=True):
+        for step, rows in zip(
+            range(done, done + left), tuning.order(count, done, left), strict=True
+        ):
             batch = tuple(x[rows] for x in train)
             if log is not None:
                 value, derivatives = tuning.derivatives(step, batch)
@@ -354,7 +405,10 @@ def _steps(
             facts = f"loss {latest:.3f}, held out {held}, {speed:,.0f} tokens/s, {_peak_rss() / 1e9:.2f} GB"
             display.advance(step + 1 - shown, facts)
             shown = step + 1
-            point: dict[str, Any] = {"step": step + 1, "seconds": seconds + time.perf_counter() - begin}
+            point: dict[str, Any] = {
+                "step": step + 1,
+                "seconds": seconds + time.perf_counter() - begin,
+            }
             if due and math.isfinite(latest):
                 point |= measured()
                 point["train_loss"] = float(np.mean([float(x) for x in losses]))
@@ -370,7 +424,11 @@ def _steps(
                 if log is not None:
                     log.flush()
                 else:
-                    state = {"state": tuning.state, "step": np.asarray(step + 1), "best": best.params}
+                    state = {
+                        "state": tuning.state,
+                        "step": np.asarray(step + 1),
+                        "best": best.params,
+                    }
                     records.save_state(out / STATE, state)
                 records.write_lines(out / CURVE, curve)
                 if best.over():
@@ -387,7 +445,9 @@ def _log(tuning: Tuning, path: Path, config: dict[str, Any]) -> pg.replay.Replay
     log = pg.replay.ReplayLog.open(path, append=True)
     if differences := records.differences(log.header["config"], json.loads(json.dumps(config))):
         log.close()
-        raise records.RecordError(f"{path} is the log of another run: {'; '.join(differences)}. Choose another --out.")
+        raise records.RecordError(
+            f"{path} is the log of another run: {'; '.join(differences)}. Choose another --out."
+        )
     return log
 
 
@@ -420,18 +480,24 @@ def in_words(figures: dict[str, Any]) -> str:
 
 def _peak_rss() -> int:
     """The most memory this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def _available() -> int | None:
     """Memory that is free, in bytes, where the system says so."""
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+        return 1024 * int(
+            next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
+        )
     return None
 
 
-def check_memory(tuning: Tuning, batch: tuple[np.ndarray, ...], limit: float | None) -> dict[str, int]:
+def check_memory(
+    tuning: Tuning, batch: tuple[np.ndarray, ...], limit: float | None
+) -> dict[str, int]:
     """What the run will take, in bytes; raises `MemoryLimitError` where that is too much, before anything is run."""
     step = tuning.temporary_bytes(batch)
     found = {"before": _resident(), "step": step}

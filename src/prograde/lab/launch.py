@@ -11,7 +11,9 @@ from collections.abc import Callable
 _GRACE = 15.0  # seconds that the others have to end by themselves when one is gone
 
 
-def launch(program: list[str], processes: int, coordinator: str | None, say: Callable[[str], None]) -> int:
+def launch(
+    program: list[str], processes: int, coordinator: str | None, say: Callable[[str], None]
+) -> int:
     """Runs a program in so many processes, each on its share of the cores; returns the exit status.
 
     The first has the terminal, of the others only errors are shown. When one ends with an error or is killed, the others
@@ -26,7 +28,9 @@ def launch(program: list[str], processes: int, coordinator: str | None, say: Cal
             "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(i),
         }
-        worker = subprocess.Popen(program, env=environment, stdout=None if i == 0 else subprocess.DEVNULL)
+        worker = subprocess.Popen(
+            program, env=environment, stdout=None if i == 0 else subprocess.DEVNULL
+        )
         if len(cores) >= processes:  # one shares no core with another
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(worker.pid, cores[i::processes])

@@ -44,7 +44,9 @@ class Network:
         """Mean softmax cross-entropy."""
         return jnp.mean(self.losses(params, images, labels))
 
-    def losses(self, params: PyTree, images: Array, labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
+    def losses(
+        self, params: PyTree, images: Array, labels: Int[Array, " batch"]
+    ) -> Float[Array, " batch"]:
         """Softmax cross-entropy of each example, for estimators that look at examples one by one."""
         return optax.softmax_cross_entropy_with_integer_labels(self.logits(params, images), labels)
 
@@ -65,7 +67,9 @@ def _rosenbrock(p: Float[Array, " n"]) -> Float[Array, ""]:
 
 
 BEALE = Surface(_beale, start=(1.0, 1.5), minimum=(3.0, 0.5), window=((0.0, 4.0), (-1.0, 2.0)))
-ROSENBROCK = Surface(_rosenbrock, start=(-1.0, 0.0), minimum=(1.0, 1.0), window=((-1.6, 1.6), (-0.6, 1.6)))
+ROSENBROCK = Surface(
+    _rosenbrock, start=(-1.0, 0.0), minimum=(1.0, 1.0), window=((-1.6, 1.6), (-0.6, 1.6))
+)
 
 
 def _layer(key: Key[Array, ""], shape: tuple[int, ...]) -> dict[str, Array]:
@@ -154,11 +158,18 @@ def cnn(checkpointed: bool = False) -> Network:
 
     `checkpointed` recomputes each pair of convolutions in reverse mode.
     """
-    channels = {"conv1": (3, 3, 1, 64), "conv2": (3, 3, 64, 64), "conv3": (3, 3, 64, 64), "conv4": (3, 3, 64, 64)}
+    channels = {
+        "conv1": (3, 3, 1, 64),
+        "conv2": (3, 3, 64, 64),
+        "conv3": (3, 3, 64, 64),
+        "conv4": (3, 3, 64, 64),
+    }
     dense = {"hidden1": (1024, 1024), "hidden2": (1024, 1024), "out": (1024, NUM_CLASSES)}
 
     def conv(layer, x):
-        z = lax.conv_general_dilated(x, layer["w"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        z = lax.conv_general_dilated(
+            x, layer["w"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         return jax.nn.relu(z + layer["b"])
 
     def pair(first, second, x):
@@ -188,8 +199,12 @@ def deep(depth: int, width: int = 1024, checkpointed: bool = False) -> Network:
     def init(key):
         key_in, key_hidden, key_out = jax.random.split(key, 3)
 
-        def uniform(key, shape):  # the variance that keeps activations of a ReLU network at their size
-            return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * math.sqrt(6 / shape[-2])
+        def uniform(
+            key, shape
+        ):  # the variance that keeps activations of a ReLU network at their size
+            return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * math.sqrt(
+                6 / shape[-2]
+            )
 
         return {
             "in": uniform(key_in, (PIXELS, width)),
@@ -212,7 +227,9 @@ def deep(depth: int, width: int = 1024, checkpointed: bool = False) -> Network:
     return Network(init, logits)
 
 
-def _patches(images: Float[Array, "batch 28 28"], size: int) -> Float[Array, "batch patches pixels"]:
+def _patches(
+    images: Float[Array, "batch 28 28"], size: int
+) -> Float[Array, "batch patches pixels"]:
     """The image cut into squares of `size` x `size`, row by row."""
     batch, n = images.shape[0], IMAGE_SIZE // size
     return images.reshape(batch, n, size, n, size).swapaxes(2, 3).reshape(batch, n * n, size * size)
@@ -266,7 +283,12 @@ def _on_patches(
 
 
 def mixer(
-    merged: bool = False, size: int = 7, width: int = 64, depth: int = 4, across: int = 64, hidden: int = 256
+    merged: bool = False,
+    size: int = 7,
+    width: int = 64,
+    depth: int = 4,
+    across: int = 64,
+    hidden: int = 256,
 ) -> Network:
     """A small MLP-mixer (arXiv 2105.01601): in each block an MLP across the patches, then one across the channels.
 
@@ -292,21 +314,35 @@ def mixer(
 
 
 def transformer(
-    merged: bool = False, size: int = 7, width: int = 64, depth: int = 4, heads: int = 4, hidden: int = 256
+    merged: bool = False,
+    size: int = 7,
+    width: int = 64,
+    depth: int = 4,
+    heads: int = 4,
+    hidden: int = 256,
 ) -> Network:
     """A small vision transformer (arXiv 2010.11929), pre-norm, with the mean over patches in place of a class token.
 
     `merged`: as for `mixer`.
     """
     dense = _merged_dense if merged else _dense
-    shapes = {"qkv": (width, 3 * width), "mixed": (width, width), "up": (width, hidden), "down": (hidden, width)}
+    shapes = {
+        "qkv": (width, 3 * width),
+        "mixed": (width, width),
+        "up": (width, hidden),
+        "down": (hidden, width),
+    }
 
     def block(p, h):
         batch, length, _ = h.shape
-        z = dense(p["qkv"], _layer_norm(p["norm1"], h)).reshape(batch, length, 3, heads, width // heads)
+        z = dense(p["qkv"], _layer_norm(p["norm1"], h)).reshape(
+            batch, length, 3, heads, width // heads
+        )
         q, k, v = z[:, :, 0], z[:, :, 1], z[:, :, 2]
         scores = jnp.einsum("bthd,bshd->bhts", q, k) / math.sqrt(width // heads)
-        mixed = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v).reshape(batch, length, width)
+        mixed = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v).reshape(
+            batch, length, width
+        )
         h = h + dense(p["mixed"], mixed)
         z = _layer_norm(p["norm2"], h)
         return h + dense(p["down"], jax.nn.gelu(dense(p["up"], z)))
@@ -314,7 +350,9 @@ def transformer(
     return _on_patches(size, width, depth, shapes, block, dense)
 
 
-def local_mixer(merged: bool = False, width: int = 256, groups: int = 1, depth: int = 1, side: int = 1) -> Network:
+def local_mixer(
+    merged: bool = False, width: int = 256, groups: int = 1, depth: int = 1, side: int = 1
+) -> Network:
     """LocalMixer of Ren et al. (arXiv 2210.03310): `side` x `side` patches, `depth` blocks, channels in `groups`, a loss for each.
 
     Each block mixes channels, then those of each group by themselves; from the second on it mixes patches first and adds its
@@ -328,13 +366,17 @@ def local_mixer(merged: bool = False, width: int = 256, groups: int = 1, depth: 
     def init(key):
         key_out, *keys = jax.random.split(key, 1 + depth)
         blocks = []
-        for i, (key_patches, key_shared, key_own, key_classifier) in enumerate(jax.random.split(k, 4) for k in keys):
+        for i, (key_patches, key_shared, key_own, key_classifier) in enumerate(
+            jax.random.split(k, 4) for k in keys
+        ):
             block = {
                 "shared": _kaiming(key_shared, (width if i else size * size, width)),
                 "own": _kaiming(key_own, (groups, width // groups, width // groups)),
                 "classifier": _kaiming(key_classifier, (groups, width // groups, NUM_CLASSES)),
             }
-            blocks.append(block | ({"patches": _kaiming(key_patches, (patches, patches))} if i else {}))
+            blocks.append(
+                block | ({"patches": _kaiming(key_patches, (patches, patches))} if i else {})
+            )
         return {"blocks": blocks, "out": _kaiming(key_out, (width, NUM_CLASSES))}
 
     def grouped(x):
@@ -366,13 +408,19 @@ def local_mixer(merged: bool = False, width: int = 256, groups: int = 1, depth: 
         h, losses = images_of(images), []
         for i, p in enumerate(params["blocks"]):
             h = block(p, lax.stop_gradient(h), i == 0)
-            parts = jnp.einsum("bpgc,gck->bpgk", _standardised(h), p["classifier"]["w"]) + p["classifier"]["b"]
+            parts = (
+                jnp.einsum("bpgc,gck->bpgk", _standardised(h), p["classifier"]["w"])
+                + p["classifier"]["b"]
+            )
             parts = parts / patches
             whole = parts + lax.stop_gradient(jnp.sum(parts, axis=(1, 2), keepdims=True) - parts)
             picked = jnp.broadcast_to(labels[:, None, None], whole.shape[:-1])
             losses.append(optax.softmax_cross_entropy_with_integer_labels(whole, picked))
         last = _dense(params["out"], features(lax.stop_gradient(h)))
-        return {"blocks": losses, "out": optax.softmax_cross_entropy_with_integer_labels(last, labels)}
+        return {
+            "blocks": losses,
+            "out": optax.softmax_cross_entropy_with_integer_labels(last, labels),
+        }
 
     return Network(init, logits, local_losses)
 
@@ -380,4 +428,7 @@ def local_mixer(merged: bool = False, width: int = 256, groups: int = 1, depth: 
 def _kaiming(key: Key[Array, ""], shape: tuple[int, ...]) -> dict[str, Array]:
     """Normal with deviation 2/sqrt(fan-in), at most 0.1, as the LocalMixer is initialised; biases zero."""
     deviation = min(2 / math.sqrt(shape[-2]), 0.1)
-    return {"w": deviation * jax.random.normal(key, shape), "b": jnp.zeros((*shape[:-2], shape[-1]))}
+    return {
+        "w": deviation * jax.random.normal(key, shape),
+        "b": jnp.zeros((*shape[:-2], shape[-1])),
+    }

@@ -80,7 +80,10 @@ def read_json(path: Path) -> Any:
 
 def write_lines(path: Path, values: list[dict[str, Any]]) -> None:
     """Writes JSON lines."""
-    write(path, "".join(json.dumps(_plain(value), allow_nan=False) + "\n" for value in values).encode())
+    write(
+        path,
+        "".join(json.dumps(_plain(value), allow_nan=False) + "\n" for value in values).encode(),
+    )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -94,7 +97,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def save_state(path: Path, state: PyTree) -> None:
     """Saves the arrays of a tree, without pickle."""
     buffer = io.BytesIO()
-    arrays: Any = {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(state)}
+    arrays: Any = {
+        jax.tree_util.keystr(p): np.asarray(x)
+        for p, x in jax.tree_util.tree_leaves_with_path(state)
+    }
     np.savez(buffer, **arrays)
     write(path, buffer.getvalue())
 
@@ -103,7 +109,9 @@ def load_state(path: Path, like: PyTree) -> PyTree:
     """The saved arrays, as a tree like `like`."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return jax.tree_util.tree_map_with_path(lambda p, _: arrays[jax.tree_util.keystr(p)], like)
+            return jax.tree_util.tree_map_with_path(
+                lambda p, _: arrays[jax.tree_util.keystr(p)], like
+            )
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise RecordError(
             f"{path}: not a checkpoint of this run ({error}). Delete it to start this run again."
@@ -116,20 +124,31 @@ def environment() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         here = Path(__file__).parent
         try:
-            done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10)
+            done = subprocess.run(
+                ["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", __file__) is not None else None
+    commit = (
+        git("rev-parse", "HEAD")
+        if git("ls-files", "--error-unmatch", __file__) is not None
+        else None
+    )
     processor = platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
+        processor = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+            processor,
+        )
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": commit,
-        "git_dirty": bool(git("status", "--porcelain", "--", str(Path(__file__).parents[1]))) if commit else None,
+        "git_dirty": bool(git("status", "--porcelain", "--", str(Path(__file__).parents[1])))
+        if commit
+        else None,
         "versions": {
             "python": platform.python_version(),
             **{
@@ -139,7 +158,9 @@ def environment() -> dict[str, Any]:
         },
         "device": str(jax.devices()[0].device_kind),
         "processor": processor,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
@@ -157,7 +178,10 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def claim(configs: dict[Path, dict[str, Any]], resume: bool) -> None:
     """Makes each directory the place of the records of its configuration, or raises, before anything is changed."""
-    manifests = {directory: _manifest(directory, _plain(config), resume) for directory, config in configs.items()}
+    manifests = {
+        directory: _manifest(directory, _plain(config), resume)
+        for directory, config in configs.items()
+    }
     here = environment()
     for directory, manifest in manifests.items():
         for left in directory.rglob(".*.tmp"):  # of a process that was killed while it wrote
@@ -169,7 +193,9 @@ def claim(configs: dict[Path, dict[str, Any]], resume: bool) -> None:
 def _manifest(directory: Path, config: dict[str, Any], resume: bool) -> dict[str, Any]:
     if not (directory / MANIFEST).exists():
         if directory.exists() and any(not path.match(".*.tmp") for path in directory.iterdir()):
-            raise RecordError(f"{directory} is not empty and holds no {MANIFEST}. Choose another --out.")
+            raise RecordError(
+                f"{directory} is not empty and holds no {MANIFEST}. Choose another --out."
+            )
         return {"config": config, "environments": []}
     manifest = read_json(directory / MANIFEST)
     if found := differences(manifest["config"], config):

@@ -43,7 +43,9 @@ def spread_text(spread: Spread | None, percent: bool = False) -> str:
     """Mean, and where there are several, the least and the greatest."""
     if spread is None:
         return "–"
-    low, mean, high = (f"{100 * v:.1f}" if percent else f"{v:.3g}" for v in (spread.low, spread.mean, spread.high))
+    low, mean, high = (
+        f"{100 * v:.1f}" if percent else f"{v:.3g}" for v in (spread.low, spread.mean, spread.high)
+    )
     unit = " %" if percent else ""
     return f"{mean}{unit}" if spread.n == 1 or low == high else f"{mean}{unit} ({low} to {high})"
 
@@ -59,15 +61,27 @@ def ratio_text(outcome: Outcome) -> str:
         return "1"
     if not outcome.compared:
         return "–"
-    seeds = f" ({outcome.reached} of {outcome.compared} seeds)" if outcome.reached < outcome.compared else ""
+    seeds = (
+        f" ({outcome.reached} of {outcome.compared} seeds)"
+        if outcome.reached < outcome.compared
+        else ""
+    )
     if outcome.time_ratio is not None:
         return f"{outcome.time_ratio:.2f}{seeds}"
-    return f"> {outcome.time_bound:.2f}{seeds}" if outcome.time_bound is not None else f"diverged{seeds}"
+    return (
+        f"> {outcome.time_bound:.2f}{seeds}"
+        if outcome.time_bound is not None
+        else f"diverged{seeds}"
+    )
 
 
 def _reported_ratio(experiment: Experiment, outcome: Outcome) -> str:
     rates = dict(zip(experiment.paper_rates, experiment.reported.t_ratio, strict=False))
-    if outcome.method != "forward" or outcome.setting == "tuned" or outcome.learning_rate not in rates:
+    if (
+        outcome.method != "forward"
+        or outcome.setting == "tuned"
+        or outcome.learning_rate not in rates
+    ):
         return ""
     return f"{rates[outcome.learning_rate]:g}"
 
@@ -78,7 +92,9 @@ def training_table(summary: Summary) -> Table:
     for o in summary.outcomes:
         ended = f"{o.finished} of {len(o.runs)}" if o.finished < len(o.runs) else str(len(o.runs))
         diverged = (
-            f"; {len(o.diverged)} diverged, first at step {min(step for _, step in o.diverged)}" if o.diverged else ""
+            f"; {len(o.diverged)} diverged, first at step {min(step for _, step in o.diverged)}"
+            if o.diverged
+            else ""
         )
         rows.append(
             [
@@ -102,7 +118,10 @@ def training_table(summary: Summary) -> Table:
 
 def cost_table(summary: Summary) -> Table:
     """What a step of each method costs."""
-    reported = {"forward": summary.experiment.reported.r_f, "backprop": summary.experiment.reported.r_b}
+    reported = {
+        "forward": summary.experiment.reported.r_f,
+        "backprop": summary.experiment.reported.r_b,
+    }
     rows = []
     for method, cost in summary.costs.items():
         seconds, ratio, memory = cost["seconds"], cost["ratio"], summary.memory.get(method, {})
@@ -143,8 +162,18 @@ def depth_tables(summary: Summary) -> list[Table]:
         )
     rounds = next(iter(summary.depths.values()))["costs"]["bare"]["seconds"]["n"]
     reported = f"reported: {summary.experiment.reported.note}"
-    time_columns = ["layers", "bare, ms", *(f"R {m}" for m in methods), "forward/backprop", "low-rank/backprop"]
-    memory_columns = ["layers", *(f"temp {m}" for m in METHOD_TITLES), *(f"RSS {m}" for m in METHOD_TITLES)]
+    time_columns = [
+        "layers",
+        "bare, ms",
+        *(f"R {m}" for m in methods),
+        "forward/backprop",
+        "low-rank/backprop",
+    ]
+    memory_columns = [
+        "layers",
+        *(f"temp {m}" for m in METHOD_TITLES),
+        *(f"RSS {m}" for m in METHOD_TITLES),
+    ]
     return [
         Table(f"{summary.experiment.title} ({rounds} rounds; {reported})", time_columns, times),
         Table(
@@ -177,7 +206,9 @@ def _conclusion(summary: Summary) -> str:
             f"{r['backprop']:.2f} (reported {reported.r_b:g}), the rank-one tangent {r['low-rank']:.2f}."
         )
         confirmed = "confirmed" if r["forward"] < r["backprop"] else "not confirmed"
-        share = {m: f"{r[m] / r['backprop']:.2f} of a backprop step" for m in ("forward", "low-rank")}
+        share = {
+            m: f"{r[m] / r['backprop']:.2f} of a backprop step" for m in ("forward", "low-rank")
+        }
         said.append(
             f"That a dense forward-gradient step is cheaper than a backprop step is {confirmed}: it takes {share['forward']}; "
             f"the rank-one step takes {share['low-rank']}."
@@ -185,7 +216,9 @@ def _conclusion(summary: Summary) -> str:
     for o in summary.outcomes:
         claim = _reported_ratio(summary.experiment, o)
         if claim and o.compared:
-            said.append(f"At rate {o.learning_rate:g} (reported T {claim}), {_reached(o)}: {_verdict(o)}.")
+            said.append(
+                f"At rate {o.learning_rate:g} (reported T {claim}), {_reached(o)}: {_verdict(o)}."
+            )
         elif o.setting == "tuned" and o.method != "backprop" and o.compared:
             said.append(f"With both tuned, {o.method}: {_reached(o)}.")
         if o.diverged:
@@ -203,7 +236,11 @@ def _reached(o: Outcome) -> str:
 
 def _verdict(o: Outcome) -> str:
     if o.time_ratio is not None:
-        return "this agrees with a T below 1" if o.time_ratio < 1 else "this disagrees with a T below 1"
+        return (
+            "this agrees with a T below 1"
+            if o.time_ratio < 1
+            else "this disagrees with a T below 1"
+        )
     if o.time_bound is not None and o.time_bound < 1:
         return "this does not decide whether T is below 1"
     return "this disagrees with a T below 1"
@@ -259,9 +296,14 @@ def build(directories: list[Path], out: Path) -> Path:
     """Writes `report.html` into `out`, from the records in `directories`; returns its path."""
     summaries = find(directories)
     sections = "\n".join(_section(s) for s in summaries)
-    contents = " · ".join(f'<a href="#{s.experiment.name}">{html.escape(s.experiment.title)}</a>' for s in summaries)
+    contents = " · ".join(
+        f'<a href="#{s.experiment.name}">{html.escape(s.experiment.title)}</a>' for s in summaries
+    )
     page = PAGE.format(
-        introduction=html.escape(_INTRODUCTION), terms=html.escape(_TERMS), contents=contents, sections=sections
+        introduction=html.escape(_INTRODUCTION),
+        terms=html.escape(_TERMS),
+        contents=contents,
+        sections=sections,
     )
     path = out / "report.html"
     records.write(path, page.encode())
@@ -269,11 +311,15 @@ def build(directories: list[Path], out: Path) -> Path:
 
 
 def _section(summary: Summary) -> str:
-    parts = [f'<section id="{summary.experiment.name}"><h2>{html.escape(summary.experiment.title)}</h2>']
+    parts = [
+        f'<section id="{summary.experiment.name}"><h2>{html.escape(summary.experiment.title)}</h2>'
+    ]
     if conclusion := _conclusion(summary):
         parts.append(f"<p>{html.escape(conclusion)}</p>")
     if svg := figure(summary):
-        parts.append(f'<figure role="img" aria-label="{html.escape(summary.experiment.title)}">{svg}</figure>')
+        parts.append(
+            f'<figure role="img" aria-label="{html.escape(summary.experiment.title)}">{svg}</figure>'
+        )
     parts += [html_table(table) for table in tables(summary)]
     parts.append(
         f"<p class=small>{html.escape(_made_on(summary))}</p>"
@@ -298,7 +344,11 @@ def html_table(table: Table) -> str:
 def print_table(table: Table, console: Console) -> None:
     """Prints one table on the terminal."""
     rich_table = RichTable(
-        title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=table.title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for i, column in enumerate(table.columns):
         rich_table.add_column(column, overflow="fold", no_wrap=i < table.unbroken)
@@ -317,7 +367,10 @@ def print_tables(summaries: list[Summary], console: Console) -> None:
         console.print()
 
 
-_BEGIN, _END = "<!-- records: begin, written by prograde report --markdown -->", "<!-- records: end -->"
+_BEGIN, _END = (
+    "<!-- records: begin, written by prograde report --markdown -->",
+    "<!-- records: end -->",
+)
 
 
 def write_markdown(directories: list[Path], page: Path) -> None:
@@ -335,11 +388,15 @@ def write_markdown(directories: list[Path], page: Path) -> None:
             parts.append(f"![{summary.experiment.title}]({figures.name}/{name}.svg)")
         for table in tables(summary):
             lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-            parts.append(f"**{table.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+            parts.append(
+                f"**{table.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            )
         parts.append(f"*{_made_on(summary)}*")
     text = page.read_text() if page.exists() else f"{_BEGIN}\n{_END}\n"
     if text.count(_BEGIN) != 1 or text.count(_END) != 1:
-        raise records.RecordError(f"{page} exists and lacks the marks between which tables go: {_BEGIN} and {_END}.")
+        raise records.RecordError(
+            f"{page} exists and lacks the marks between which tables go: {_BEGIN} and {_END}."
+        )
     before, rest = text.split(_BEGIN)
     body = "\n\n".join(parts)
     records.write(page, f"{before}{_BEGIN}\n\n{body}\n\n{_END}{rest.split(_END)[1]}".encode())
@@ -362,7 +419,9 @@ def _made_on(summary: Summary) -> str:
     for method, found in summary.searches.items():
         rates = [trial["learning_rate"] for trial in found["trials"]]
         edge = " (the edge of the search)" if found["best"] in (min(rates), max(rates)) else ""
-        trials.append(f"{method} {found['best']:.2g}{edge} of {len(rates)} trials of {found['steps']} steps")
+        trials.append(
+            f"{method} {found['best']:.2g}{edge} of {len(rates)} trials of {found['steps']} steps"
+        )
     search = f" Rates found: {'; '.join(trials)}." if trials else ""
     return f"Made on {'; then on '.join(dict.fromkeys(places))}.{data}{flags}{search}"
 

@@ -45,7 +45,9 @@ def run_all(
         if experiment.subject is None:
             _run_depth(title, budget, directory, display)
         else:
-            _run_training(title, experiment, data, budget, seeds or budget.seeds, directory, display, mesh)
+            _run_training(
+                title, experiment, data, budget, seeds or budget.seeds, directory, display, mesh
+            )
 
 
 def _run_training(
@@ -59,10 +61,13 @@ def _run_training(
     mesh: Mesh | None,
 ) -> None:
     data = None if isinstance(experiment.subject, Surface) else data
-    trainers = {name: Trainer(experiment, estimator, data, mesh=mesh) for name, estimator in METHODS.items()}
+    trainers = {
+        name: Trainer(experiment, estimator, data, mesh=mesh) for name, estimator in METHODS.items()
+    }
     _measure_costs(title, experiment, trainers, data, budget, directory, display)
     step_seconds = {
-        name: cost["seconds"]["median"] for name, cost in records.read_json(directory / "costs.json").items()
+        name: cost["seconds"]["median"]
+        for name, cost in records.read_json(directory / "costs.json").items()
     }
     trials = len(SEARCH_GRID) + 2
     search_seconds = sum(step_seconds[name] for name in METHODS) * budget.steps * trials
@@ -76,7 +81,9 @@ def _run_training(
     def on_trial(method: str, number: int, trial: dict[str, Any]) -> None:
         loss = "diverged" if trial["loss"] is None else f"loss {trial['loss']:.4g}"
         facts = f"{method}, trial {number} of {trials}, rate {trial['learning_rate']:.2g}, {loss}"
-        display.advance(budget.steps * step_seconds[method], f"{facts}, {steps_per_second(budget.steps)}")
+        display.advance(
+            budget.steps * step_seconds[method], f"{facts}, {steps_per_second(budget.steps)}"
+        )
 
     with display.stage(f"{title}: learning rates", search_seconds):
         tuned, done = {}, 0.0
@@ -96,10 +103,14 @@ def _run_training(
         steps = budget.steps / budget.points
         accuracy = f", {point['test_accuracy']:.1%}" if "test_accuracy" in point else ""
         loss = f"loss {point['test_loss']:.3g}" if "test_loss" in point else "diverged"
-        facts = f"{point['step']}/{run.steps}, {loss}{accuracy}, {steps_per_second(steps)}, {run.name}"
+        facts = (
+            f"{point['step']}/{run.steps}, {loss}{accuracy}, {steps_per_second(steps)}, {run.name}"
+        )
         display.advance(steps * step_seconds[run.method], facts)
 
-    with display.stage(f"{title}: training", sum(run.steps * step_seconds[run.method] for run in runs)):
+    with display.stage(
+        f"{title}: training", sum(run.steps * step_seconds[run.method] for run in runs)
+    ):
         done = 0.0
         for run in runs:
             begun[0] = time.monotonic()
@@ -120,7 +131,9 @@ def _measure_costs(
     if not (path := directory / "costs.json").exists():
         with display.stage(f"{title}: time a step", budget.timing_rounds + 1):
             on_round = lambda i: display.advance(1, f"round {i} of {budget.timing_rounds}")  # noqa: E731
-            measured = costs.experiment_costs(experiment, trainers, data, budget.timing_rounds, on_round)
+            measured = costs.experiment_costs(
+                experiment, trainers, data, budget.timing_rounds, on_round
+            )
         records.write_json(path, measured)
     first = trainers["backprop"].mesh is None or jax.process_index() == 0
     if first and data is not None and not (path := directory / "memory.json").exists():
@@ -139,7 +152,8 @@ def _run_depth(title: str, budget: Budget, directory: Path, display: Display) ->
 
             def on_round(i: int, depth: int = depth, half: float = half) -> None:
                 display.advance(
-                    half / (budget.timing_rounds + 1), f"{depth} layers, round {i} of {budget.timing_rounds}"
+                    half / (budget.timing_rounds + 1),
+                    f"{depth} layers, round {i} of {budget.timing_rounds}",
                 )
 
             def on_method(method: str, depth: int = depth, half: float = half) -> None:

@@ -75,9 +75,13 @@ def summarise(directory: Path) -> Summary:
     manifest = records.read_json(directory / records.MANIFEST)
     name = manifest["config"]["experiment"]
     if name == "compare":
-        raise records.RecordError(f"{directory}: records of a comparison. Show them with prograde compare --from.")
+        raise records.RecordError(
+            f"{directory}: records of a comparison. Show them with prograde compare --from."
+        )
     if name not in EXPERIMENTS:
-        raise records.RecordError(f"{directory}: records of {name!r}, which this version does not know.")
+        raise records.RecordError(
+            f"{directory}: records of {name!r}, which this version does not know."
+        )
     experiment = EXPERIMENTS[name]
 
     def optional(file: str) -> dict[str, Any]:
@@ -86,7 +90,9 @@ def summarise(directory: Path) -> Summary:
     costs = optional("costs.json")
     runs = [records.read_lines(path) for path in sorted((directory / "runs").glob("*.jsonl"))]
     groups = {
-        (method, setting.name): [r for r in runs if (r[0]["method"], r[0]["setting"]) == (method, setting.name)]
+        (method, setting.name): [
+            r for r in runs if (r[0]["method"], r[0]["setting"]) == (method, setting.name)
+        ]
         for setting in settings(experiment)
         for method in METHODS
     }
@@ -102,7 +108,10 @@ def summarise(directory: Path) -> Summary:
         costs,
         optional("memory.json"),
         {int(depth): figures for depth, figures in optional("depths.json").items()},
-        {path.stem: records.read_json(path) for path in sorted((directory / "search").glob("*.json"))},
+        {
+            path.stem: records.read_json(path)
+            for path in sorted((directory / "search").glob("*.json"))
+        },
         outcomes,
     )
 
@@ -114,10 +123,14 @@ def points(run: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def spread(values: list[float]) -> Spread | None:
     """`None` of no values."""
-    return Spread(statistics.fmean(values), min(values), max(values), len(values)) if values else None
+    return (
+        Spread(statistics.fmean(values), min(values), max(values), len(values)) if values else None
+    )
 
 
-def outcome_of(method: str, setting: str, runs: list, backprop_runs: list, costs: dict[str, Any]) -> Outcome:
+def outcome_of(
+    method: str, setting: str, runs: list, backprop_runs: list, costs: dict[str, Any]
+) -> Outcome:
     """What the runs of a method at a setting reached, beside the runs of backprop at the same setting."""
     ended = [run for run in runs if run[-1]["kind"] == "end"]
     completed = [run for run in ended if run[-1]["status"] == "completed"]
@@ -126,7 +139,9 @@ def outcome_of(method: str, setting: str, runs: list, backprop_runs: list, costs
     if costs and method != "backprop":
         references = {run[0]["seed"]: run for run in backprop_runs if run[-1]["kind"] == "end"}
         pairs = [(run, references[run[0]["seed"]]) for run in ended if run[0]["seed"] in references]
-        times = sorted(filter(None, (_time_ratio(run, reference, method, costs) for run, reference in pairs)))
+        times = sorted(
+            filter(None, (_time_ratio(run, reference, method, costs) for run, reference in pairs))
+        )
     # (0, T) of a seed that reaches it, (1, bound) of one that does not, (2, 0) of one that diverged: in this order
     kind, value = times[len(times) // 2] if times else (2, 0.0)
     return Outcome(
@@ -145,14 +160,18 @@ def outcome_of(method: str, setting: str, runs: list, backprop_runs: list, costs
     )
 
 
-def _time_ratio(run: list, backprop_run: list, method: str, costs: dict[str, Any]) -> tuple[int, float] | None:
+def _time_ratio(
+    run: list, backprop_run: list, method: str, costs: dict[str, Any]
+) -> tuple[int, float] | None:
     """(0, T) where the run reaches backprop's best loss, (1, what T exceeds) or, diverged, (2, 0) where it does not."""
     reference = min(points(backprop_run), key=lambda p: p["test_loss"])
     if reference["step"] == 0:
         return None
     seconds = {name: cost["seconds"]["median"] for name, cost in costs.items()}
     backprop_seconds = reference["step"] * seconds["backprop"]
-    reached = next((p["step"] for p in points(run) if p["test_loss"] <= reference["test_loss"]), None)
+    reached = next(
+        (p["step"] for p in points(run) if p["test_loss"] <= reference["test_loss"]), None
+    )
     if reached is not None:
         return 0, reached * seconds[method] / backprop_seconds
     if run[-1]["status"] == "diverged":

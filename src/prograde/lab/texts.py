@@ -85,7 +85,9 @@ def split_rows(rows: Sequence[tuple[str, str]], held_out: int, seed: int) -> tup
     return shuffled[held_out:], shuffled[:held_out]
 
 
-def label_words(rows: Sequence[tuple[str, str]], given: Mapping[str, str], where: Path) -> dict[str, str]:
+def label_words(
+    rows: Sequence[tuple[str, str]], given: Mapping[str, str], where: Path
+) -> dict[str, str]:
     """What the model is to say for each label, from --labels, or " " and the label itself."""
     found = Counter(label for _, label in rows)
     if len(found) < 2:
@@ -106,7 +108,9 @@ def label_words(rows: Sequence[tuple[str, str]], given: Mapping[str, str], where
     return {label: f" {label}" for label in sorted(found)}
 
 
-def label_token_ids(words: Mapping[str, str], tokenizer: Tokenizer, first_token: bool) -> Int[np.ndarray, " labels"]:
+def label_token_ids(
+    words: Mapping[str, str], tokenizer: Tokenizer, first_token: bool
+) -> Int[np.ndarray, " labels"]:
     """The token that each label's word is, or begins with."""
     ids = []
     for label, word in words.items():
@@ -140,10 +144,14 @@ def examples(
     """Rows as prompts. Texts that make a prompt longer than `max_length` tokens lose their end, never the template its."""
     if template.count("{text}") != 1:
         raise DataError(f"--template {template!r}: it holds {{text}} once, where the text goes.")
-    before, after = (tokenizer.encode(part, add_special_tokens=False).ids for part in template.split("{text}"))
+    before, after = (
+        tokenizer.encode(part, add_special_tokens=False).ids for part in template.split("{text}")
+    )
     room = max_length - len(before) - len(after)
     if room < 1:
-        raise DataError(f"--max-length {max_length}: the template alone has {len(before) + len(after)} tokens.")
+        raise DataError(
+            f"--max-length {max_length}: the template alone has {len(before) + len(after)} tokens."
+        )
     names = tuple(words)
     # a template that begins with the text is one piece with it; what follows it begins with a space or a line
     prompts, cut = [], 0
@@ -175,12 +183,18 @@ def windows(path: Path, tokenizer: Tokenizer, length: int) -> Windows:
     ids = np.fromiter((i for line in lines for i in line.ids), np.int32)
     count = (len(ids) - 1) // length
     if count < 2:
-        raise DataError(f"{path} has {len(ids)} tokens: two windows of --max-length {length} need {2 * length + 1}.")
+        raise DataError(
+            f"{path} has {len(ids)} tokens: two windows of --max-length {length} need {2 * length + 1}."
+        )
     rows = np.stack([ids[i * length : (i + 1) * length + 1] for i in range(count)])
     return Windows(rows, (f"{len(ids):,} tokens in {count} windows of {length}",))
 
 
 def digest(data: Examples | Windows) -> str:
     """What decides whether two runs see the same data."""
-    parts = [data.tokens] + ([data.valid, data.labels, data.label_tokens] if isinstance(data, Examples) else [])
-    return hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in parts)).hexdigest()[:16]
+    parts = [data.tokens] + (
+        [data.valid, data.labels, data.label_tokens] if isinstance(data, Examples) else []
+    )
+    return hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in parts)).hexdigest()[
+        :16
+    ]

@@ -58,7 +58,9 @@ SCHEDULES: dict[str, Callable[[Any, Any], Any]] = {
     "cosine": lambda t, length: 0.5 * (1 + jnp.cos(math.pi * jnp.minimum(t / length, 1))),
 }
 
-Carry = tuple[PyTree, PyTree, Array, PyTree]  # parameters, state of the optimizer, step, state of the estimator
+Carry = tuple[
+    PyTree, PyTree, Array, PyTree
+]  # parameters, state of the optimizer, step, state of the estimator
 
 
 class Rate(NamedTuple):
@@ -117,19 +119,30 @@ class Trainer:
         if which != "local":
             return self.network.losses if which == "each" else self.network.loss
         if self.network.local_losses is None:
-            raise ValueError("this network has no local losses, which the estimator needs. Take the local mixer.")
+            raise ValueError(
+                "this network has no local losses, which the estimator needs. Take the local mixer."
+            )
         local = self.network.local_losses
         return local if isinstance(estimator, pg.LocalLosses) else pg.total_loss(local)
 
     def start(self, seed: int) -> Carry:
         """The state before the first step."""
         key, _ = self._keys(seed)
-        params = jax.jit(self.network.init)(key) if self.surface is None else jnp.asarray(self.surface.start)
+        params = (
+            jax.jit(self.network.init)(key)
+            if self.surface is None
+            else jnp.asarray(self.surface.start)
+        )
         estimator_state = None
         if self._estimator is not None:
             batch = jax.tree.map(lambda x: x[self.rows(seed, 0, 1)[0]], self.train_data)
             estimator_state = self._estimator.init(self.loss, params, *batch)
-        return params, self._scheduled(Rate(0.0, 1.0)).init(params), jnp.zeros((), jnp.int32), estimator_state
+        return (
+            params,
+            self._scheduled(Rate(0.0, 1.0)).init(params),
+            jnp.zeros((), jnp.int32),
+            estimator_state,
+        )
 
     def steps(
         self, carry: Carry, learning_rate: float, seed: int, rows: Int[np.ndarray, "steps batch"]
@@ -163,7 +176,10 @@ class Trainer:
         for step, batch in enumerate(rows, first):
             rate = float(np.float32(learning_rate * float(self._schedule(step, self.length))))
             if step < len(log.records):
-                value, derivatives = log.records["value"][step], jnp.asarray(log.records["derivatives"][step])
+                value, derivatives = (
+                    log.records["value"][step],
+                    jnp.asarray(log.records["derivatives"][step]),
+                )
             else:
                 key = self.update.key(seed, step)
                 value, derivatives = self._derivatives(state.params, key, self.train_data, batch)
@@ -178,10 +194,14 @@ class Trainer:
         assert self.update is not None
         state = self.update.init(self.start(seed)[0])
         rows, seed = jnp.asarray(self.rows(seed, 0, 1)[0]), self._tangent_seed(seed)
-        _, derivatives = self._derivatives(state.params, self.update.key(seed, 0), self.train_data, rows)
+        _, derivatives = self._derivatives(
+            state.params, self.update.key(seed, 0), self.train_data, rows
+        )
         jax.block_until_ready(self.update(state, 0, seed, 0.0, derivatives))
 
-    def _derivatives_of(self, params: PyTree, key: Array, train_data: PyTree, rows: Array) -> tuple[Array, Array]:
+    def _derivatives_of(
+        self, params: PyTree, key: Array, train_data: PyTree, rows: Array
+    ) -> tuple[Array, Array]:
         assert isinstance(self._estimator, pg.distributed.Distributed)
         batch = jax.tree.map(lambda x: x[rows], train_data)
         value, _, derivatives = self._estimator.derivatives(self.loss, key, params, *batch)
@@ -194,15 +214,22 @@ class Trainer:
         num_examples, size = len(self.data.train[1]), self._batch_size
         per_epoch = num_examples // size
         return np.stack(
-            [_epoch_order(seed, t // per_epoch, num_examples, size)[t % per_epoch] for t in range(first, first + count)]
+            [
+                _epoch_order(seed, t // per_epoch, num_examples, size)[t % per_epoch]
+                for t in range(first, first + count)
+            ]
         )
 
-    def evaluate(self, params: PyTree, part: tuple[np.ndarray, np.ndarray], limit: int) -> tuple[float, float]:
+    def evaluate(
+        self, params: PyTree, part: tuple[np.ndarray, np.ndarray], limit: int
+    ) -> tuple[float, float]:
         """Mean loss and accuracy on the first `limit` examples of a part of the data."""
         images, labels = part[0][:limit], part[1][:limit]
         sums = np.zeros(2)
         for i in range(0, len(labels), _EVAL_CHUNK):
-            losses, hits = self._evaluate(params, images[i : i + _EVAL_CHUNK], labels[i : i + _EVAL_CHUNK])
+            losses, hits = self._evaluate(
+                params, images[i : i + _EVAL_CHUNK], labels[i : i + _EVAL_CHUNK]
+            )
             sums += [np.asarray(losses, np.float64).sum(), np.asarray(hits).sum()]
         return tuple((sums / len(labels)).tolist())
 
@@ -221,18 +248,28 @@ class Trainer:
         return high << 32 | low
 
     def _scan(self, carry, rate, key, train_data, rows):
-        carry, (losses, visited) = lax.scan(lambda c, r: self._step(c, rate, key, train_data, r), carry, rows)
+        carry, (losses, visited) = lax.scan(
+            lambda c, r: self._step(c, rate, key, train_data, r), carry, rows
+        )
         return carry, losses, visited
 
     def _step(self, carry, rate, key, train_data, rows):
         params, opt_state, step, estimator_state = carry
         batch = jax.tree.map(lambda x: x[rows], train_data)
         if self._estimator is None:
-            return (params, opt_state, step + 1, estimator_state), (jnp.mean(self.loss(params, *batch)), None)
-        found = self._estimator.estimate(self.loss, jax.random.fold_in(key, step), estimator_state, params, *batch)
+            return (params, opt_state, step + 1, estimator_state), (
+                jnp.mean(self.loss(params, *batch)),
+                None,
+            )
+        found = self._estimator.estimate(
+            self.loss, jax.random.fold_in(key, step), estimator_state, params, *batch
+        )
         updates, opt_state = self._scheduled(rate).update(found.grads, opt_state, params)
         visited = params if self.surface is not None else None
-        return (optax.apply_updates(params, updates), opt_state, step + 1, found.state), (found.value, visited)
+        return (optax.apply_updates(params, updates), opt_state, step + 1, found.state), (
+            found.value,
+            visited,
+        )
 
     def _scheduled(self, rate: Rate) -> optax.GradientTransformation:
         return self._optimizer(lambda t: rate.first * self._schedule(t, rate.length))
@@ -245,20 +282,29 @@ def _evaluator(network: Network) -> Callable:
 
 
 @functools.lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, num_examples: int, size: int) -> Int[np.ndarray, "batches batch"]:
+def _epoch_order(
+    seed: int, epoch: int, num_examples: int, size: int
+) -> Int[np.ndarray, "batches batch"]:
     order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_examples)
     return order[: num_examples // size * size].reshape(-1, size).astype(np.int32)
 
 
 def train(
-    trainer: Trainer, run: Run, budget: Budget, directory: Path, on_point: Callable[[Run, dict[str, Any]], None]
+    trainer: Trainer,
+    run: Run,
+    budget: Budget,
+    directory: Path,
+    on_point: Callable[[Run, dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """Runs, or resumes, or just reads a finished run; returns its record.
 
     A run is recorded and can be resumed at every point of its curve. `seconds` counts the steps alone: compilation and
     evaluation are left out. A loss that is not finite ends the run, and the record says at which step.
     """
-    record_path, state_path = directory / "runs" / f"{run.name}.jsonl", directory / "states" / f"{run.name}.npz"
+    record_path, state_path = (
+        directory / "runs" / f"{run.name}.jsonl",
+        directory / "states" / f"{run.name}.npz",
+    )
     record: list[dict[str, Any]] = [{"kind": "run", **vars(run)}]
     if record_path.exists():
         record = records.read_lines(record_path)
@@ -278,7 +324,10 @@ def train(
         carry, seconds = jax.tree.map(jnp.asarray, saved["carry"]), float(saved["seconds"])
     step = 0 if log is not None else int(carry[2])
     if step == 0:
-        record = [record[0], {"kind": "point", "step": 0, "seconds": 0.0, **_measure(trainer, carry[0], budget)}]
+        record = [
+            record[0],
+            {"kind": "point", "step": 0, "seconds": 0.0, **_measure(trainer, carry[0], budget)},
+        ]
     else:  # the state is saved after the record, so the record may be one point ahead of it
         record = [line for line in record if line["kind"] == "run" or line["step"] <= step]
     interval = math.ceil(run.steps / budget.points)
@@ -291,19 +340,28 @@ def train(
             if log is None:
                 carry, losses, visited = trainer.steps(carry, run.learning_rate, run.seed, rows)
             else:
-                carry, losses = trainer.logged_steps(carry, log, run.learning_rate, run.seed, step, rows)
+                carry, losses = trainer.logged_steps(
+                    carry, log, run.learning_rate, run.seed, step, rows
+                )
                 visited = None
             losses = np.asarray(losses)  # waits for the steps
             seconds += time.perf_counter() - begin
             if trainer.mesh is not None:
                 pg.distributed.check_replicas(carry[0], trainer.mesh, step + len(rows))
             finite = np.isfinite(losses)
-            point = {"kind": "point", "step": step + len(rows), "seconds": seconds, "batch_loss": float(losses.mean())}
+            point = {
+                "kind": "point",
+                "step": step + len(rows),
+                "seconds": seconds,
+                "batch_loss": float(losses.mean()),
+            }
             if finite.all():
                 point |= _measure(trainer, carry[0], budget)
             if not finite.all():
                 status, step = "diverged", step + int(np.argmin(finite))
-            elif not math.isfinite(point["test_loss"]):  # the last step left parameters that are not
+            elif not math.isfinite(
+                point["test_loss"]
+            ):  # the last step left parameters that are not
                 status, step = "diverged", step + len(rows)
             else:
                 step += len(rows)
@@ -321,7 +379,9 @@ def train(
             records.write_lines(record_path, record)
             if record[-1]["kind"] == "end":
                 state_path.unlink(missing_ok=True)
-            elif trainer.mesh is None:  # the log is what a shared run goes on from, and without one it begins again
+            elif (
+                trainer.mesh is None
+            ):  # the log is what a shared run goes on from, and without one it begins again
                 records.save_state(state_path, {"carry": carry, "seconds": np.asarray(seconds)})
             on_point(run, record[-1] if status == "diverged" else point)
     return record
@@ -344,7 +404,9 @@ def _warm_up(trainer: Trainer, run: Run, lengths: set[int]) -> None:
         trainer.warm_up(run.seed)
         return
     for length in lengths if trainer.in_scan else {1}:
-        jax.block_until_ready(trainer.steps(trainer.start(run.seed), 0.0, run.seed, trainer.rows(run.seed, 0, length)))
+        jax.block_until_ready(
+            trainer.steps(trainer.start(run.seed), 0.0, run.seed, trainer.rows(run.seed, 0, length))
+        )
 
 
 def _measure(trainer: Trainer, params: PyTree, budget: Budget) -> dict[str, float]:
@@ -375,19 +437,24 @@ def search(
     What counts is the mean loss after the `last` of the eight parts of a trial.
     """
     path = directory / "search" / f"{method}.json"
-    found: dict[str, Any] = records.read_json(path) if path.exists() else {"steps": budget.steps, "trials": []}
+    found: dict[str, Any] = (
+        records.read_json(path) if path.exists() else {"steps": budget.steps, "trials": []}
+    )
     trials: list[dict[str, Any]] = found["trials"]
 
     def best() -> float:
-        return min(trials, key=lambda trial: math.inf if trial["loss"] is None else trial["loss"])["learning_rate"]
+        return min(trials, key=lambda trial: math.inf if trial["loss"] is None else trial["loss"])[
+            "learning_rate"
+        ]
 
     while len(trials) < len(SEARCH_GRID) + 2:
         if len(trials) < len(SEARCH_GRID):
             rate = SEARCH_GRID[len(trials)]
         else:
-            centre = min(trials[: len(SEARCH_GRID)], key=lambda t: math.inf if t["loss"] is None else t["loss"])[
-                "learning_rate"
-            ]
+            centre = min(
+                trials[: len(SEARCH_GRID)],
+                key=lambda t: math.inf if t["loss"] is None else t["loss"],
+            )["learning_rate"]
             rate = centre * 10 ** (-0.5 if len(trials) == len(SEARCH_GRID) else 0.5)
         trials.append({"learning_rate": rate, "loss": _trial(trainer, rate, budget, last)})
         records.write_json(path, {**found, "best": best()})
@@ -412,7 +479,9 @@ def _trial(trainer: Trainer, learning_rate: float, budget: Budget, last: int) ->
             if trainer.surface is not None:
                 found.append(float(trainer.surface.fun(carry[0])))
             else:
-                found.append(trainer.evaluate(carry[0], trainer.data.validation, budget.eval_examples)[0])
+                found.append(
+                    trainer.evaluate(carry[0], trainer.data.validation, budget.eval_examples)[0]
+                )
         finals.append(float(np.mean(found)))
     mean = float(np.mean(finals))  # one seed that diverges loses the trial
     return mean if math.isfinite(mean) else None

@@ -37,8 +37,12 @@ def share_files(directory: Path, suffixes: tuple[str, ...] = (".json", ".jsonl",
 
     Logs are seeds and scalars: no parameter is sent.
     """
-    paths = [p for p in sorted(directory.rglob("*")) if p.suffix in suffixes and "workers" not in p.parts]
-    sizes = multihost_utils.process_allgather(np.asarray(sum(p.stat().st_size for p in paths), np.int32))
+    paths = [
+        p for p in sorted(directory.rglob("*")) if p.suffix in suffixes and "workers" not in p.parts
+    ]
+    sizes = multihost_utils.process_allgather(
+        np.asarray(sum(p.stat().st_size for p in paths), np.int32)
+    )
     source = int(np.argmax(sizes)) == jax.process_index()
     files = {str(p.relative_to(directory)): p.read_bytes().hex() for p in paths} if source else {}
     for name, data in json.loads(_from(source, json.dumps(files).encode())).items():
@@ -48,7 +52,9 @@ def share_files(directory: Path, suffixes: tuple[str, ...] = (".json", ".jsonl",
 
 def _from(source: bool, content: bytes) -> bytes:
     """What one of the workers has, for all."""
-    length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(content), np.int32), is_source=source))
+    length = int(
+        multihost_utils.broadcast_one_to_all(np.asarray(len(content), np.int32), is_source=source)
+    )
     padded = np.zeros(length, np.uint8)
     if source:
         padded[:] = np.frombuffer(content, np.uint8)

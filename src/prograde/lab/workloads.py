@@ -58,11 +58,15 @@ def _matrices(key: Key[Array, ""], shapes: dict[str, tuple[int, ...]]) -> dict[s
     return found
 
 
-def _cross_entropy(logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"]) -> Float[Array, ""]:
+def _cross_entropy(
+    logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"]
+) -> Float[Array, ""]:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
-def _network(name: str, title: str, network: Callable[[bool], models.Network], batch: int) -> Workload:
+def _network(
+    name: str, title: str, network: Callable[[bool], models.Network], batch: int
+) -> Workload:
     """A network of the paper as a workload."""
 
     def images_and_labels(key):
@@ -73,11 +77,20 @@ def _network(name: str, title: str, network: Callable[[bool], models.Network], b
         )
 
     def loss(checkpointed):
-        return lambda params, state, images, labels: (network(checkpointed).loss(params, images, labels), state)
+        return lambda params, state, images, labels: (
+            network(checkpointed).loss(params, images, labels),
+            state,
+        )
 
     init = network(False).init
     return Workload(
-        name, title, {"batch": batch}, lambda key: (init(key), {}), images_and_labels, loss(False), loss(True)
+        name,
+        title,
+        {"batch": batch},
+        lambda key: (init(key), {}),
+        images_and_labels,
+        loss(False),
+        loss(True),
     )
 
 
@@ -119,14 +132,21 @@ def _attention(
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch * length, heads * groups * size)
 
 
-def _heads(x: Float[Array, "batch*time width"], batch: int, *heads: int) -> Float[Array, "batch *heads time head"]:
+def _heads(
+    x: Float[Array, "batch*time width"], batch: int, *heads: int
+) -> Float[Array, "batch *heads time head"]:
     """Splits the width of flattened tokens into heads, and brings the heads before the time."""
     split = x.reshape(batch, x.shape[0] // batch, *heads, -1)
     return jnp.moveaxis(split, 1, -2)
 
 
 def transformer(
-    layers: int = 6, width: int = 256, heads: int = 4, vocabulary: int = 256, batch: int = 4, length: int = 128
+    layers: int = 6,
+    width: int = 256,
+    heads: int = 4,
+    vocabulary: int = 256,
+    batch: int = 4,
+    length: int = 128,
 ) -> Workload:
     """A decoder as GPT-2 has it: pre-norm, learned positions, GELU; next-token cross-entropy.
 
@@ -162,7 +182,9 @@ def transformer(
 
     def layer(h, p):
         q, k, v = jnp.split(dense(p["qkv"], _layer_norm(p["norm1"], h)), 3, axis=-1)
-        mixed = _attention(_heads(q, batch, heads, 1), _heads(k, batch, heads), _heads(v, batch, heads))
+        mixed = _attention(
+            _heads(q, batch, heads, 1), _heads(k, batch, heads), _heads(v, batch, heads)
+        )
         h = h + dense(p["out"], mixed)
         return h + dense(p["down"], jax.nn.gelu(dense(p["up"], _layer_norm(p["norm2"], h)))), None
 
@@ -170,11 +192,15 @@ def transformer(
         def loss(params, state, tokens):
             h = (params["tokens"][tokens[:, :-1]] + params["positions"]).reshape(-1, width)
             h, _ = lax.scan(wrap(layer), h, params["layers"], unroll=unroll)
-            return _cross_entropy(_layer_norm(params["norm"], h) @ params["head"], tokens[:, 1:].reshape(-1)), state
+            return _cross_entropy(
+                _layer_norm(params["norm"], h) @ params["head"], tokens[:, 1:].reshape(-1)
+            ), state
 
         return loss
 
-    sizes = dict(layers=layers, width=width, heads=heads, vocabulary=vocabulary, batch=batch, length=length)
+    sizes = dict(
+        layers=layers, width=width, heads=heads, vocabulary=vocabulary, batch=batch, length=length
+    )
     title = f"Transformer {layers} x {width}, {batch} x {length} tokens"
 
     def tokens(key):
@@ -188,7 +214,9 @@ def _rms_norm(scale: Array, x: Array) -> Array:
     return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * scale
 
 
-def _rotate(x: Float[Array, "*batch time head"], base: float = 100_000.0) -> Float[Array, "*batch time head"]:
+def _rotate(
+    x: Float[Array, "*batch time head"], base: float = 100_000.0
+) -> Float[Array, "*batch time head"]:
     """Rotary positions: the pair (i, i + head/2) turns by time / base^(2i/head)."""
     half = x.shape[-1] // 2
     angles = np.arange(x.shape[-2])[:, None] * base ** (-np.arange(half) / half)
@@ -232,7 +260,10 @@ def smollm2(
 
     def layer(h, p):
         x = _rms_norm(p["norm1"], h)
-        q, k = _rotate(_heads(x @ p["q"], batch, keys, queries // keys)), _rotate(_heads(x @ p["k"], batch, keys))
+        q, k = (
+            _rotate(_heads(x @ p["q"], batch, keys, queries // keys)),
+            _rotate(_heads(x @ p["k"], batch, keys)),
+        )
         h = h + _attention(q, k, _heads(x @ p["v"], batch, keys)) @ p["o"]
         x = _rms_norm(p["norm2"], h)
         return h + (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"], None
@@ -262,7 +293,9 @@ def smollm2(
 _MOMENTUM = 0.1  # of the running statistics, as PyTorch counts it
 
 
-def _batch_norm(norm: dict[str, Array], running: dict[str, Array], x: Array) -> tuple[Array, dict[str, Array]]:
+def _batch_norm(
+    norm: dict[str, Array], running: dict[str, Array], x: Array
+) -> tuple[Array, dict[str, Array]]:
     """Training mode: normalises by the statistics of the batch, and returns the running ones, moved towards them."""
     mean = jnp.mean(x, (0, 1, 2))
     var = jnp.mean(x * x, (0, 1, 2)) - mean * mean
@@ -276,7 +309,11 @@ def _batch_norm(norm: dict[str, Array], running: dict[str, Array], x: Array) -> 
 def _conv(kernel: Array, x: Array, stride: int = 1) -> Array:
     pad = kernel.shape[0] // 2
     return lax.conv_general_dilated(
-        x, kernel, (stride, stride), [(pad, pad), (pad, pad)], dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel,
+        (stride, stride),
+        [(pad, pad), (pad, pad)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
@@ -299,7 +336,10 @@ def resnet(batch: int = 64, size: int = 32, width: int = 32, stages: int = 3) ->
         last = width * 2 ** (stages - 1)
         shapes = {"stem": (3, 3, 3, width), "out": (last, NUM_CLASSES)}
         for name, (inputs, outputs, _) in blocks.items():
-            shapes |= {f"{name}/conv1": (3, 3, inputs, outputs), f"{name}/conv2": (3, 3, outputs, outputs)}
+            shapes |= {
+                f"{name}/conv1": (3, 3, inputs, outputs),
+                f"{name}/conv2": (3, 3, outputs, outputs),
+            }
             if inputs != outputs:
                 shapes[f"{name}/shortcut"] = (1, 1, inputs, outputs)
         drawn = _matrices(key, shapes)
@@ -309,7 +349,9 @@ def resnet(batch: int = 64, size: int = 32, width: int = 32, stages: int = 3) ->
         for name, (inputs, outputs, _) in blocks.items():
             kernels = ["conv1", "conv2"] + ["shortcut"] * (inputs != outputs)
             norms = [f"norm{i + 1}" for i in range(len(kernels))]
-            params[name] = {k: drawn[f"{name}/{k}"] for k in kernels} | {n: norm(outputs) for n in norms}
+            params[name] = {k: drawn[f"{name}/{k}"] for k in kernels} | {
+                n: norm(outputs) for n in norms
+            }
             state[name] = {n: running(outputs) for n in norms}
         return params, state
 
@@ -324,10 +366,14 @@ def resnet(batch: int = 64, size: int = 32, width: int = 32, stages: int = 3) ->
     def build(wrap=_as_it_is):
         def loss(params, state, images, labels):
             new = {}
-            h, new["stem"] = _batch_norm(params["stem"]["norm"], state["stem"], _conv(params["stem"]["conv"], images))
+            h, new["stem"] = _batch_norm(
+                params["stem"]["norm"], state["stem"], _conv(params["stem"]["conv"], images)
+            )
             h = jax.nn.relu(h)
             for name, (_, _, stride) in blocks.items():
-                h, new[name] = wrap(lambda p, s, x, stride=stride: block(p, s, x, stride))(params[name], state[name], h)
+                h, new[name] = wrap(lambda p, s, x, stride=stride: block(p, s, x, stride))(
+                    params[name], state[name], h
+                )
             logits = jnp.mean(h, (1, 2)) @ params["out"]["w"] + params["out"]["b"]
             return _cross_entropy(logits, labels), new
 

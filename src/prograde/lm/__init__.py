@@ -6,9 +6,14 @@ states = model(tokens)
 
 from importlib.util import find_spec as _find_spec
 
-if _missing := [name for name in ("gguf", "platformdirs", "safetensors", "tokenizers") if _find_spec(name) is None]:
+if _missing := [
+    name
+    for name in ("gguf", "platformdirs", "safetensors", "tokenizers")
+    if _find_spec(name) is None
+]:
     raise ImportError(
-        f"prograde.lm needs more packages ({', '.join(_missing)}). pip install 'prograde[lm]'", name=_missing[0]
+        f"prograde.lm needs more packages ({', '.join(_missing)}). pip install 'prograde[lm]'",
+        name=_missing[0],
     )
 
 from prograde.lm.architecture import Architecture, ModelError

@@ -50,7 +50,15 @@ class Architecture:
     window: int | None = None
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "hidden", "context"):
+        for name in (
+            "vocab_size",
+            "width",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "hidden",
+            "context",
+        ):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ModelError(f"{name}={value!r}, but a whole number of at least 1 is needed.")
         if not self.head_size:
@@ -60,13 +68,17 @@ class Architecture:
                 )
             object.__setattr__(self, "head_size", self.width // self.num_heads)
         if type(self.head_size) is not int or self.head_size < 2 or self.head_size % 2:
-            raise ModelError(f"head_size={self.head_size!r}, but an even number is needed: positions turn pairs.")
+            raise ModelError(
+                f"head_size={self.head_size!r}, but an even number is needed: positions turn pairs."
+            )
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}: the second must divide the first."
             )
         if self.window is not None and (type(self.window) is not int or self.window < 1):
-            raise ModelError(f"window={self.window!r}, but a whole number of at least 1, or None, is needed.")
+            raise ModelError(
+                f"window={self.window!r}, but a whole number of at least 1, or None, is needed."
+            )
         for name in ("rope_theta", "norm_eps"):
             if not (isinstance(value := getattr(self, name), int | float) and 0 < value < math.inf):
                 raise ModelError(f"{name}={value!r}, but a positive number is needed.")
@@ -88,8 +100,12 @@ class Architecture:
         try:
             for name, allowed in different.items():
                 if (found := config.get(name, rope.get(name))) not in allowed:
-                    raise ModelError(f"config.json has {name}={found!r}, which is not supported; {allowed[0]!r} is.")
-            theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+                    raise ModelError(
+                        f"config.json has {name}={found!r}, which is not supported; {allowed[0]!r} is."
+                    )
+            theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get(
+                "rope_theta", 10000.0
+            )
             return cls(
                 vocab_size=config["vocab_size"],
                 width=config["hidden_size"],
@@ -103,17 +119,22 @@ class Architecture:
                 norm_eps=config.get("rms_norm_eps", 1e-6),
                 tied=config.get("tie_word_embeddings", False),
                 # qwen2 has them whatever its config says, and mistral never
-                attention_bias=kind == "qwen2" or (kind == "llama" and config.get("attention_bias", False)),
+                attention_bias=kind == "qwen2"
+                or (kind == "llama" and config.get("attention_bias", False)),
                 context=config.get("max_position_embeddings", 2048),
                 window=config.get("sliding_window") if kind == "mistral" else None,
             )
         except KeyError as error:
-            raise ModelError(f"config.json has no {error.args[0]!r}, which a decoder needs.") from None
+            raise ModelError(
+                f"config.json has no {error.args[0]!r}, which a decoder needs."
+            ) from None
         except (TypeError, ValueError, AttributeError) as error:
             raise ModelError(f"config.json has a value that makes no sense ({error}).") from None
 
     @classmethod
-    def from_gguf(cls, fields: Mapping[str, Any], tied: bool, attention_bias: bool) -> "Architecture":
+    def from_gguf(
+        cls, fields: Mapping[str, Any], tied: bool, attention_bias: bool
+    ) -> "Architecture":
         """From the header of a GGUF file; whether the head is tied, and biases exist, show its tensors."""
         kind = fields.get("general.architecture")
         _check_kind(kind)
@@ -121,7 +142,9 @@ class Architecture:
         try:
             scaling = given.get("rope.scaling.type", "none")
             if scaling != "none":
-                raise ModelError(f"the header has rope.scaling.type={scaling!r}, which is not supported; 'none' is.")
+                raise ModelError(
+                    f"the header has rope.scaling.type={scaling!r}, which is not supported; 'none' is."
+                )
             rotated = given.get("rope.dimension_count")
             if rotated is not None and rotated != given.get(
                 "attention.key_length", given["embedding_length"] // given["attention.head_count"]
@@ -145,14 +168,18 @@ class Architecture:
                 context=given.get("context_length", 2048),
             )
         except KeyError as error:
-            raise ModelError(f"the header has no {error.args[0]!r}, which a decoder needs.") from None
+            raise ModelError(
+                f"the header has no {error.args[0]!r}, which a decoder needs."
+            ) from None
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise ModelError(f"the header has a value that makes no sense ({error}).") from None
 
     def to_config(self) -> dict[str, Any]:
         """A config.json that `transformers` reads: of the kind that has a window, that has biases, or of Llama."""
         if self.window is not None and self.attention_bias:
-            raise ModelError("a model with both a window and attention_bias has no kind of config.json that says so.")
+            raise ModelError(
+                "a model with both a window and attention_bias has no kind of config.json that says so."
+            )
         kind, name = ("mistral", "Mistral") if self.window is not None else ("llama", "Llama")
         kind, name = ("qwen2", "Qwen2") if self.attention_bias else (kind, name)
         scaling = self.rope_scaling and {
@@ -184,7 +211,9 @@ class Architecture:
 
 def _check_kind(kind: str | None) -> None:
     if kind not in SUPPORTED:
-        raise ModelError(f"the architecture {kind!r} is not supported. Supported: {', '.join(SUPPORTED)}.")
+        raise ModelError(
+            f"the architecture {kind!r} is not supported. Supported: {', '.join(SUPPORTED)}."
+        )
 
 
 def _short(value: float) -> float:
@@ -197,7 +226,9 @@ def _scaling(given: Mapping[str, Any]) -> tuple[float, float, float, float] | No
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ModelError(f"config.json has rope_scaling {kind!r}, which is not supported; 'llama3' is.")
+        raise ModelError(
+            f"config.json has rope_scaling {kind!r}, which is not supported; 'llama3' is."
+        )
     names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     factor, low, high, original = (float(given[name]) for name in names)
     return factor, low, high, original

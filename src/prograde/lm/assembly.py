@@ -67,14 +67,25 @@ class Weights(Protocol):
 def assemble(a: Architecture, dtype: Any, weights: Weights) -> Decoder:
     """A decoder, each tensor read, converted and in its place before the next one."""
     parts = {name: tuple(reversed(shape)) for name, shape in matrix_shapes(a).items()}
-    biases = {f"{name}_bias": parts[name][:1] for name in ("query", "key", "value") if a.attention_bias}
+    biases = {
+        f"{name}_bias": parts[name][:1] for name in ("query", "key", "value") if a.attention_bias
+    }
     parts |= {"attention_norm": (a.width,), "feed_norm": (a.width,)} | biases
     layers = {
-        part: [LAYER[weights.column].format(i) + NAMES[part][weights.column] for i in range(a.num_layers)]
+        part: [
+            LAYER[weights.column].format(i) + NAMES[part][weights.column]
+            for i in range(a.num_layers)
+        ]
         for part in parts
     }
-    top = {part: names[weights.column] for part, names in TOP.items() if part != "head" or not a.tied}
-    top_shapes = {"embedding": (a.vocab_size, a.width), "norm": (a.width,), "head": (a.vocab_size, a.width)}
+    top = {
+        part: names[weights.column] for part, names in TOP.items() if part != "head" or not a.tied
+    }
+    top_shapes = {
+        "embedding": (a.vocab_size, a.width),
+        "norm": (a.width,),
+        "head": (a.vocab_size, a.width),
+    }
     asked = {name: parts[part] for part, names in layers.items() for name in names}
     _compare(asked | {name: top_shapes[part] for part, name in top.items()}, weights)
 
@@ -94,19 +105,29 @@ def assemble(a: Architecture, dtype: Any, weights: Weights) -> Decoder:
         return jnp.array(values.astype(dtype, copy=False))
 
     head = None if a.tied else alone("head")
-    return Decoder(alone("embedding"), (Blocks(**{part: stacked(part) for part in parts}),), alone("norm"), head, a)
+    return Decoder(
+        alone("embedding"),
+        (Blocks(**{part: stacked(part) for part in parts}),),
+        alone("norm"),
+        head,
+        a,
+    )
 
 
 def _compare(asked: Mapping[str, tuple[int, ...]], weights: Weights) -> None:
     where, by = weights.where, weights.asked_by
     if missing := [name for name in asked if name not in weights.shapes]:
-        raise ModelError(f"{where} has no tensor {_few(missing)}, which {by} asks for. The two belong to two models.")
+        raise ModelError(
+            f"{where} has no tensor {_few(missing)}, which {by} asks for. The two belong to two models."
+        )
     for name, shape in asked.items():
         if (found := weights.shapes[name]) != shape:
             raise ModelError(
                 f"{where}: {name} has shape {found}, and {by} asks for {shape}. The two belong to two models."
             )
-    if unknown := [name for name in weights.shapes if name not in asked and not weights.may_be_ignored(name)]:
+    if unknown := [
+        name for name in weights.shapes if name not in asked and not weights.may_be_ignored(name)
+    ]:
         raise ModelError(
             f"{where} holds {_few(unknown)}, for which a decoder as {by} describes it has no place: without it the logits would be others. "
             "This model is not supported."

@@ -95,24 +95,37 @@ class Decoder(eqx.Module):
     architecture: Architecture = eqx.field(static=True)
 
     @classmethod
-    def create(cls, key: Key[Array, ""], architecture: Architecture, dtype: Any = jnp.float32) -> "Decoder":
+    def create(
+        cls, key: Key[Array, ""], architecture: Architecture, dtype: Any = jnp.float32
+    ) -> "Decoder":
         """A decoder with random weights."""
         a = architecture
         shapes = matrix_shapes(a)
         keys = iter(jax.random.split(key, len(shapes) + 2))
         stack = {
-            name: jax.random.normal(next(keys), (a.num_layers, *shape), dtype) / np.sqrt(shape[0]).astype(dtype)
+            name: jax.random.normal(next(keys), (a.num_layers, *shape), dtype)
+            / np.sqrt(shape[0]).astype(dtype)
             for name, shape in shapes.items()
         }
-        norms = {name: jnp.ones((a.num_layers, a.width), dtype) for name in ("attention_norm", "feed_norm")}
+        norms = {
+            name: jnp.ones((a.num_layers, a.width), dtype)
+            for name in ("attention_norm", "feed_norm")
+        }
         biases = {}
         if a.attention_bias:
             biases = {
-                f"{name}_bias": jnp.zeros((a.num_layers, shapes[name][1]), dtype) for name in ("query", "key", "value")
+                f"{name}_bias": jnp.zeros((a.num_layers, shapes[name][1]), dtype)
+                for name in ("query", "key", "value")
             }
         embedding = jax.random.normal(next(keys), (a.vocab_size, a.width), dtype)
-        head = None if a.tied else jax.random.normal(next(keys), (a.width, a.vocab_size), dtype) / a.width**0.5
-        return cls(embedding, (Blocks(**norms, **stack, **biases),), jnp.ones(a.width, dtype), head, a)
+        head = (
+            None
+            if a.tied
+            else jax.random.normal(next(keys), (a.width, a.vocab_size), dtype) / a.width**0.5
+        )
+        return cls(
+            embedding, (Blocks(**norms, **stack, **biases),), jnp.ones(a.width, dtype), head, a
+        )
 
     @property
     def dtype(self) -> Any:
@@ -126,7 +139,9 @@ class Decoder(eqx.Module):
         """
         count = self.architecture.num_layers
         if not 0 <= first < last <= count:
-            raise ValueError(f"layers {first} to {last} of {count}: from 0 to {count}, and at least one, are allowed.")
+            raise ValueError(
+                f"layers {first} to {last} of {count}: from 0 to {count}, and at least one, are allowed."
+            )
         (blocks,) = self.joined().segments
         cuts = [slice(0, first), slice(first, last), slice(last, count)]
         segments = tuple(blocks[cut] for cut in cuts if cut.stop > cut.start)
@@ -173,10 +188,14 @@ class Decoder(eqx.Module):
         mask = jnp.tril(jnp.ones((length, length), bool))[None]
         if self.architecture.window is not None:
             mask = mask & ~jnp.tril(jnp.ones((length, length), bool), -self.architecture.window)
-        if valid is not None:  # what is not a token looks at itself alone, for a softmax needs something
+        if (
+            valid is not None
+        ):  # what is not a token looks at itself alone, for a softmax needs something
             mask = mask & valid[:, None, :] | jnp.eye(length, dtype=bool)[None]
         for blocks in segments:
-            states, _ = lax.scan(lambda h, block: (self._block(h, block, mask, rotation), None), states, blocks)
+            states, _ = lax.scan(
+                lambda h, block: (self._block(h, block, mask, rotation), None), states, blocks
+            )
         return states
 
     def finish(self, states: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
@@ -184,17 +203,27 @@ class Decoder(eqx.Module):
         return _rms_norm(states, self.norm, self.architecture.norm_eps)
 
     def logits(
-        self, states: Float[Array, "*batch width"], tokens: Int[np.ndarray, " choices"] | None = None
+        self,
+        states: Float[Array, "*batch width"],
+        tokens: Int[np.ndarray, " choices"] | None = None,
     ) -> Float[Array, "*batch choices"]:
         """The logits of all tokens, or of a few."""
         if tokens is not None and self.head is None:
             return states @ self.embed(jnp.asarray(tokens)).astype(states.dtype).T
         if self.head is not None:
-            return _times(states, self.head if tokens is None else _of_outputs(self.head, jnp.asarray(tokens)))
-        weight = self.embedding.dense(states.dtype).mT if isinstance(self.embedding, Quantized) else self.embedding
+            return _times(
+                states, self.head if tokens is None else _of_outputs(self.head, jnp.asarray(tokens))
+            )
+        weight = (
+            self.embedding.dense(states.dtype).mT
+            if isinstance(self.embedding, Quantized)
+            else self.embedding
+        )
         return states @ weight.T
 
-    def _block(self, states: Array, block: Blocks, mask: Array, rotation: tuple[Array, Array]) -> Array:
+    def _block(
+        self, states: Array, block: Blocks, mask: Array, rotation: tuple[Array, Array]
+    ) -> Array:
         a = self.architecture
         batch, length, _ = states.shape
         x = _rms_norm(states, block.attention_norm, a.norm_eps)
@@ -255,7 +284,9 @@ def _of_outputs(weight: Any, outputs: Array) -> Any:
 
 def _rms_norm(x: Array, scale: Array, eps: float) -> Array:
     wide = x if x.dtype.itemsize > 4 else x.astype(jnp.float32)
-    return (wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype) * scale
+    return (wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)).astype(
+        x.dtype
+    ) * scale
 
 
 def _rotation(a: Architecture, length: int) -> tuple[Array, Array]:

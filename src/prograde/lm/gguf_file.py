@@ -17,7 +17,19 @@ from prograde.lm.decoder import Decoder
 from prograde.lm.quantized import BYTES, Quantized, split_blocks
 
 _KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q6_K")
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 _CONTROL, _USER_DEFINED = 3, 4  # kinds of token
 
@@ -27,7 +39,9 @@ def from_gguf(path: Path, dtype: Any, quantized: bool) -> tuple[Decoder, Tokeniz
     fields, tensors = read_header(path)
     try:
         a = Architecture.from_gguf(
-            fields, tied="output.weight" not in tensors, attention_bias="blk.0.attn_q.bias" in tensors
+            fields,
+            tied="output.weight" not in tensors,
+            attention_bias="blk.0.attn_q.bias" in tensors,
         )
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
@@ -37,7 +51,11 @@ def from_gguf(path: Path, dtype: Any, quantized: bool) -> tuple[Decoder, Tokeniz
             f"{path} has rotary positions that are scaled by rope_freqs.weight, which is not supported. Give a directory with config.json."
         )
     # llama.cpp turns neighbouring numbers of a head, where Hugging Face turns the two halves
-    heads = {"attn_q": a.num_heads, "attn_k": a.num_kv_heads} if fields["general.architecture"] == "llama" else {}
+    heads = (
+        {"attn_q": a.num_heads, "attn_k": a.num_kv_heads}
+        if fields["general.architecture"] == "llama"
+        else {}
+    )
     return assemble(a, dtype, _Weights(path, tensors, heads, quantized)), tokenizer
 
 
@@ -55,10 +73,14 @@ class _Weights:
 
     asked_by, column = "the header", GGUF
 
-    def __init__(self, path: Path, tensors: Mapping[str, Stored], heads: Mapping[str, int], quantized: bool):
+    def __init__(
+        self, path: Path, tensors: Mapping[str, Stored], heads: Mapping[str, int], quantized: bool
+    ):
         for name, tensor in tensors.items():
             if tensor.kind not in _KINDS:
-                raise ModelError(f"{path}: {name} is in {tensor.kind}. Supported: {', '.join(_KINDS)}.")
+                raise ModelError(
+                    f"{path}: {name} is in {tensor.kind}. Supported: {', '.join(_KINDS)}."
+                )
         self.where, self.tensors, self.heads, self.keep = path, tensors, heads, quantized
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
@@ -66,17 +88,28 @@ class _Weights:
         from gguf import GGMLQuantizationType, dequantize
 
         tensor = self.tensors[name]
-        return self._halves(name, dequantize(tensor.data, GGMLQuantizationType[tensor.kind]).reshape(tensor.shape))
+        return self._halves(
+            name, dequantize(tensor.data, GGMLQuantizationType[tensor.kind]).reshape(tensor.shape)
+        )
 
     def quantized(self, names: list[str]) -> Quantized | None:
         kinds = {self.tensors[name].kind for name in names}
-        if not self.keep or len(kinds) > 1 or not kinds <= BYTES.keys() or len(self.shapes[names[0]]) != 2:
+        if (
+            not self.keep
+            or len(kinds) > 1
+            or not kinds <= BYTES.keys()
+            or len(self.shapes[names[0]]) != 2
+        ):
             return None
         (kind,) = kinds
         parts = split_blocks(self.tensors[names[0]].data, kind)
-        wholes = {part: _aligned((len(names), *views.shape), np.uint8) for part, views in parts.items()}
+        wholes = {
+            part: _aligned((len(names), *views.shape), np.uint8) for part, views in parts.items()
+        }
         for i, name in enumerate(names):
-            for part, views in split_blocks(self._halves(name, self.tensors[name].data), kind).items():
+            for part, views in split_blocks(
+                self._halves(name, self.tensors[name].data), kind
+            ).items():
                 wholes[part][i] = views
         arrays = {part: jax.device_put(whole) for part, whole in wholes.items()}
         return Quantized(arrays["codes"], arrays["scale"], arrays.get("offset"), kind)
@@ -118,7 +151,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
             f"{path} is no GGUF file: it begins with {raw[:4]!r}. Give a .gguf file, or a directory with config.json."
         )
     if (version := int.from_bytes(raw[4:8], "little")) not in (2, 3):
-        raise ModelError(f"{path} is GGUF of version {version}; 2 and 3, little-endian, are supported.")
+        raise ModelError(
+            f"{path} is GGUF of version {version}; 2 and 3, little-endian, are supported."
+        )
     fields: dict[str, Any] = {}
     tensors: dict[str, Stored] = {}
     name = ""

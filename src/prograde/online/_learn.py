@@ -88,7 +88,9 @@ def learn(
     lengths = {np.shape(x)[:1] for x in jax.tree.leaves((inputs, targets))}
     if len(lengths) != 1 or () in lengths:
         shapes = [np.shape(x) for x in jax.tree.leaves((inputs, targets))]
-        raise ValueError(f"inputs and targets have shapes {shapes}, but all need one leading axis, that of the steps.")
+        raise ValueError(
+            f"inputs and targets have shapes {shapes}, but all need one leading axis, that of the steps."
+        )
     (length,) = lengths.pop()
     if length == 0:
         raise ValueError("inputs and targets have no steps, but at least one is needed.")
@@ -121,7 +123,11 @@ def learn(
 
 def _finite(tree: PyTree) -> Bool[Array, ""]:
     floats = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats])) if floats else jnp.array(True)
+    return (
+        jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats]))
+        if floats
+        else jnp.array(True)
+    )
 
 
 @eqx.filter_jit
@@ -151,14 +157,21 @@ def _steps(
         updates, opt_state = optimizer.update(grads, opt_state, floats)
         floats = jax.tree.map(lambda w, u: (w + u).astype(w.dtype), floats, updates)
         stepped = stepped.with_params(eqx.combine(floats, carry.params))
-        sound = _finite((loss, stepped.state, stepped.params, grads)) & (not thorough or _finite(stepped.memory))
+        sound = _finite((loss, stepped.state, stepped.params, grads)) & (
+            not thorough or _finite(stepped.memory)
+        )
         learning = eqx.filter((stepped, opt_state), eqx.is_array)
         return i + 1, sound, learning, losses.at[i].set(jnp.where(sound, loss, jnp.nan))
 
     first = jax.tree.map(lambda x: jnp.asarray(x)[0], (inputs, targets))
     loss = eqx.filter_eval_shape(learner.step, key, carry, *first)[1]
     length = len(jax.tree.leaves((inputs, targets))[0])
-    loop = jnp.zeros((), jnp.int32), jnp.array(True), learning, jnp.full(length, jnp.nan, loss.dtype)
+    loop = (
+        jnp.zeros((), jnp.int32),
+        jnp.array(True),
+        learning,
+        jnp.full(length, jnp.nan, loss.dtype),
+    )
     i, sound, learning, losses = lax.while_loop(lambda loop: (loop[0] < most) & loop[1], one, loop)
     carry, opt_state = eqx.combine(learning, fixed)
     return i, sound & _finite(carry.memory), carry, opt_state, losses

@@ -100,7 +100,9 @@ class OnlineLearner(abc.ABC):
         float arrays of the parameters and of the state, as `estimators._estimator.float_leaves` takes them from those of `carry`.
         """
 
-    def init(self, params: PyTree, state: PyTree, input: PyTree = None, target: PyTree = None) -> Carry:
+    def init(
+        self, params: PyTree, state: PyTree, input: PyTree = None, target: PyTree = None
+    ) -> Carry:
         """The carry before the first step.
 
         **Arguments:** `params`, any tree with float arrays; `state`, a tree of arrays; `input` and `target`, examples of what will
@@ -109,7 +111,9 @@ class OnlineLearner(abc.ABC):
         # weakly typed scalars would compile everything twice
         strong = lambda x: jnp.asarray(x, jnp.result_type(x))  # noqa: E731
         params = jax.tree.map(lambda x: strong(x) if eqx.is_inexact_array(x) else x, params)
-        state = jax.tree.map(lambda x: strong(x) if eqx.is_inexact_array(jnp.asarray(x)) else jnp.asarray(x), state)
+        state = jax.tree.map(
+            lambda x: strong(x) if eqx.is_inexact_array(jnp.asarray(x)) else jnp.asarray(x), state
+        )
         floats = jax.tree_util.tree_leaves_with_path(float_leaves(state))
         if not any(x.size for _, x in floats):
             raise ValueError(
@@ -144,23 +148,34 @@ class OnlineLearner(abc.ABC):
 
 
 def one_step(
-    cell: Callable[..., Any], loss: Callable[..., Any], params: PyTree, state: PyTree, input: PyTree, target: PyTree
+    cell: Callable[..., Any],
+    loss: Callable[..., Any],
+    params: PyTree,
+    state: PyTree,
+    input: PyTree,
+    target: PyTree,
 ) -> Step:
     """One step as a function `(float parameters, float state) -> ((loss, float state), rest of the state)`."""
     _, other_params = checked_floats(params)
     other_state = eqx.filter(state, eqx.is_inexact_array, inverse=True)
 
-    def step(floats: PyTree[Array], float_state: PyTree[Array]) -> tuple[tuple[Array, PyTree[Array]], PyTree[Array]]:
+    def step(
+        floats: PyTree[Array], float_state: PyTree[Array]
+    ) -> tuple[tuple[Array, PyTree[Array]], PyTree[Array]]:
         out = cell(eqx.combine(floats, other_params), eqx.combine(float_state, other_state), input)
         if not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(f"the cell returned {type(out).__name__}, but a pair (state, output) is needed.")
+            raise TypeError(
+                f"the cell returned {type(out).__name__}, but a pair (state, output) is needed."
+            )
         following, output = out
         if differences := tree_differences(state, following):
             raise ValueError(
                 f"the cell returned another state than it was given: {differences}. A state keeps structure, shapes and dtypes "
                 "from step to step: convert it at the end of the cell, or start with a state like the one it returns."
             )
-        float_state, other = eqx.partition(jax.tree.map(jnp.asarray, following), eqx.is_inexact_array)
+        float_state, other = eqx.partition(
+            jax.tree.map(jnp.asarray, following), eqx.is_inexact_array
+        )
         return (jnp.mean(checked_loss(loss(output, target))), float_state), other
 
     return step

@@ -77,10 +77,16 @@ class Guess(abc.ABC):
         """The directions, with a leading axis of `num_tangents`."""
         floats, _ = checked_floats(past.params)
         k = past.learner.num_tangents  # pyright: ignore[reportAttributeAccessIssue]
-        random = jax.vmap(lambda i: self.others.sample(key, floats, i, k))(jnp.arange(k, dtype=jnp.int32))
+        random = jax.vmap(lambda i: self.others.sample(key, floats, i, k))(
+            jnp.arange(k, dtype=jnp.int32)
+        )
         guess = self.guess(past)
         # before the first window there is nothing to guess from
-        return jax.tree.map(lambda r, g: r.at[0].set(jnp.where(past.count > 0, g.astype(r.dtype), r[0])), random, guess)
+        return jax.tree.map(
+            lambda r, g: r.at[0].set(jnp.where(past.count > 0, g.astype(r.dtype), r[0])),
+            random,
+            guess,
+        )
 
 
 @dataclass(frozen=True)

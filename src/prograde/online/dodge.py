@@ -63,7 +63,9 @@ class DODGE(OnlineLearner):
     """
 
     window: int
-    directions: TangentDistribution | Callable[[Key[Array, ""], PastWindow], PyTree] = field(default_factory=Rademacher)
+    directions: TangentDistribution | Callable[[Key[Array, ""], PastWindow], PyTree] = field(
+        default_factory=Rademacher
+    )
     num_tangents: int = 1
     combine: Literal["mean", "projection"] | None = None
 
@@ -80,11 +82,16 @@ class DODGE(OnlineLearner):
 
     def memory(self, params, state, input, target):
         floats, k = float_leaves(params), self.num_tangents
-        of_each = lambda tree: jax.tree.map(lambda x: jnp.zeros((k, *jnp.shape(x)), jnp.result_type(x)), tree)  # noqa: E731
+
+        def of_each(tree):
+            return jax.tree.map(lambda x: jnp.zeros((k, *jnp.shape(x)), jnp.result_type(x)), tree)
+
         tangents = of_each(float_leaves(state))
         if isinstance(self.directions, TangentDistribution):
             drawn = jax.eval_shape(lambda key: self._draw(key, params, None), jax.random.key(0))
-            return _Memory(jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), drawn), tangents, None)
+            return _Memory(
+                jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), drawn), tangents, None
+            )
         if input is None and target is None:
             raise ValueError(
                 f"input=None and target=None, but directions={self.directions!r} look at the inputs of a window: pass init(params, state, input, target) "
@@ -95,7 +102,9 @@ class DODGE(OnlineLearner):
         )
         grads = jax.tree.map(jnp.zeros_like, floats)
         count = jnp.zeros((), jnp.int32)
-        past = PastWindow(self, params, state, kept(input), kept(target), of_each(floats), grads, count)
+        past = PastWindow(
+            self, params, state, kept(input), kept(target), of_each(floats), grads, count
+        )
         drawn = jax.eval_shape(lambda key: self._draw(key, params, past), jax.random.key(0))
         if differences := tree_differences(past.directions, drawn):
             raise ValueError(
@@ -115,16 +124,31 @@ class DODGE(OnlineLearner):
                 grads = jax.tree.map(lambda g: g / self.window, window.grads)
                 count = carry.step // self.window
                 past = PastWindow(
-                    self, carry.params, window.state, window.inputs, window.targets, memory.directions, grads, count
+                    self,
+                    carry.params,
+                    window.state,
+                    window.inputs,
+                    window.targets,
+                    memory.directions,
+                    grads,
+                    count,
                 )
-                window = _Window(carry.state, window.inputs, window.targets, jax.tree.map(jnp.zeros_like, window.grads))
+                window = _Window(
+                    carry.state,
+                    window.inputs,
+                    window.targets,
+                    jax.tree.map(jnp.zeros_like, window.grads),
+                )
             zeros = jax.tree.map(jnp.zeros_like, memory.state_tangents)
             return _Memory(self._draw(key, carry.params, past), zeros, window)
 
         memory = lax.cond(place == 0, begin, lambda memory: memory, carry.memory)
 
         def along(direction, tangent):
-            point, tangents = {"params": floats, "state": state}, {"params": direction, "state": tangent}
+            point, tangents = (
+                {"params": floats, "state": state},
+                {"params": direction, "state": tangent},
+            )
             (loss, following), (slope, moved), rest = directional_derivative(
                 lambda both: step(both["params"], both["state"]), point, tangents
             )
@@ -142,7 +166,9 @@ class DODGE(OnlineLearner):
         if window is not None:
             kept = jax.tree.map(lambda x: x[0], (window.inputs, window.targets))
             if differences := tree_differences(kept, (input, target)):
-                raise ValueError(f"input and target are not like the examples that init was given: {differences}.")
+                raise ValueError(
+                    f"input and target are not like the examples that init was given: {differences}."
+                )
             put = lambda kept, x: jax.tree.map(lambda k, v: k.at[place].set(v), kept, x)  # noqa: E731
             window = _Window(
                 window.state,

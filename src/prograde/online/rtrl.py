@@ -74,8 +74,13 @@ class RTRL(OnlineLearner):
             return step(both["params"], both["state"])
 
         def along(index, state_tangent):
-            tangents = {"params": coordinate_tangent(index, floats), "state": unravel(state_tangent)}
-            _, (slope, following), _ = directional_derivative(of_both, {"params": floats, "state": state}, tangents)
+            tangents = {
+                "params": coordinate_tangent(index, floats),
+                "state": unravel(state_tangent),
+            }
+            _, (slope, following), _ = directional_derivative(
+                of_both, {"params": floats, "state": state}, tangents
+            )
             return wide(slope), ravel_pytree(following)[0]
 
         def of_state(flat):
@@ -89,9 +94,13 @@ class RTRL(OnlineLearner):
         if flat.size**2 < multiply_adds(jax.make_jaxpr(of_state)(flat).jaxpr):
             # dF/ds once, and one product with it, is less than n tangents of the state through the cell
             slope_of_state, across = jax.jacfwd(of_state)(flat)
-            own_slopes, own = lax.map(lambda i: along(i, jnp.zeros_like(flat)), indices, batch_size=chunk)
+            own_slopes, own = lax.map(
+                lambda i: along(i, jnp.zeros_like(flat)), indices, batch_size=chunk
+            )
             slopes = own_slopes + influence @ slope_of_state.astype(influence.dtype)
             influence = influence @ across.T + own
         else:
-            slopes, influence = lax.map(lambda pair: along(*pair), (indices, influence), batch_size=chunk)
+            slopes, influence = lax.map(
+                lambda pair: along(*pair), (indices, influence), batch_size=chunk
+            )
         return influence, (loss, following), rest, from_coordinates(slopes, floats)

@@ -53,7 +53,9 @@ class UORO(OnlineLearner):
     def memory(self, params, state, input, target):
         floats, (flat, _) = float_leaves(params), ravel_pytree(float_leaves(state))
         k = self.num_products
-        return jnp.zeros((k, flat.size), flat.dtype), jax.tree.map(lambda w: jnp.zeros((k, *w.shape), w.dtype), floats)
+        return jnp.zeros((k, flat.size), flat.dtype), jax.tree.map(
+            lambda w: jnp.zeros((k, *w.shape), w.dtype), floats
+        )
 
     def advance(self, key, step, carry, input, target):
         floats, state = float_leaves(carry.params), float_leaves(carry.state)
@@ -76,7 +78,9 @@ class UORO(OnlineLearner):
 
         def of_product(key, a, b):
             directional = jnp.vdot(wide(slope_of_state), wide(a))
-            grads = jax.tree.map(lambda own, b: own + (directional * wide(b)).astype(own.dtype), own, b)
+            grads = jax.tree.map(
+                lambda own, b: own + (directional * wide(b)).astype(own.dtype), own, b
+            )
             signs = jax.random.rademacher(key, flat.shape, flat.dtype)
             carried = jax.jvp(lambda flat: of_both(floats, flat)[0][1], (flat,), (a,))[1]
             new, _ = pull_back((jnp.zeros_like(loss), signs))
@@ -87,7 +91,9 @@ class UORO(OnlineLearner):
             b = jax.tree.map(lambda b, w: (s0 * wide(b) + s1 * wide(w)).astype(b.dtype), b, new)
             return (a, b), grads
 
-        memory, grads = jax.vmap(of_product)(jax.random.split(key, self.num_products), *carry.memory)
+        memory, grads = jax.vmap(of_product)(
+            jax.random.split(key, self.num_products), *carry.memory
+        )
         grads = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
         return memory, (loss, unravel(following)), rest, grads
 

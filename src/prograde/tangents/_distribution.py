@@ -18,7 +18,11 @@ class TangentDistribution(abc.ABC):
 
     @abc.abstractmethod
     def sample(
-        self, key: Key[Array, ""], params: PyTree[Array], index: int | Array = 0, num_tangents: int = 1
+        self,
+        key: Key[Array, ""],
+        params: PyTree[Array],
+        index: int | Array = 0,
+        num_tangents: int = 1,
     ) -> PyTree[Tangent]:
         """The tangent number `index` of `num_tangents`, a tree like `params` of arrays or structured tangents.
 

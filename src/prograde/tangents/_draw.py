@@ -12,7 +12,9 @@ from jaxtyping import Array, Key, PyTree
 
 from prograde._inject import wider
 
-_SMALL = 2**16  # draws of fewer elements than this are cut into blocks, and all blocks drawn by one loop
+_SMALL = (
+    2**16
+)  # draws of fewer elements than this are cut into blocks, and all blocks drawn by one loop
 _BLOCK = 64
 
 
@@ -21,7 +23,11 @@ def leaf_words(params: PyTree[Array]) -> list[int]:
     words: dict[int, None] = {}  # an ordered set
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
         name, salt = jax.tree_util.keystr(path), 0
-        while (word := int.from_bytes(hashlib.sha256(f"{name}{salt or ''}".encode()).digest()[:4], "big")) in words:
+        while (
+            word := int.from_bytes(
+                hashlib.sha256(f"{name}{salt or ''}".encode()).digest()[:4], "big"
+            )
+        ) in words:
             salt += 1
         words[word] = None
     return list(words)
@@ -55,7 +61,11 @@ def draw(
     for dtype, members in small.items():
         sizes = [math.prod(shapes[i][0]) for i in members]
         counts = [-(-size // _BLOCK) for size in sizes]
-        which = [(words[i], block) for i, count in zip(members, counts, strict=True) for block in range(count)]
+        which = [
+            (words[i], block)
+            for i, count in zip(members, counts, strict=True)
+            for block in range(count)
+        ]
         which += [(0, 0)] * (len(which) % 2)
         blocks = _draw_blocks(key, jnp.asarray(which, jnp.uint32).reshape(-1, 2), entries, dtype)
         start = 0
@@ -105,6 +115,12 @@ def signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Arra
         words = jax.random.bits(key, shape, jnp.uint32)
     else:
         packed = jax.random.bits(key, (-(-size // 32),), jnp.uint32)
-        words = (packed[None, :] << jnp.arange(32, dtype=jnp.uint32)[:, None]).reshape(-1)[:size].reshape(shape)
-    signed_one = (words & jnp.uint32(0x80000000)) | jnp.uint32(0x3F800000)  # the bits of +1.0 or -1.0 in float32
+        words = (
+            (packed[None, :] << jnp.arange(32, dtype=jnp.uint32)[:, None])
+            .reshape(-1)[:size]
+            .reshape(shape)
+        )
+    signed_one = (words & jnp.uint32(0x80000000)) | jnp.uint32(
+        0x3F800000
+    )  # the bits of +1.0 or -1.0 in float32
     return lax.bitcast_convert_type(signed_one, jnp.float32).astype(dtype)

@@ -24,7 +24,9 @@ class _Factored(TangentDistribution):
 
     def __post_init__(self):
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"rank={self.rank!r}, but the rank of a tangent is a whole number of at least 1.")
+            raise ValueError(
+                f"rank={self.rank!r}, but the rank of a tangent is a whole number of at least 1."
+            )
         if not isinstance(self.factors, Normal | Rademacher):
             raise ValueError(
                 f"factors={self.factors!r}, but factors need independent entries: Rademacher() or Normal()."
@@ -42,7 +44,9 @@ class _Factored(TangentDistribution):
     def _check_rank(self, shapes: list[tuple[int, ...]]) -> None:
         """Raises where there are matrices that a lower rank would suit; vectors alone get dense tangents of any rank."""
         of_rank_1 = dataclasses.replace(self, rank=1)
-        suited = [(shape, n) for shape in shapes if (n := of_rank_1._group_sizes(shape)) is not None]
+        suited = [
+            (shape, n) for shape in shapes if (n := of_rank_1._group_sizes(shape)) is not None
+        ]
         if suited:
             shape, n = max(suited, key=lambda pair: math.prod(pair[0]))
             most = -(-math.prod(shape) // sum(n)) - 1
@@ -57,7 +61,10 @@ class _Factored(TangentDistribution):
         if self.rank > 1 and not any(sizes):
             self._check_rank([w.shape for w in leaves])
         # all factors of a leaf in one draw
-        shapes = [(w.shape if n is None else (sum(n), self.rank), w.dtype) for w, n in zip(leaves, sizes, strict=True)]
+        shapes = [
+            (w.shape if n is None else (sum(n), self.rank), w.dtype)
+            for w, n in zip(leaves, sizes, strict=True)
+        ]
         drawn = draw(key, index, leaf_words(params), shapes, self.factors._entries)
         tangents = []
         for w, group_sizes, entries in zip(leaves, sizes, drawn, strict=True):
@@ -65,8 +72,12 @@ class _Factored(TangentDistribution):
                 tangents.append(entries)
                 continue
             factors = []
-            for axes, part in zip(self._cut(w.shape), lax.split(entries, group_sizes, 0), strict=True):
-                factors.append(part.reshape(*(n if i in axes else 1 for i, n in enumerate(w.shape)), self.rank))
+            for axes, part in zip(
+                self._cut(w.shape), lax.split(entries, group_sizes, 0), strict=True
+            ):
+                factors.append(
+                    part.reshape(*(n if i in axes else 1 for i, n in enumerate(w.shape)), self.rank)
+                )
             if self.rank > 1:
                 factors[-1] = factors[-1] / math.sqrt(self.rank)
             tangents.append(LowRankTangent(tuple(factors)))

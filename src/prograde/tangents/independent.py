@@ -126,6 +126,8 @@ class Sparse(_IndependentEntries):
 def _sparse_signs(density: float) -> Callable[..., Array]:
     def entries(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
         uniform = jax.random.uniform(key, shape, jnp.float32, minval=-1.0, maxval=1.0)
-        return jnp.where(jnp.abs(uniform) <= density, jnp.sign(uniform) / math.sqrt(density), 0.0).astype(dtype)
+        return jnp.where(
+            jnp.abs(uniform) <= density, jnp.sign(uniform) / math.sqrt(density), 0.0
+        ).astype(dtype)
 
     return entries

@@ -125,10 +125,14 @@ class Orthogonal(TangentDistribution):
         # does not depend on the index, so that under `vmap` over tangents it is computed once
         normal = jax.random.normal(jax.random.fold_in(threefry(key), 0), (n, num_tangents), dtype)
         q, r = jnp.linalg.qr(normal)
-        direction = math.sqrt(n) * (q * jnp.sign(jnp.diagonal(r)))[:, index]  # without the signs q is not uniform
+        direction = (
+            math.sqrt(n) * (q * jnp.sign(jnp.diagonal(r)))[:, index]
+        )  # without the signs q is not uniform
         ends = list(itertools.accumulate(w.size for w in leaves))
         parts = jnp.split(direction, ends[:-1])
-        return treedef.unflatten([v.reshape(w.shape).astype(w.dtype) for v, w in zip(parts, leaves, strict=True)])
+        return treedef.unflatten(
+            [v.reshape(w.shape).astype(w.dtype) for v, w in zip(parts, leaves, strict=True)]
+        )
 
     def second_moment(self, params):
         return jax.tree.map(lambda _: count(params), params)

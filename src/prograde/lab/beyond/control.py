@@ -51,7 +51,9 @@ def network(params: dict[str, Any]) -> runner.Controller:
     return lambda sees: jnp.tanh(sees @ params["first"] + params["bias"]) @ params["second"]
 
 
-def controllers() -> dict[str, tuple[Callable[[dict[str, Any]], runner.Controller], dict[str, Any]]]:
+def controllers() -> dict[
+    str, tuple[Callable[[dict[str, Any]], runner.Controller], dict[str, Any]]
+]:
     """How each is made, and the parameters with which it does nothing yet."""
     first = jax.random.normal(jax.random.key(1), (3, 32))
     return {
@@ -78,12 +80,16 @@ def outcome(make: Callable, params: Any, batch: tuple) -> dict[str, float]:
     """Mean cost, share of runs that ended in a fall, and rms error of the speed of the others after their last hop."""
     hops, upright = jax.vmap(partial(runner.run, make(params)))(*batch)
     stands = upright[:, -1] * (1 - hops.fell[:, -1])
-    error = jnp.sum(stands * (hops.apex.speed[:, -1] - batch[1]) ** 2) / jnp.maximum(stands.sum(), 1)
+    error = jnp.sum(stands * (hops.apex.speed[:, -1] - batch[1]) ** 2) / jnp.maximum(
+        stands.sum(), 1
+    )
     cost = loss(make, params, batch)
     return {"cost": float(cost), "fell": float(1 - stands.mean()), "speed": float(jnp.sqrt(error))}
 
 
-def train(make: Callable, start: Any, batch: tuple, estimator: pg.Estimator, steps: int) -> Callable:
+def train(
+    make: Callable, start: Any, batch: tuple, estimator: pg.Estimator, steps: int
+) -> Callable:
     """A compiled function of the rate: the parameters after `steps` of Adam, and the losses on the way."""
     gradient = pg.value_and_grad(partial(loss, make), estimator)
     # some runs come close to a fall, where derivatives are large; all methods get the same remedy
@@ -113,9 +119,14 @@ def gradient_errors() -> dict[str, float]:
         fun = jax.jit(lambda p: loss(make, {"weights": p[2:].reshape(2, 3), "bias": p[:2]}, batch))
         exact = jax.jit(partial(pg.value_and_grad(fun, pg.ForwardJacobian()), None))(flat)[1]
         h = 1e-6
-        differences = jnp.stack([(fun(flat + h * e) - fun(flat - h * e)) / (2 * h) for e in jnp.eye(8)])
+        differences = jnp.stack(
+            [(fun(flat + h * e) - fun(flat - h * e)) / (2 * h) for e in jnp.eye(8)]
+        )
         fell = outcome(make, {"weights": flat[2:].reshape(2, 3), "bias": flat[:2]}, batch)["fell"]
-        return {"error": float(jnp.linalg.norm(exact - differences) / jnp.linalg.norm(differences)), "fell": fell}
+        return {
+            "error": float(jnp.linalg.norm(exact - differences) / jnp.linalg.norm(differences)),
+            "fell": fell,
+        }
 
 
 class Control(Experiment):
@@ -124,11 +135,16 @@ class Control(Experiment):
     name: ClassVar[str] = "control"
     title: ClassVar[str] = "A runner, through the events of its simulation"
 
-    def measure(self, full: bool, display: Display, steps: int | None = None, batch_size: int = 32) -> dict:
+    def measure(
+        self, full: bool, display: Display, steps: int | None = None, batch_size: int = 32
+    ) -> dict:
         """Another number of `steps` and a smaller batch, where it is to be quick."""
         steps, hops = steps or (1000 if full else 200), 6
         with jax.enable_x64(False):
-            batch, held_out = runs(jax.random.key(4), batch_size, hops), runs(jax.random.key(5), 256, hops)
+            batch, held_out = (
+                runs(jax.random.key(4), batch_size, hops),
+                runs(jax.random.key(5), 256, hops),
+            )
             try:
                 jax.grad(partial(loss, linear))(controllers()["linear"][1], batch)
                 refused = None
@@ -136,7 +152,9 @@ class Control(Experiment):
                 refused = str(error).strip().splitlines()[0]
             found: dict[str, Any] = {}
             paths = {}
-            with display.stage("runners learn", sum(len(f) + len(SEARCHES) for f in FORWARD.values()) * len(RATES)):
+            with display.stage(
+                "runners learn", sum(len(f) + len(SEARCHES) for f in FORWARD.values()) * len(RATES)
+            ):
                 for kind, (make, start) in controllers().items():
                     methods = FORWARD[kind] | SEARCHES
                     programs = {n: train(make, start, batch, e, steps) for n, e in methods.items()}
@@ -149,19 +167,41 @@ class Control(Experiment):
                             taken[name].append((time.perf_counter() - began) / steps)
                             after = float(loss(make, params, batch))
                             display.advance(1, f"{kind}, {name}, rate {rate:g}: {after:.3g}")
-                            if np.isfinite(after) and (name not in best or after < best[name]["after"]):
-                                best[name] = {"after": after, "rate": rate, "losses": losses.tolist(), "params": params}
+                            if np.isfinite(after) and (
+                                name not in best or after < best[name]["after"]
+                            ):
+                                best[name] = {
+                                    "after": after,
+                                    "rate": rate,
+                                    "losses": losses.tolist(),
+                                    "params": params,
+                                }
                     ours = best[min(FORWARD[kind], key=lambda name: best[name]["after"])]["params"]
                     for name, run in best.items():
                         run["seconds"] = float(np.median(taken[name]))
                         run["held_out"] = outcome(make, run.pop("params"), held_out)
-                    one = (runner.Apex(jnp.asarray(runner.USUAL_HEIGHT), jnp.asarray(1.5)), jnp.asarray(1.9))
+                    one = (
+                        runner.Apex(jnp.asarray(runner.USUAL_HEIGHT), jnp.asarray(1.5)),
+                        jnp.asarray(1.9),
+                    )
                     flat = jnp.zeros(hops + 2)
-                    before, after = (runner.path(make(params), *one, flat) for params in (start, ours))
+                    before, after = (
+                        runner.path(make(params), *one, flat) for params in (start, ours)
+                    )
                     paths[kind] = {"before": before, "after": after}
                     number = sum(p.size for p in jax.tree.leaves(start))
-                    found[kind] = {"parameters": number, "start": outcome(make, start, held_out), "runs": best}
-        return {"steps": steps, "refused": refused, "gradient": gradient_errors(), "found": found, "paths": paths}
+                    found[kind] = {
+                        "parameters": number,
+                        "start": outcome(make, start, held_out),
+                        "runs": best,
+                    }
+        return {
+            "steps": steps,
+            "refused": refused,
+            "gradient": gradient_errors(),
+            "found": found,
+            "paths": paths,
+        }
 
     def tables(self, record: dict[str, Any]) -> list[Table]:
         columns = ["gradient", "rate", "ms a step", "to goal", "cost", "falls", "speed off"]
@@ -169,9 +209,17 @@ class Control(Experiment):
         for kind, found in record["found"].items():
             rows = [["before training", "", "", "", *_outcome_texts(found["start"])]]
             for name, run in found["runs"].items():
-                told = [f"{run['rate']:g}", f"{1e3 * run['seconds']:.2f}", _seconds_text(time_to(run, goal(found)))]
-                rows.append([name.replace("gradients ", ""), *told, *_outcome_texts(run["held_out"])])
-            rows.append(["reverse mode", "", "refused" if record["refused"] else "taken", "", "", "", ""])
+                told = [
+                    f"{run['rate']:g}",
+                    f"{1e3 * run['seconds']:.2f}",
+                    _seconds_text(time_to(run, goal(found))),
+                ]
+                rows.append(
+                    [name.replace("gradients ", ""), *told, *_outcome_texts(run["held_out"])]
+                )
+            rows.append(
+                ["reverse mode", "", "refused" if record["refused"] else "taken", "", "", "", ""]
+            )
             title = (
                 f"A {kind} controller of {found['parameters']} numbers, {record['steps']} steps of Adam at the best of {len(RATES)} rates; seconds to the goal, which "
                 "is a tenth above the lowest cost; cost, falls and error of speed are those of new runs"
@@ -187,7 +235,9 @@ class Control(Experiment):
         )
         for kind, found in record["found"].items():
             at = {name: time_to(run, goal(found)) for name, run in found["runs"].items()}
-            (ours, forward), (other, differences) = (_soonest(at, names) for names in (FORWARD[kind], SEARCHES))
+            (ours, forward), (other, differences) = (
+                _soonest(at, names) for names in (FORWARD[kind], SEARCHES)
+            )
             text += f" With the {kind} controller "
             if forward is None:
                 text += "no forward gradient comes within a tenth of the lowest cost"
@@ -220,8 +270,12 @@ class Control(Experiment):
                 label = "before training" if when == "before" else f"after, {kind} controller"
                 picture.plot(*points.T, linestyle=style, color=colour, label=label)
             picture.axhline(0, color="black", linewidth=1)
-            picture.set(xlabel="distance (leg lengths)", ylabel="height of the body", ylim=(-0.05, 2.1))
-            title = "A run from a speed of 1.5 to a commanded 1.9 (root of leg length times gravity)"
+            picture.set(
+                xlabel="distance (leg lengths)", ylabel="height of the body", ylim=(-0.05, 2.1)
+            )
+            title = (
+                "A run from a speed of 1.5 to a commanded 1.9 (root of leg length times gravity)"
+            )
             picture.set_title(title, loc="left", fontsize=9)
             picture.legend(ncols=3, loc="upper left")
             for i, (kind, found) in enumerate(record["found"].items()):
@@ -237,7 +291,9 @@ class Control(Experiment):
                     )
                 axes.set(xlabel="time (s)", ylabel="cost of the runs", yscale="log")
                 axes.set_title(
-                    f"{kind.capitalize()} controller, {found['parameters']} parameters", loc="left", fontsize=9
+                    f"{kind.capitalize()} controller, {found['parameters']} parameters",
+                    loc="left",
+                    fontsize=9,
                 )
                 axes.legend()
 

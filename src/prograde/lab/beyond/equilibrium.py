@@ -10,7 +10,9 @@ from jaxtyping import Array, Float
 Weights = dict[str, Array]
 
 
-def predict(weights: Weights, inputs: Float[Array, "batch 2"], implicit: bool = False) -> Float[Array, " batch"]:
+def predict(
+    weights: Weights, inputs: Float[Array, "batch 2"], implicit: bool = False
+) -> Float[Array, " batch"]:
     """The output c . x of the equilibrium x = tanh(x W + z U + b), where Newton's method runs until no unit of the batch moves.
 
     `implicit` gives it the derivative of the implicit-function theorem, by one step from a solution that is held constant
@@ -20,7 +22,9 @@ def predict(weights: Weights, inputs: Float[Array, "batch 2"], implicit: bool = 
 
     def gap(weights, x):
         active = jnp.tanh(x @ weights["recurrent"] + inputs @ weights["input"] + weights["bias"])
-        return x - active, jnp.eye(n, dtype=x.dtype) - (1 - active**2)[:, :, None] * weights["recurrent"].T
+        return x - active, jnp.eye(n, dtype=x.dtype) - (1 - active**2)[:, :, None] * weights[
+            "recurrent"
+        ].T
 
     def change(weights, x, jacobian_weights):
         jacobian = gap(jacobian_weights, lax.stop_gradient(x))[1]
@@ -34,7 +38,11 @@ def predict(weights: Weights, inputs: Float[Array, "batch 2"], implicit: bool = 
         moved = change(constant if implicit else weights, x, constant)
         return x + moved, lax.stop_gradient(jnp.max(jnp.abs(moved))), count + 1
 
-    first = (jnp.zeros((len(inputs), n), inputs.dtype), jnp.asarray(jnp.inf, inputs.dtype), jnp.asarray(0))
+    first = (
+        jnp.zeros((len(inputs), n), inputs.dtype),
+        jnp.asarray(jnp.inf, inputs.dtype),
+        jnp.asarray(0),
+    )
     x = lax.while_loop(lambda state: (state[1] > 1e-8) & (state[2] < 50), body, first)[0]
     if implicit:
         x = x + change(weights, x, constant)

@@ -47,6 +47,8 @@ def size(value: float) -> str:
     for unit, amount in (("MB", 1e6), ("kB", 1e3)):
         if value >= amount:
             return (
-                f"{value / amount:,.3g}\u00a0{unit}" if value < 1000 * amount else f"{value / amount:,.0f}\u00a0{unit}"
+                f"{value / amount:,.3g}\u00a0{unit}"
+                if value < 1000 * amount
+                else f"{value / amount:,.0f}\u00a0{unit}"
             )
     return f"{value:.0f}\u00a0B"

@@ -34,7 +34,10 @@ class Plan:
     """How much is measured, in a process with one setting of XLA."""
 
     lengths: tuple[int, ...] = (1_000, 100_000)  # beside that of the search
-    unrolls: tuple[int, ...] = (1, 2)  # steps of an iteration of the loop: the search, the same for every method
+    unrolls: tuple[int, ...] = (
+        1,
+        2,
+    )  # steps of an iteration of the loop: the search, the same for every method
     search_length: int = 10_000
     rounds: int = 5
     widths: tuple[int, ...] = (32,)  # pendulums at once
@@ -65,10 +68,15 @@ def pendulum_figures(plan: Plan, setting: str, display: Display) -> dict[str, An
     title = f"pendulum, {_SETTINGS[setting]}"
     searched, programs = {}, {}
     for unroll in plan.unrolls:
-        programs[unroll] = _compiled(Pendulum(), plan.search_length, dict.fromkeys(plan.methods, unroll))
+        programs[unroll] = _compiled(
+            Pendulum(), plan.search_length, dict.fromkeys(plan.methods, unroll)
+        )
         said = f"{title}, {plan.search_length:,} steps, {unroll} an iteration"
         searched[unroll] = in_turns(programs[unroll], plan.rounds, "bare", display, said)
-    unrolls = {method: min(plan.unrolls, key=lambda u: _seconds(searched[u], method)) for method in plan.methods}
+    unrolls = {
+        method: min(plan.unrolls, key=lambda u: _seconds(searched[u], method))
+        for method in plan.methods
+    }
     search = {str(u): {m: _seconds(at, m) for m in at} for u, at in searched.items()}
     lengths, gradients = {}, {}
     for steps in sorted({plan.search_length, *plan.lengths}):
@@ -77,8 +85,12 @@ def pendulum_figures(plan: Plan, setting: str, display: Display) -> dict[str, An
             lengths[str(steps)] = {m: searched[u][m] for m, u in unrolls.items()}
         else:
             best = _compiled(Pendulum(), steps, unrolls)
-            lengths[str(steps)] = in_turns(best, plan.rounds, "bare", display, f"{title}, {steps:,} steps")
-        gradients[str(steps)] = {m: np.asarray(p.call()[1]).tolist() for m, p in best.items() if m != "bare"}
+            lengths[str(steps)] = in_turns(
+                best, plan.rounds, "bare", display, f"{title}, {steps:,} steps"
+            )
+        gradients[str(steps)] = {
+            m: np.asarray(p.call()[1]).tolist() for m, p in best.items() if m != "bare"
+        }
     return {"search": search, "unrolls": unrolls, "lengths": lengths, "gradients": gradients}
 
 
@@ -88,7 +100,9 @@ def wide_figures(plan: Plan, display: Display) -> dict[str, Any]:
     for count in plan.widths:
         methods = [m for m in _WIDE if m in plan.methods]
         programs = _compiled(Pendulum(count), plan.search_length, dict.fromkeys(methods, 1))
-        found[str(count)] = in_turns(programs, plan.rounds, "bare", display, f"{count} pendulums at once")
+        found[str(count)] = in_turns(
+            programs, plan.rounds, "bare", display, f"{count} pendulums at once"
+        )
     return found
 
 
@@ -98,13 +112,17 @@ def recurrent_figures(plan: Plan, display: Display) -> dict[str, Any]:
     for steps in plan.recurrent:
         methods = [m for m in (*_WIDE, "cube root") if m in plan.methods]
         programs = _compiled(Recurrent(), steps, dict.fromkeys(methods, 1))
-        found[str(steps)] = in_turns(programs, plan.rounds, "bare", display, f"GRU, {steps:,} steps")
+        found[str(steps)] = in_turns(
+            programs, plan.rounds, "bare", display, f"GRU, {steps:,} steps"
+        )
     return found
 
 
 def _one_kernel(plan: Plan) -> dict[str, Any]:
     """The figures of the pendulum from a process of its own: XLA reads its settings once."""
-    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_KERNEL}".strip()}
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_KERNEL}".strip()
+    }
     command = [sys.executable, "-m", __name__, json.dumps(asdict(plan))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode != 0:
@@ -141,11 +159,16 @@ class Horizon(Experiment):
     def measured(self, plans: dict[str, Plan], display: Display) -> dict[str, Any]:
         """The figures of a plan for each setting of XLA."""
         default, one_kernel = plans["default"], plans["one kernel"]
-        record: dict[str, Any] = {"plans": {setting: asdict(plan) for setting, plan in plans.items()}}
+        record: dict[str, Any] = {
+            "plans": {setting: asdict(plan) for setting, plan in plans.items()}
+        }
         record["pendulum"] = {"default": pendulum_figures(default, "default", display)}
         record["recurrent"] = recurrent_figures(default, display)
         of_process = _one_kernel(one_kernel)
-        record["pendulum"]["one kernel"], record["wide"] = of_process["pendulum"], of_process["wide"]
+        record["pendulum"]["one kernel"], record["wide"] = (
+            of_process["pendulum"],
+            of_process["wide"],
+        )
         return record
 
     def tables(self, record: dict[str, Any]) -> list[Table]:
@@ -154,7 +177,11 @@ class Horizon(Experiment):
             for steps, at in figures["lengths"].items():
                 fastest, rows = _fastest(at), []
                 for method in at:
-                    error = "" if method == "bare" else f"{_error(figures['gradients'][steps], method):.0e}"
+                    error = (
+                        ""
+                        if method == "bare"
+                        else f"{_error(figures['gradients'][steps], method):.0e}"
+                    )
                     rows.append(
                         [
                             METHODS[method][2].removeprefix("backprop, "),
@@ -179,7 +206,13 @@ class Horizon(Experiment):
             for method, of in at.items():
                 seconds, ratio = milliseconds(of["seconds"]), f"{of['ratio']['median']:.2f}"
                 rows.append(
-                    [problem, METHODS[method][2].removeprefix("backprop, "), seconds, ratio, size(of["temp_bytes"])]
+                    [
+                        problem,
+                        METHODS[method][2].removeprefix("backprop, "),
+                        seconds,
+                        ratio,
+                        size(of["temp_bytes"]),
+                    ]
                 )
         steps = record["plans"]["one kernel"]["search_length"]
         title = f"Larger steps: pendulums ({steps:,} steps, 8 gains, loop as one kernel), and one tangent of a GRU of 32 units"
@@ -187,7 +220,12 @@ class Horizon(Experiment):
 
     def conclusion(self, record: dict[str, Any]) -> str:
         settings = record["pendulum"]
-        steps = str(min((int(t) for t in settings["one kernel"]["lengths"]), key=lambda t: abs(t - TARGET_STEPS)))
+        steps = str(
+            min(
+                (int(t) for t in settings["one kernel"]["lengths"]),
+                key=lambda t: abs(t - TARGET_STEPS),
+            )
+        )
         said = []
         # each method with the setting and the number of steps an iteration that suit it best
         at = [f["lengths"][steps] for f in settings.values() if steps in f["lengths"]]
@@ -204,7 +242,11 @@ class Horizon(Experiment):
         )
         lengths = [int(t) for t in settings["one kernel"]["lengths"]]
         ours = [settings["one kernel"]["lengths"][str(t)]["ours"]["temp_bytes"] for t in lengths]
-        grew = "does not grow" if max(ours) <= 1.1 * min(ours) else f"grew by a factor of {max(ours) / min(ours):.2g}"
+        grew = (
+            "does not grow"
+            if max(ours) <= 1.1 * min(ours)
+            else f"grew by a factor of {max(ours) / min(ours):.2g}"
+        )
         said.append(
             f"Its memory {grew} from {min(lengths):,} to {max(lengths):,} steps ({size(ours[-1])}); at {int(steps):,} plain backprop "
             f"needs {size(memory['backprop'])}, and the leanest checkpoints {size(min(memory[m] for m in checkpointed))}."
@@ -215,15 +257,24 @@ class Horizon(Experiment):
             f"As XLA comes, it takes {over[0]:.2f} of the fastest checkpointed and {over[1]:.2f} of plain backprop "
             f"({int(longest):,} steps)."
         )
-        norms = [float(np.linalg.norm(g["backprop"])) for g in settings["one kernel"]["gradients"].values()]
-        worst = max(_error(f["gradients"][t], "ours") for f in settings.values() for t in f["gradients"])
+        norms = [
+            float(np.linalg.norm(g["backprop"]))
+            for g in settings["one kernel"]["gradients"].values()
+        ]
+        worst = max(
+            _error(f["gradients"][t], "ours") for f in settings.values() for t in f["gradients"]
+        )
         said.append(
             f"In float32 the two differ by {worst:.0e} at most. Friction and gains that hold the pendulum up keep the gradient's norm "
             f"between {min(norms):.2g} and {max(norms):.2g}; in a chaotic regime no method's gradient would be of use."
         )
         for count, of in record["wide"].items():
-            over = _seconds(of, "ours") / min(_seconds(of, m) for m in of if m not in ("bare", "ours"))
-            said.append(f"With {count} pendulums at once it takes {over:.2f} of the fastest backprop.")
+            over = _seconds(of, "ours") / min(
+                _seconds(of, m) for m in of if m not in ("bare", "ours")
+            )
+            said.append(
+                f"With {count} pendulums at once it takes {over:.2f} of the fastest backprop."
+            )
         steps, of = list(record["recurrent"].items())[-1]
         over = [_seconds(of, "ours") / _seconds(of, m) for m in ("backprop", _fastest(of))]
         said.append(
@@ -257,11 +308,15 @@ class Horizon(Experiment):
                 memory.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(int(value))))
                 time.set_title(title, loc="left", fontsize=9)
             handles, labels = panels[0, 0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, handlelength=3.5)
+            figure.legend(
+                handles, labels, loc="outside lower center", ncols=4, fontsize=9, handlelength=3.5
+            )
 
 
 def _plan(text: str) -> Plan:
-    figures: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+    figures: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()
+    }
     return Plan(**figures)
 
 

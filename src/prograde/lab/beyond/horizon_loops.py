@@ -50,7 +50,9 @@ class Pendulum:
         k2 = motion(*ahead(k1, _STEP / 2))
         k3 = motion(*ahead(k2, _STEP / 2))
         k4 = motion(*ahead(k3, _STEP))
-        slope = tuple((a + 2 * b + 2 * c + d) / 6 for a, b, c, d in zip(k1, k2, k3, k4, strict=True))
+        slope = tuple(
+            (a + 2 * b + 2 * c + d) / 6 for a, b, c, d in zip(k1, k2, k3, k4, strict=True)
+        )
         return t + 1, ahead(slope, _STEP)
 
     def loss(self, carry: tuple, steps: int) -> jax.Array:
@@ -95,7 +97,9 @@ Body = Callable[[tuple], tuple]
 
 def straight(body: Body, carry: tuple, steps: int, unroll: int) -> tuple:
     """The loop as it is."""
-    return lax.scan(lambda carry, _: (body(carry), None), carry, None, steps, unroll=min(unroll, steps))[0]
+    return lax.scan(
+        lambda carry, _: (body(carry), None), carry, None, steps, unroll=min(unroll, steps)
+    )[0]
 
 
 def nested(levels: int) -> Callable[[Body, tuple, int, int], tuple]:
@@ -109,8 +113,13 @@ def nested(levels: int) -> Callable[[Body, tuple, int, int], tuple]:
         if level == 1:
             return straight(body, carry, steps, unroll)
         root = steps ** (1 - 1 / level)
-        size = min((d for d in range(1, steps + 1) if steps % d == 0), key=lambda d: abs(math.log(d / root)))
-        segment = jax.checkpoint(lambda carry: run(body, carry, size, unroll, level - 1), prevent_cse=False)
+        size = min(
+            (d for d in range(1, steps + 1) if steps % d == 0),
+            key=lambda d: abs(math.log(d / root)),
+        )
+        segment = jax.checkpoint(
+            lambda carry: run(body, carry, size, unroll, level - 1), prevent_cse=False
+        )
         return straight(segment, carry, steps // size, 1)
 
     return run
@@ -131,9 +140,24 @@ def equinox_loop(body: Body, carry: tuple, steps: int, unroll: int) -> tuple:
 
 # method -> (loop, reverse mode or None for ours, what it is called, style in figures)
 METHODS: dict[str, tuple[Any, pg.Estimator | None, str, dict[str, Any]]] = {
-    "bare": (straight, None, "bare forward run", {"color": "#000000", "linestyle": ":", "marker": "v"}),
-    "ours": (straight, None, "forward gradient", {"color": "#D55E00", "linestyle": "-", "marker": "o"}),
-    "backprop": (straight, pg.Backprop(), "backprop", {"color": "#0072B2", "linestyle": "--", "marker": "^"}),
+    "bare": (
+        straight,
+        None,
+        "bare forward run",
+        {"color": "#000000", "linestyle": ":", "marker": "v"},
+    ),
+    "ours": (
+        straight,
+        None,
+        "forward gradient",
+        {"color": "#D55E00", "linestyle": "-", "marker": "o"},
+    ),
+    "backprop": (
+        straight,
+        pg.Backprop(),
+        "backprop",
+        {"color": "#0072B2", "linestyle": "--", "marker": "^"},
+    ),
     "each step": (
         straight,
         pg.CheckpointedBackprop(),
@@ -152,7 +176,12 @@ METHODS: dict[str, tuple[Any, pg.Estimator | None, str, dict[str, Any]]] = {
         "backprop, two levels of ∛T",
         {"color": "#009E73", "linestyle": "-.", "marker": "s"},
     ),
-    "equinox": (equinox_loop, pg.Backprop(), "backprop, Equinox's loop", {"color": "#E69F00", "marker": "x"}),
+    "equinox": (
+        equinox_loop,
+        pg.Backprop(),
+        "backprop, Equinox's loop",
+        {"color": "#E69F00", "marker": "x"},
+    ),
 }
 CHECKPOINTED = ("each step", "square root", "cube root", "equinox")
 
@@ -162,10 +191,14 @@ def gradient(problem: Any, method: str, steps: int, unroll: int = 1) -> Callable
     loop, reverse, *_ = METHODS[method]
 
     def loss(params: Any) -> jax.Array:
-        return problem.loss(loop(lambda carry: problem.step(params, carry), problem.start(), steps, unroll), steps)
+        return problem.loss(
+            loop(lambda carry: problem.step(params, carry), problem.start(), steps, unroll), steps
+        )
 
     if method == "bare":
         return lambda key, params: loss(params)
     few = isinstance(problem, Pendulum)
-    estimator = reverse or (pg.ForwardJacobian() if few else pg.WeightPerturbation(pg.LowRank(rank=1)))
+    estimator = reverse or (
+        pg.ForwardJacobian() if few else pg.WeightPerturbation(pg.LowRank(rank=1))
+    )
     return pg.value_and_grad(loss, estimator)

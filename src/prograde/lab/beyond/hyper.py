@@ -54,7 +54,10 @@ FULL = Plan((1_000, 10_000, 30_000), 7, meta_steps=60, starts=10, cleaning_secon
 
 def hypergradients(outcome: Callable) -> dict[str, Callable[[Any], Any]]:
     """Method -> (hyperparameters -> (held-out loss, hypergradient)); the run by itself gives the loss."""
-    by = lambda estimator, loop: lambda h: pg.value_and_grad(lambda h: outcome(h, loop)[0], estimator)(None, h)  # noqa: E731
+
+    def by(estimator, loop):
+        return lambda h: pg.value_and_grad(lambda h: outcome(h, loop)[0], estimator)(None, h)
+
     return {
         "forward run": lambda h: outcome(h, straight)[0],
         OURS: by(pg.ForwardJacobian(), straight),
@@ -72,12 +75,22 @@ def long_runs(plan: Plan, display: Display) -> dict[str, Any]:
     found = {}
     for steps in plan.lengths:
         run, gradients = Classifier(steps), {}
-        programs = {name: compiled(fun, centre()) for name, fun in hypergradients(run.outcome).items()}
-        figures = in_turns(programs, plan.rounds, "forward run", display, f"hypergradient, {steps:,} training steps")
+        programs = {
+            name: compiled(fun, centre()) for name, fun in hypergradients(run.outcome).items()
+        }
+        figures = in_turns(
+            programs,
+            plan.rounds,
+            "forward run",
+            display,
+            f"hypergradient, {steps:,} training steps",
+        )
         gradients["float32"] = {m: _flat(programs[m].call()[1]) for m in (OURS, BACKPROP)}
         with jax.enable_x64(True):
             twins = hypergradients(run.outcome)
-            gradients["float64"] = {m: _flat(jax.jit(twins[m])(centre())[1]) for m in (OURS, BACKPROP)}
+            gradients["float64"] = {
+                m: _flat(jax.jit(twins[m])(centre())[1]) for m in (OURS, BACKPROP)
+            }
         errors = {
             precision: float(np.linalg.norm(g[OURS] - g[BACKPROP]) / np.linalg.norm(g[BACKPROP]))
             for precision, g in gradients.items()
@@ -129,7 +142,9 @@ def tuning(plan: Plan, display: Display) -> dict[str, Any]:
         jax.block_until_ready(compiled_search(jax.random.split(jax.random.key(8), trials)))
         searches[at_once] = ((time.perf_counter() - since) / trials, compiled_search)
     per_trial, compiled_search = min(searches.values(), key=lambda found: found[0])
-    found: dict[str, Any] = {"start": {"validation": float(begin[0]), **{k: float(v) for k, v in begin[1].items()}}}
+    found: dict[str, Any] = {
+        "start": {"validation": float(begin[0]), **{k: float(v) for k, v in begin[1].items()}}
+    }
     runs: dict[str, list] = {"hypergradient": [], "random search": []}
     with display.stage("tuning: hypergradients and random search", plan.starts):
         for seed in range(plan.starts):
@@ -143,12 +158,15 @@ def tuning(plan: Plan, display: Display) -> dict[str, Any]:
             key = jax.random.key(1000 + seed)
             while (spent := time.perf_counter() - since) < seconds or not batches:
                 key, now = jax.random.split(key)
-                batches.append(jax.block_until_ready(compiled_search(jax.random.split(now, trials))))
+                batches.append(
+                    jax.block_until_ready(compiled_search(jax.random.split(now, trials)))
+                )
             seen = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
             curve, best = _best(seen)
             runs["random search"].append({"seconds": spent, "curve": curve, **best})
             display.advance(
-                1, f"held-out loss {runs['hypergradient'][-1]['validation']:.3f} and {best['validation']:.3f}"
+                1,
+                f"held-out loss {runs['hypergradient'][-1]['validation']:.3f} and {best['validation']:.3f}",
             )
     return found | {"runs": runs, "trial_seconds": per_trial, "meta_steps": plan.meta_steps}
 
@@ -161,7 +179,9 @@ def cleaning(plan: Plan, display: Display) -> dict[str, Any]:
         "forward gradient": pg.WeightPerturbation(pg.Rademacher(), num_tangents=plan.num_tangents),
         BACKPROP: pg.Backprop(),
     }
-    grads = {name: pg.value_and_grad(lambda h: run.outcome(h)[0], e) for name, e in estimators.items()}
+    grads = {
+        name: pg.value_and_grad(lambda h: run.outcome(h)[0], e) for name, e in estimators.items()
+    }
     grads[CHECKPOINTED] = pg.value_and_grad(lambda h: run.outcome(h, nested(2))[0], pg.Backprop())
     programs = {name: compiled(fun, jax.random.key(0), run.start()) for name, fun in grads.items()}
     programs["forward run"] = compiled(lambda h: run.outcome(h)[0], run.start())
@@ -170,7 +190,11 @@ def cleaning(plan: Plan, display: Display) -> dict[str, Any]:
 
     def described(hyper: jax.Array) -> dict[str, float]:
         loss, test = outcome(hyper)
-        return {"validation": float(loss), **{k: float(v) for k, v in test.items()}, **run.found(hyper)}
+        return {
+            "validation": float(loss),
+            **{k: float(v) for k, v in test.items()},
+            **run.found(hyper),
+        }
 
     with display.stage("data cleaning: training", len(estimators) * len(plan.cleaning_rates)):
         for name in estimators:
@@ -180,7 +204,9 @@ def cleaning(plan: Plan, display: Display) -> dict[str, Any]:
                 {},
             )
 
-            def train(rate: jax.Array, hyper: jax.Array, fun: Callable = fun, count: int = count) -> jax.Array:
+            def train(
+                rate: jax.Array, hyper: jax.Array, fun: Callable = fun, count: int = count
+            ) -> jax.Array:
                 def update(carry: Any, key: jax.Array) -> Any:
                     hyper, state = carry
                     _, g = fun(key, hyper)
@@ -197,7 +223,12 @@ def cleaning(plan: Plan, display: Display) -> dict[str, Any]:
                 display.advance(1, f"{name} at rate {rate:g}: AUC {tried[rate]['auc']:.3f}")
             rate = min(tried, key=lambda r: tried[r]["validation"])
             found[name] = {"meta_steps": count, "rate": rate, **tried[rate]}
-    return {"costs": figures, "start": described(run.start()), "methods": found, "examples": run.examples}
+    return {
+        "costs": figures,
+        "start": described(run.start()),
+        "methods": found,
+        "examples": run.examples,
+    }
 
 
 def _median(values: list[float]) -> str:
@@ -220,14 +251,21 @@ class Hyper(Experiment):
 
     def measured(self, plan: Plan, display: Display) -> dict[str, Any]:
         """The figures of a plan."""
-        record = {"plan": asdict(plan), "long": long_runs(plan, display), "tuning": tuning(plan, display)}
+        record = {
+            "plan": asdict(plan),
+            "long": long_runs(plan, display),
+            "tuning": tuning(plan, display),
+        }
         return record | {"cleaning": cleaning(plan, display)}
 
     def tables(self, record: dict[str, Any]) -> list[Table]:
         rows = []
         for steps, of in record["long"].items():
             for method, at in of["methods"].items():
-                error = [f"{of['errors'][p]:.0e}" if method == OURS else "" for p in ("float32", "float64")]
+                error = [
+                    f"{of['errors'][p]:.0e}" if method == OURS else ""
+                    for p in ("float32", "float64")
+                ]
                 part = at["temp_bytes"] / of["methods"][BACKPROP]["temp_bytes"]
                 cells = [
                     f"{int(steps):,}",
@@ -298,7 +336,10 @@ class Hyper(Experiment):
         memory = ours["temp_bytes"] / backprop["temp_bytes"]
         met = memory <= TARGET_MEMORY and min(of["errors"].values()) <= TARGET_ERROR
         in_single = "too" if of["errors"]["float32"] <= TARGET_ERROR else "not"
-        over = [ours["seconds"]["median"] / other["seconds"]["median"] for other in (backprop, checkpointed)]
+        over = [
+            ours["seconds"]["median"] / other["seconds"]["median"]
+            for other in (backprop, checkpointed)
+        ]
         said = [
             f"Through {int(steps):,} training steps, the forward hypergradient of 8 hyperparameters needs {size(ours['temp_bytes'])}, "
             f"{memory:.2g} of unrolled reverse mode ({size(backprop['temp_bytes'])}), and differs from it by "
@@ -309,11 +350,16 @@ class Hyper(Experiment):
         ]
         every = [record["long"][t]["methods"][OURS]["temp_bytes"] for t in record["long"]]
         if max(every) > 1.1 * min(every):
-            said.append(f"Its memory grew by a factor of {max(every) / min(every):.2g} with the number of steps.")
+            said.append(
+                f"Its memory grew by a factor of {max(every) / min(every):.2g} with the number of steps."
+            )
         elif len(every) > 1:
             said.append("Its memory does not depend on the number of steps.")
         tuned = record["tuning"]
-        hyper, search = ([run["validation"] for run in tuned["runs"][m]] for m in ("hypergradient", "random search"))
+        hyper, search = (
+            [run["validation"] for run in tuned["runs"][m]]
+            for m in ("hypergradient", "random search")
+        )
         test = {m: np.median([run["loss"] for run in runs]) for m, runs in tuned["runs"].items()}
         better = sum(a < b for a, b in zip(hyper, search, strict=True))
         said.append(
@@ -322,7 +368,9 @@ class Hyper(Experiment):
             f"the losses are {test['hypergradient']:.3f} and {test['random search']:.3f} (before {tuned['start']['loss']:.3f})."
         )
         at = record["cleaning"]
-        loss, auc = ({name: of[key] for name, of in at["methods"].items()} for key in ("validation", "auc"))
+        loss, auc = (
+            {name: of[key] for name, of in at["methods"].items()} for key in ("validation", "auc")
+        )
         best, tells = min(loss, key=lambda name: loss[name]), max(auc, key=lambda name: auc[name])
         listed = lambda values: ", ".join(f"{name} {value:.3f}" for name, value in values.items())  # noqa: E731
         said.append(
@@ -331,7 +379,9 @@ class Hyper(Experiment):
             f"{size(at['costs'][BACKPROP]['temp_bytes'])}, forward gradients {size(at['costs']['forward gradient']['temp_bytes'])}."
         )
         if best == BACKPROP:
-            said.append("With many hyperparameters and a run that fits into memory, reverse mode is the tool.")
+            said.append(
+                "With many hyperparameters and a run that fits into memory, reverse mode is the tool."
+            )
         return " ".join(said)
 
     def draw(self, record: dict[str, Any], figure: Figure) -> None:
@@ -345,7 +395,9 @@ class Hyper(Experiment):
                 style = _STYLE[method] | {"label": method}
                 memory.plot(lengths, [f["temp_bytes"] for f in of], **style)
                 seconds.plot(lengths, [1e3 * f["seconds"]["median"] for f in of], **style)
-            memory.set(xlabel="training steps", ylabel="XLA temporary memory", xscale="log", yscale="log")
+            memory.set(
+                xlabel="training steps", ylabel="XLA temporary memory", xscale="log", yscale="log"
+            )
             memory.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(int(value))))
             memory.set_title("Hypergradient in 8 hyperparameters", loc="left", fontsize=9)
             seconds.set(xlabel="training steps", ylabel="time (ms)", xscale="log", yscale="log")
@@ -358,10 +410,14 @@ class Hyper(Experiment):
             for name, colour in (("hypergradient", "#D55E00"), ("random search", "#777777")):
                 for i, run in enumerate(record["tuning"]["runs"][name]):
                     x = np.linspace(0, run["seconds"], len(run["curve"]) + 1)[1:]
-                    tuned.plot(x, run["curve"], color=colour, linewidth=1, label=name if i == 0 else None)
+                    tuned.plot(
+                        x, run["curve"], color=colour, linewidth=1, label=name if i == 0 else None
+                    )
             start = record["tuning"]["start"]["validation"]
             tuned.axhline(start, color="#000000", linestyle=":", label="not tuned")
-            tuned.set(xlabel="time (s)", ylabel="least held-out loss until then (nats)", yscale="log")
+            tuned.set(
+                xlabel="time (s)", ylabel="least held-out loss until then (nats)", yscale="log"
+            )
             tuned.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             tuned.yaxis.set_major_formatter(ScalarFormatter())
             tuned.yaxis.set_minor_formatter(NullFormatter())
@@ -370,10 +426,17 @@ class Hyper(Experiment):
             at = record["cleaning"]
             names = ["equal weights", *at["methods"]]
             ofs = [at["start"], *at["methods"].values()]
-            labels = {"auc": ("AUC of wrong labels", "#56B4E9"), "accuracy": ("test accuracy", "#E69F00")}
+            labels = {
+                "auc": ("AUC of wrong labels", "#56B4E9"),
+                "accuracy": ("test accuracy", "#E69F00"),
+            }
             for offset, (key, (label, colour)) in zip((-0.2, 0.2), labels.items(), strict=True):
                 bars = cleaned.bar(
-                    np.arange(len(names)) + offset, [of[key] for of in ofs], 0.38, color=colour, label=label
+                    np.arange(len(names)) + offset,
+                    [of[key] for of in ofs],
+                    0.38,
+                    color=colour,
+                    label=label,
                 )
                 cleaned.bar_label(bars, fmt="%.2f", fontsize=8)
             cleaned.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])

@@ -30,14 +30,18 @@ def digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         loaded, small = data.load("digits"), {}
     for part in ("train", "validation", "test"):
         images, labels = getattr(loaded, part)
-        pooled = images.reshape(len(labels), _SIDE, 4, _SIDE, 4).mean((2, 4)).reshape(len(labels), -1)
+        pooled = (
+            images.reshape(len(labels), _SIDE, 4, _SIDE, 4).mean((2, 4)).reshape(len(labels), -1)
+        )
         small[part] = (np.hstack([pooled, np.ones((len(labels), 1), np.float32)]), labels)
     return small
 
 
 def _part(name: str, count: int | None = None) -> tuple[jax.Array, jax.Array]:
     rows, labels = digits()[name]
-    return jnp.asarray(rows[:count], jnp.result_type(float)), jax.nn.one_hot(labels[:count], data.NUM_CLASSES)
+    return jnp.asarray(rows[:count], jnp.result_type(float)), jax.nn.one_hot(
+        labels[:count], data.NUM_CLASSES
+    )
 
 
 def _cross_entropy(logits: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -56,7 +60,9 @@ def centre() -> dict[str, jax.Array]:
 def prior(key: jax.Array) -> dict[str, jax.Array]:
     """Hyperparameters drawn around them."""
     keys = dict(zip(CENTRE, jax.random.split(key, len(CENTRE)), strict=True))
-    return {k: v + SPREAD[k] * jax.random.normal(keys[k], v.shape, v.dtype) for k, v in centre().items()}
+    return {
+        k: v + SPREAD[k] * jax.random.normal(keys[k], v.shape, v.dtype) for k, v in centre().items()
+    }
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,16 @@ class Classifier:
     examples: int = 256
     batch: int = 32
 
-    def outcome(self, hyper: dict[str, jax.Array], loop: Callable = straight) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def outcome(
+        self, hyper: dict[str, jax.Array], loop: Callable = straight
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(held-out loss, what the test part says) at the end of the run. `loop` is how its steps are run."""
         rows, wanted = _part("train", self.examples)
         dtype, generator = rows.dtype, np.random.default_rng(0)
         shapes = ((rows.shape[1], self.units), (self.units, data.NUM_CLASSES))
-        start = [jnp.asarray(generator.normal(size=shape) / np.sqrt(shape[0]), dtype) for shape in shapes]
+        start = [
+            jnp.asarray(generator.normal(size=shape) / np.sqrt(shape[0]), dtype) for shape in shapes
+        ]
         momentum, decay = jax.nn.sigmoid(hyper["momentum"]), jnp.exp(hyper["decay"])
         of_layer = jnp.exp(jnp.stack([jnp.zeros((), dtype), hyper["head"]]))
 
@@ -96,15 +106,23 @@ class Classifier:
                 momentum * v + g + decay[i] * w
                 for i, (v, g, w) in enumerate(zip(velocities, grads, weights, strict=True))
             ]
-            moved = [w - rate * of_layer[i] * v for i, (w, v) in enumerate(zip(weights, velocities, strict=True))]
+            moved = [
+                w - rate * of_layer[i] * v
+                for i, (w, v) in enumerate(zip(weights, velocities, strict=True))
+            ]
             return t + 1, moved, velocities
 
-        _, weights, _ = loop(step, (jnp.int32(0), start, [jnp.zeros_like(w) for w in start]), self.steps, 1)
+        _, weights, _ = loop(
+            step, (jnp.int32(0), start, [jnp.zeros_like(w) for w in start]), self.steps, 1
+        )
         rows, wanted = _part("validation")
         loss = jnp.mean(_cross_entropy(logits(weights, rows), wanted))
         rows, wanted = _part("test")
         of_test = logits(weights, rows)
-        test = {"loss": jnp.mean(_cross_entropy(of_test, wanted)), "accuracy": _accuracy(of_test, wanted)}
+        test = {
+            "loss": jnp.mean(_cross_entropy(of_test, wanted)),
+            "accuracy": _accuracy(of_test, wanted),
+        }
         return loss, test
 
 
@@ -134,7 +152,9 @@ class Cleaning:
         """Equal weights."""
         return jnp.zeros(self.examples)
 
-    def outcome(self, hyper: jax.Array, loop: Callable = straight) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def outcome(
+        self, hyper: jax.Array, loop: Callable = straight
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(held-out loss, what the test part says) at the end of the run."""
         rows, _ = _part("train", self.examples)
         given, weight = jax.nn.one_hot(self.labels[0], data.NUM_CLASSES), jax.nn.sigmoid(hyper)
@@ -142,18 +162,30 @@ class Cleaning:
 
         def step(w: jax.Array) -> jax.Array:
             # the gradient of the weighted mean of cross entropies
-            return w - self.rate * rows.T @ (weight[:, None] * (jax.nn.softmax(rows @ w) - given)) / self.examples
+            return (
+                w
+                - self.rate
+                * rows.T
+                @ (weight[:, None] * (jax.nn.softmax(rows @ w) - given))
+                / self.examples
+            )
 
         w = loop(step, jnp.zeros((rows.shape[1], data.NUM_CLASSES), rows.dtype), self.steps, 1)
         rows, wanted = _part("validation")
         loss = jnp.mean(_cross_entropy(rows @ w, wanted))
         rows, wanted = _part("test")
         of_test = rows @ w
-        return loss, {"loss": jnp.mean(_cross_entropy(of_test, wanted)), "accuracy": _accuracy(of_test, wanted)}
+        return loss, {
+            "loss": jnp.mean(_cross_entropy(of_test, wanted)),
+            "accuracy": _accuracy(of_test, wanted),
+        }
 
     def found(self, hyper: Any) -> dict[str, float]:
         """How well small weights tell wrong labels: area under the ROC curve, and precision among as many as are wrong."""
         wrong, hyper = self.labels[1], np.asarray(hyper)
         below = hyper[wrong][:, None] - hyper[~wrong][None]
         least = np.argsort(hyper, kind="stable")[: wrong.sum()]
-        return {"auc": float(np.mean((below < 0) + 0.5 * (below == 0))), "precision": float(wrong[least].mean())}
+        return {
+            "auc": float(np.mean((below < 0) + 0.5 * (below == 0))),
+            "precision": float(wrong[least].mean()),
+        }

@@ -23,12 +23,24 @@ from prograde.lab.figures import _RC
 from prograde.lab.report import Table
 
 BARE, OURS, REFUSED = "bare function", "while loop, ForwardJacobian", "while loop, jax.grad"
-BOUNDED = {"bounded scan, lax.cond": solar_cell.by_scan_cond, "bounded scan, jnp.where": solar_cell.by_scan_where}
+BOUNDED = {
+    "bounded scan, lax.cond": solar_cell.by_scan_cond,
+    "bounded scan, jnp.where": solar_cell.by_scan_where,
+}
 IMPLICIT = "implicit differentiation"
-REVERSE = BOUNDED | {"checkpointed while loop": solar_cell.by_checkpoints, IMPLICIT: solar_cell.by_implicit_function}
+REVERSE = BOUNDED | {
+    "checkpointed while loop": solar_cell.by_checkpoints,
+    IMPLICIT: solar_cell.by_implicit_function,
+}
 START = np.array([0.7, 1e-6, 1.7, 0.02, 30.0])
 # the ranges that published fits of this cell search: photocurrent, saturation current, ideality, two resistances
-RANGES = ((0.1, 0.5, 1.0), (1e-9, 1e-7, 1e-6), (1.0, 1.25, 1.5, 2.0), (1e-3, 0.03, 0.1, 0.25, 0.5), (1.0, 100.0))
+RANGES = (
+    (0.1, 0.5, 1.0),
+    (1e-9, 1e-7, 1e-6),
+    (1.0, 1.25, 1.5, 2.0),
+    (1e-3, 0.03, 0.1, 0.25, 0.5),
+    (1.0, 100.0),
+)
 TOLERANCES = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10)
 RATES = (0.003, 0.01, 0.03)
 _STEPS = 50  # of the fit, in one call that is timed: a single one takes less than the call does
@@ -57,7 +69,9 @@ def steps_of_a_fit(gradient: Callable[[Any], tuple[Any, Any]], params: Any) -> A
     return lax.scan(body, (params, optimizer.init(params)), None, length=_STEPS)
 
 
-def fitted(gradient: Callable[[Any], tuple[Any, Any]], loss: Callable[[Any], Any], params: Any, steps: int) -> Any:
+def fitted(
+    gradient: Callable[[Any], tuple[Any, Any]], loss: Callable[[Any], Any], params: Any, steps: int
+) -> Any:
     """Parameters after L-BFGS, and the losses on the way. Its line search only asks for values."""
     search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=25, store_grad=False)
     optimizer = optax.chain(optax.scale_by_lbfgs(), optax.scale(-1.0), search)
@@ -65,7 +79,9 @@ def fitted(gradient: Callable[[Any], tuple[Any, Any]], loss: Callable[[Any], Any
     def body(carry, _):
         params, state = carry
         value, grads = gradient(params)
-        updates, state = optimizer.update(grads, state, params, value=value, grad=grads, value_fn=loss)
+        updates, state = optimizer.update(
+            grads, state, params, value=value, grad=grads, value_fn=loss
+        )
         return (optax.apply_updates(params, updates), state), value
 
     (params, _), losses = lax.scan(body, (params, optimizer.init(params)), None, length=steps)
@@ -75,14 +91,20 @@ def fitted(gradient: Callable[[Any], tuple[Any, Any]], loss: Callable[[Any], Any
 def smallest_bound() -> int:
     """The most iterations that any corner of the searched ranges takes."""
     corners = jnp.log(jnp.array(list(itertools.product(*RANGES))))
-    return int(jax.jit(jax.vmap(lambda p: solar_cell.solve(p, jnp.asarray(solar_cell.VOLTS))[1]))(corners).max())
+    return int(
+        jax.jit(jax.vmap(lambda p: solar_cell.solve(p, jnp.asarray(solar_cell.VOLTS))[1]))(
+            corners
+        ).max()
+    )
 
 
 def iterations() -> dict[str, Any]:
     """How many iterations the loop takes, over two of the five parameters."""
     series, ideality = np.geomspace(1e-3, 0.5, 60), np.linspace(1, 2, 40)
     plane = jnp.log(jnp.array([[0.76, 3e-7, n, r, 53.0] for n in ideality for r in series]))
-    counts = jax.jit(jax.vmap(lambda p: solar_cell.solve(p, jnp.asarray(solar_cell.VOLTS))[1]))(plane)
+    counts = jax.jit(jax.vmap(lambda p: solar_cell.solve(p, jnp.asarray(solar_cell.VOLTS))[1]))(
+        plane
+    )
     counts = counts.reshape(len(ideality), len(series))
     return {"series": series.tolist(), "ideality": ideality.tolist(), "counts": counts.tolist()}
 
@@ -93,19 +115,26 @@ class Newton(Experiment):
     name: ClassVar[str] = "newton"
     title: ClassVar[str] = "Newton's method until it has converged"
 
-    def measure(self, full: bool, display: Display, steps: int | None = None, rounds: int | None = None) -> dict:
+    def measure(
+        self, full: bool, display: Display, steps: int | None = None, rounds: int | None = None
+    ) -> dict:
         """`steps` of the network's training and `rounds` of timing, when not those of quick or `full`."""
         with jax.enable_x64(True):
             params = jnp.log(jnp.asarray(START))
             bound = smallest_bound()
-            losses = {name: partial(solar_cell.misfit, solver, bound=bound) for name, solver in REVERSE.items()}
+            losses = {
+                name: partial(solar_cell.misfit, solver, bound=bound)
+                for name, solver in REVERSE.items()
+            }
             program = partial(solar_cell.misfit, solar_cell.by_while_loop, bound=bound)
             gradients = {name: jax.value_and_grad(loss) for name, loss in losses.items()}
             gradients[OURS] = partial(pg.value_and_grad(program, pg.ForwardJacobian()), None)
             exact = gradients[IMPLICIT](params)[1]
             relative = lambda g: float(jnp.linalg.norm(g - exact) / jnp.linalg.norm(exact))  # noqa: E731
             h = 1e-5
-            differences = [(program(params + h * e) - program(params - h * e)) / (2 * h) for e in jnp.eye(5)]
+            differences = [
+                (program(params + h * e) - program(params - h * e)) / (2 * h) for e in jnp.eye(5)
+            ]
 
             def bare(params):
                 # the value moves the parameters by nothing that matters, so that no evaluation can be left out
@@ -118,7 +147,13 @@ class Newton(Experiment):
             programs: dict[str, Program] = {BARE: compiled(bare, params)}
             for name in (OURS, *REVERSE):
                 programs[name] = compiled(partial(steps_of_a_fit, gradients[name]), params)
-            costs = in_turns(programs, rounds or (31 if full else 11), BARE, display, "steps of the solar cell's fit")
+            costs = in_turns(
+                programs,
+                rounds or (31 if full else 11),
+                BARE,
+                display,
+                "steps of the solar cell's fit",
+            )
             for row in costs.values():
                 row["seconds"] |= {k: row["seconds"][k] / _STEPS for k in ("median", "low", "high")}
             for name, gradient in gradients.items():
@@ -161,9 +196,15 @@ class Newton(Experiment):
                     name,
                     f"{1e6 * cost['seconds']['median']:,.1f}",
                     f"{ratio['median']:.2f}",
-                    "–" if name == BARE else f"{cost['seconds']['median'] / costs[OURS]['seconds']['median']:.2f}",
+                    "–"
+                    if name == BARE
+                    else f"{cost['seconds']['median'] / costs[OURS]['seconds']['median']:.2f}",
                     size(cost["temp_bytes"]),
-                    "the reference" if name == IMPLICIT else f"{cost['error']:.0e}" if "error" in cost else "–",
+                    "the reference"
+                    if name == IMPLICIT
+                    else f"{cost['error']:.0e}"
+                    if "error" in cost
+                    else "–",
                 ]
             )
         title = f"A step of the fit of a solar cell: 5 parameters, 26 implicit equations, bound {record['bound']}"
@@ -229,19 +270,30 @@ class Newton(Experiment):
             figure.set_layout_engine("constrained")
             (cell, plane), (bars, training) = figure.subplots(2, 2)
             fit = record["fit"]
-            cell.plot(solar_cell.VOLTS, solar_cell.AMPERES, "o", color="#D55E00", markersize=4, label="measured, 1986")
+            cell.plot(
+                solar_cell.VOLTS,
+                solar_cell.AMPERES,
+                "o",
+                color="#D55E00",
+                markersize=4,
+                label="measured, 1986",
+            )
             cell.plot(fit["volts"], fit["before"], ":", color="#777777", label="start")
             after = f"fit, rms error {1e3 * fit['rmse'][-1]:.2f} mA"
             cell.plot(fit["volts"], fit["after"], color=_COLOURS[OURS], label=after)
             cell.set(xlabel="voltage (V)", ylabel="current (A)", ylim=(-0.3, 0.9))
-            cell.set_title("A solar cell, each current the root of an equation", loc="left", fontsize=9)
+            cell.set_title(
+                "A solar cell, each current the root of an equation", loc="left", fontsize=9
+            )
             cell.legend(loc="lower left")
             _draw_counts(record, figure, plane)
             _draw_bars(record["costs"], bars)
             for name, run in record["network"]["runs"].items():
                 colour = "#009E73" if name == "WeightPerturbation" else "#0072B2"
                 at = run["seconds"] * np.array(run["at"])
-                training.plot(at, run["losses"], color=colour, label=f"{name}, rate {run['rate']:g}")
+                training.plot(
+                    at, run["losses"], color=colour, label=f"{name}, rate {run['rate']:g}"
+                )
             training.set(xlabel="time (s)", ylabel="loss", yscale="log")
             training.legend()
             title = f"An equilibrium network of {record['network']['parameters']} weights"
@@ -254,7 +306,9 @@ def _errors_by_tolerance(params: Any, exact: Any) -> dict[str, Any]:
     for stop in stops:
 
         def loss(params, tolerance, stop: Literal["step", "residual"] = stop):
-            return solar_cell.misfit(lambda p, v, _: solar_cell.solve(p, v, tolerance, stop)[0], params, 0)
+            return solar_cell.misfit(
+                lambda p, v, _: solar_cell.solve(p, v, tolerance, stop)[0], params, 0
+            )
 
         gradient = jax.jit(partial(pg.value_and_grad(loss, pg.ForwardJacobian()), None))
         found = [gradient(params, tolerance)[1] for tolerance in TOLERANCES]
@@ -299,29 +353,51 @@ def _train_network(steps: int, display: Display) -> dict[str, Any]:
                 losses = np.asarray(program(rate))
                 seconds = (time.perf_counter() - begin) / steps
                 display.advance(1, f"{name}, rate {rate:g}: {losses[-1]:.2g}")
-                if np.isfinite(losses[-1]) and (name not in runs or losses[-1] < runs[name]["losses"][-1]):
+                if np.isfinite(losses[-1]) and (
+                    name not in runs or losses[-1] < runs[name]["losses"][-1]
+                ):
                     at = np.unique(np.linspace(0, steps, 201).astype(int))
                     kept = {"at": at.tolist(), "losses": losses[at].tolist()}
                     runs[name] = {"rate": rate, "seconds": seconds, **kept}
-    return {"parameters": sum(w.size for w in jax.tree.leaves(weights)), "steps": steps, "runs": runs}
+    return {
+        "parameters": sum(w.size for w in jax.tree.leaves(weights)),
+        "steps": steps,
+        "runs": runs,
+    }
 
 
 def _rivals(seconds: dict[str, float]) -> tuple[list[str], list[str]]:
     others = sorted(REVERSE, key=lambda name: seconds[name])
-    return [n for n in others if seconds[n] < seconds[OURS]], [n for n in others if seconds[n] >= seconds[OURS]]
+    return [n for n in others if seconds[n] < seconds[OURS]], [
+        n for n in others if seconds[n] >= seconds[OURS]
+    ]
 
 
 def _draw_counts(record: dict[str, Any], figure: Figure, axes: Any) -> None:
     found = record["iterations"]
-    image = axes.pcolormesh(found["series"], found["ideality"], found["counts"], cmap="viridis", rasterized=True)
+    image = axes.pcolormesh(
+        found["series"], found["ideality"], found["counts"], cmap="viridis", rasterized=True
+    )
     figure.colorbar(image, ax=axes, label="iterations")
     axes.set(xlabel="series resistance (ohm)", ylabel="ideality", xscale="log")
     start, end = record["fit"]["start"], record["fit"]["end"]
-    axes.annotate("", (end[3], end[2]), (start[3], start[2]), arrowprops={"arrowstyle": "->", "color": "white"})
     axes.annotate(
-        "the fit", (start[3], start[2]), xytext=(-4, 4), textcoords="offset points", color="white", ha="right"
+        "",
+        (end[3], end[2]),
+        (start[3], start[2]),
+        arrowprops={"arrowstyle": "->", "color": "white"},
     )
-    axes.set_title(f"Length of the loop; its bound over all ranges: {record['bound']}", loc="left", fontsize=9)
+    axes.annotate(
+        "the fit",
+        (start[3], start[2]),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        color="white",
+        ha="right",
+    )
+    axes.set_title(
+        f"Length of the loop; its bound over all ranges: {record['bound']}", loc="left", fontsize=9
+    )
     axes.grid(False)
 
 
@@ -330,7 +406,9 @@ def _draw_bars(costs: dict[str, Any], axes: Any) -> None:
     micros = [1e6 * costs[n]["seconds"]["median"] for n in names]
     axes.barh(names, micros, color=[_COLOURS.get(n, "#0072B2") for n in names], height=0.65)
     for i, value in enumerate(micros):
-        axes.annotate(f"{value:,.0f}", (value, i), xytext=(3, 0), textcoords="offset points", va="center")
+        axes.annotate(
+            f"{value:,.0f}", (value, i), xytext=(3, 0), textcoords="offset points", va="center"
+        )
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.set_axisbelow(True)

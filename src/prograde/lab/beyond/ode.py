@@ -51,10 +51,14 @@ class Oregonator:
         """The reaction, and what two electrodes show: decades of bromide b and of oxidised catalyst c, low-pass filtered."""
         s, q, w, f = jnp.asarray(TRUTH) * jnp.exp(log_params)
         a, b, c = y[:3]
-        reaction = jnp.stack([s * (b - a * b + a - q * a * a), (f * c - b - a * b) / s, w * (a - c)])
+        reaction = jnp.stack(
+            [s * (b - a * b + a - q * a * a), (f * c - b - a * b) / s, w * (a - c)]
+        )
         return jnp.append(reaction, (jnp.log10(jnp.maximum(y[1:3], 1e-6)) - y[3:]) / self.response)
 
-    def _solve(self, vector_field: Any, y0: Any, params: Any, adjoint: Any, saveat: Any, max_steps: int) -> Any:
+    def _solve(
+        self, vector_field: Any, y0: Any, params: Any, adjoint: Any, saveat: Any, max_steps: int
+    ) -> Any:
         return diffrax.diffeqsolve(
             diffrax.ODETerm(vector_field),
             self.solver,
@@ -78,7 +82,9 @@ class Oregonator:
         ys: Any = solution.ys
         return ys[:, 3:], solution.stats["num_steps"]
 
-    def misfit(self, adjoint: Any, max_steps: int, log_params: Array, signal: Float[Array, "samples 2"]) -> Array:
+    def misfit(
+        self, adjoint: Any, max_steps: int, log_params: Array, signal: Float[Array, "samples 2"]
+    ) -> Array:
         """Mean square over time of the difference to the signal, drawn straight between its samples, in squares of the noise.
 
         It is integrated as one more state of the equation, so that neither mode has to keep a curve.
@@ -95,7 +101,9 @@ class Oregonator:
 
         start = np.append(INITIAL, 0.0)
         args = (log_params, lax.stop_gradient(signal))
-        solution = self._solve(rates_and_error, start, args, adjoint, diffrax.SaveAt(t1=True), max_steps)
+        solution = self._solve(
+            rates_and_error, start, args, adjoint, diffrax.SaveAt(t1=True), max_steps
+        )
         ys: Any = solution.ys
         return jnp.where(solution.result == diffrax.RESULTS.successful, ys[0, -1], jnp.nan)
 
@@ -111,7 +119,9 @@ def programs(problem: Oregonator, max_steps: int) -> dict[str, Callable[..., tup
     found = {
         OURS: partial(pg.value_and_grad(loss(diffrax.ForwardMode()), pg.ForwardJacobian()), None),
         REVERSE: jax.value_and_grad(loss(diffrax.RecursiveCheckpointAdjoint())),
-        FEWER: jax.value_and_grad(loss(diffrax.RecursiveCheckpointAdjoint(checkpoints=checkpoints))),
+        FEWER: jax.value_and_grad(
+            loss(diffrax.RecursiveCheckpointAdjoint(checkpoints=checkpoints))
+        ),
     }
     return found
 
@@ -122,7 +132,9 @@ class ODEFit(Experiment):
     name: ClassVar[str] = "ode"
     title: ClassVar[str] = "A stiff equation, solved by adaptive steps"
 
-    def measure(self, full: bool, display: Display, problem: Oregonator | None = None, evaluations: int = 40) -> dict:
+    def measure(
+        self, full: bool, display: Display, problem: Oregonator | None = None, evaluations: int = 40
+    ) -> dict:
         """Another `problem`, and at most how many `evaluations` a fit may take, where it is to be smaller."""
         problem = problem or (Oregonator(until=2400.0, rtol=1e-6) if full else Oregonator())
         with jax.enable_x64(True):
@@ -130,7 +142,9 @@ class ODEFit(Experiment):
             count = jax.jit(partial(problem.curves, times=times, max_steps=2**18))
             clean, steps = count(jnp.zeros(4))
             # what was recorded has no more digits than that, and takes half of the memory
-            signal = (clean + NOISE * jax.random.normal(jax.random.key(0), clean.shape)).astype(jnp.float32)
+            signal = (clean + NOISE * jax.random.normal(jax.random.key(0), clean.shape)).astype(
+                jnp.float32
+            )
             before, steps_at_start = count(start)
             most = int(max(steps, steps_at_start))
             # a fit passes through parameters that take more steps than its ends: a quarter more
@@ -143,10 +157,14 @@ class ODEFit(Experiment):
                 for name, method in {BARE: bare, **methods}.items():
                     began = time.perf_counter()
                     program = jax.jit(method).lower(start, signal).compile()
-                    gradients[name] = lambda p, program=program: jax.block_until_ready(program(p, signal))
+                    gradients[name] = lambda p, program=program: jax.block_until_ready(
+                        program(p, signal)
+                    )
                     analysis: Any = program.memory_analysis()
                     ready[name] = Program(
-                        partial(gradients[name], start), analysis.temp_size_in_bytes, time.perf_counter() - began
+                        partial(gradients[name], start),
+                        analysis.temp_size_in_bytes,
+                        time.perf_counter() - began,
                     )
                     display.advance(1, name)
             costs = in_turns(ready, 5 if full else 3, BARE, display, "the gradient")
@@ -155,7 +173,9 @@ class ODEFit(Experiment):
                 error = jnp.linalg.norm(ready[name].call()[1] - exact) / jnp.linalg.norm(exact)
                 costs[name]["error"] = float(error) if jnp.isfinite(error) else None
             allowed = _memory_by_steps(problem, signal, display)
-            found = fit({name: gradients[name] for name in (OURS, REVERSE)}, START, evaluations, display)
+            found = fit(
+                {name: gradients[name] for name in (OURS, REVERSE)}, START, evaluations, display
+            )
             after = count(jnp.asarray(found["end"]))[0]
             return {
                 "problem": {"until": problem.until, "rtol": problem.rtol},
@@ -183,7 +203,11 @@ class ODEFit(Experiment):
                     f"{seconds:.2f}",
                     size(cost["temp_bytes"]),
                     f"{memory:.3f}",
-                    "–" if name in (BARE, OURS) else "not finite" if error is None else f"{error:.0e}",
+                    "–"
+                    if name in (BARE, OURS)
+                    else "not finite"
+                    if error is None
+                    else f"{error:.0e}",
                 ]
             )
         title = (
@@ -191,7 +215,9 @@ class ODEFit(Experiment):
             "bare solve; time and memory over those of reverse mode"
         )
         columns = ["method", "ms", "/ bare", "/ rev.", "XLA temp", "/ rev."]
-        off = ", ".join(f"{n} {100 * np.expm1(v):+.2f} %" for n, v in zip(NAMES, found["end"], strict=True))
+        off = ", ".join(
+            f"{n} {100 * np.expm1(v):+.2f} %" for n, v in zip(NAMES, found["end"], strict=True)
+        )
         return [
             Table(title, [*columns, "off ours"], rows, unbroken=len(columns) + 1),
             Table(
@@ -218,7 +244,8 @@ class ODEFit(Experiment):
         few_time, few_memory = _over_reverse(record, FEWER)
         ours_few = costs[OURS]["temp_bytes"] / costs[FEWER]["temp_bytes"]
         by_steps = ", ".join(
-            f"{at[OURS] / at[REVERSE]:.3f} for {int(most):,}" for most, at in record["memory_by_max_steps"].items()
+            f"{at[OURS] / at[REVERSE]:.3f} for {int(most):,}"
+            for most, at in record["memory_by_max_steps"].items()
         )
         verdict = "met" if over <= 0.5 and memory <= 0.1 else "missed"
         return (
@@ -264,23 +291,41 @@ class ODEFit(Experiment):
                     lw=1,
                     label="fit, forward mode" if first else None,
                 )
-                signals.text(record["times"][-1] * 1.01, np.median(after[:, i]) + shift, name, va="center")
+                signals.text(
+                    record["times"][-1] * 1.01, np.median(after[:, i]) + shift, name, va="center"
+                )
             signals.set(xlabel="time (scaled)", ylabel="decades, the upper shifted by 4")
             signals.legend(ncols=3, loc="upper left", bbox_to_anchor=(0, 1.14))
             best = np.minimum.accumulate(record["fit"]["losses"])
             for name, at in record["fit"]["seconds"].items():
                 clock.step(at, best, where="post", color=_COLOURS[name], label=name.split(",")[0])
-            clock.set(xlabel="time of the fit (s)", ylabel="misfit (squares of the noise)", yscale="log")
+            clock.set(
+                xlabel="time of the fit (s)", ylabel="misfit (squares of the noise)", yscale="log"
+            )
             clock.legend()
             names = list(record["costs"])
             for axes, values, label, form in (
-                (seconds, [record["costs"][n]["seconds"]["median"] for n in names], "time of a gradient (s)", "{:.2f}"),
-                (memory, [record["costs"][n]["temp_bytes"] / 2**10 for n in names], "XLA temp memory (KiB)", "{:.1f}"),
+                (
+                    seconds,
+                    [record["costs"][n]["seconds"]["median"] for n in names],
+                    "time of a gradient (s)",
+                    "{:.2f}",
+                ),
+                (
+                    memory,
+                    [record["costs"][n]["temp_bytes"] / 2**10 for n in names],
+                    "XLA temp memory (KiB)",
+                    "{:.1f}",
+                ),
             ):
                 axes.barh(names, values, color=[_COLOURS[n] for n in names], height=0.65)
                 for i, value in enumerate(values):
                     axes.annotate(
-                        form.format(value), (value, i), xytext=(3, 0), textcoords="offset points", va="center"
+                        form.format(value),
+                        (value, i),
+                        xytext=(3, 0),
+                        textcoords="offset points",
+                        va="center",
                     )
                 axes.invert_yaxis()
                 axes.grid(False, axis="y")
@@ -290,7 +335,9 @@ class ODEFit(Experiment):
             memory.set_yticks(range(len(names)), [""] * len(names))
 
 
-def _memory_by_steps(problem: Oregonator, signal: Array, display: Display) -> dict[str, dict[str, int]]:
+def _memory_by_steps(
+    problem: Oregonator, signal: Array, display: Display
+) -> dict[str, dict[str, int]]:
     """XLA's temporary memory of a gradient by each mode, by the number of steps that are allowed for; nothing is run."""
     found: dict[str, dict[str, int]] = {}
     with display.stage("memory by the number of steps", 2 * len(_ALLOWED)):
@@ -298,14 +345,22 @@ def _memory_by_steps(problem: Oregonator, signal: Array, display: Display) -> di
             methods = programs(problem, most)
             found[str(most)] = {}
             for name in (OURS, REVERSE):
-                analysis: Any = jax.jit(methods[name]).lower(jnp.asarray(START), signal).compile().memory_analysis()
+                analysis: Any = (
+                    jax.jit(methods[name])
+                    .lower(jnp.asarray(START), signal)
+                    .compile()
+                    .memory_analysis()
+                )
                 found[str(most)][name] = analysis.temp_size_in_bytes
                 display.advance(1, f"{most:,} steps, {name}")
     return found
 
 
 def fit(
-    gradients: dict[str, Callable[[Array], tuple[Array, Array]]], start: np.ndarray, evaluations: int, display: Display
+    gradients: dict[str, Callable[[Array], tuple[Array, Array]]],
+    start: np.ndarray,
+    evaluations: int,
+    display: Display,
 ) -> dict[str, Any]:
     """L-BFGS, each of whose evaluations is a value and a gradient. Every method has a clock of its own.
 
@@ -321,12 +376,16 @@ def fit(
             began = time.perf_counter()
             answers[name] = gradients[name](jnp.asarray(params))
             seconds[name].append(time.perf_counter() - began + (seconds[name] or [0.0])[-1])
-        (value, grads), *others = (tuple(np.asarray(x) for x in answers[name]) for name in gradients)
+        (value, grads), *others = (
+            tuple(np.asarray(x) for x in answers[name]) for name in gradients
+        )
         if not np.isfinite(value):
             value, grads = np.asarray(1e6), np.zeros_like(grads)  # a wall for the line search
         else:
             for _, other in others:
-                disagreement = max(disagreement, float(np.linalg.norm(other - grads) / np.linalg.norm(grads)))
+                disagreement = max(
+                    disagreement, float(np.linalg.norm(other - grads) / np.linalg.norm(grads))
+                )
         losses.append(float(value))
         display.advance(1, f"misfit {value:.4g}")
         return float(value), grads
@@ -334,10 +393,19 @@ def fit(
     with display.stage("a fit", evaluations):
         options = {"maxfun": evaluations, "ftol": 1e-4}
         limits = [(-0.7, 0.7)] * len(start)
-        found = minimize(evaluate, start, jac=True, method="L-BFGS-B", bounds=limits, options=options)
-    return {"losses": losses, "seconds": seconds, "end": found.x.tolist(), "disagreement": disagreement}
+        found = minimize(
+            evaluate, start, jac=True, method="L-BFGS-B", bounds=limits, options=options
+        )
+    return {
+        "losses": losses,
+        "seconds": seconds,
+        "end": found.x.tolist(),
+        "disagreement": disagreement,
+    }
 
 
 def _over_reverse(record: dict[str, Any], name: str) -> tuple[float, float]:
     cost, reverse = record["costs"][name], record["costs"][REVERSE]
-    return cost["seconds"]["median"] / reverse["seconds"]["median"], cost["temp_bytes"] / reverse["temp_bytes"]
+    return cost["seconds"]["median"] / reverse["seconds"]["median"], cost["temp_bytes"] / reverse[
+        "temp_bytes"
+    ]

@@ -91,7 +91,9 @@ def markdown(experiment: Experiment, record: dict[str, Any], address: str) -> st
     parts = [experiment.conclusion(record["figures"]), f"![{experiment.title}]({address})"]
     for table in experiment.tables(record["figures"]):
         lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-        parts.append(f"**{table.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        parts.append(
+            f"**{table.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        )
     return "\n\n".join([*parts, f"*{made_on(record)}*"])
 
 

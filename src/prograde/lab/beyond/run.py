@@ -16,7 +16,9 @@ def experiment(name: str) -> Experiment:
     return getattr(importlib.import_module(f"prograde.lab.beyond.{name}"), EXPERIMENTS[name])()
 
 
-def run(experiments: list[Experiment], full: bool, out: Path, resume: bool, display: Display) -> None:
+def run(
+    experiments: list[Experiment], full: bool, out: Path, resume: bool, display: Display
+) -> None:
     """Measures what has no record in `out` yet; a record is written when its experiment is done."""
     paths = {e.name: out / f"{e.name}.json" for e in experiments}
     for path in filter(Path.exists, paths.values()):
@@ -27,7 +29,9 @@ def run(experiments: list[Experiment], full: bool, out: Path, resume: bool, disp
                 "changed."
             )
         if not resume:
-            raise records.RecordError(f"{path} exists. Pass --resume to keep it and run the others, or another --out.")
+            raise records.RecordError(
+                f"{path} exists. Pass --resume to keep it and run the others, or another --out."
+            )
     for e in experiments:
         if paths[e.name].exists():
             continue
@@ -35,7 +39,8 @@ def run(experiments: list[Experiment], full: bool, out: Path, resume: bool, disp
         figures = e.measure(full, display)
         seconds = time.perf_counter() - begin
         records.write_json(
-            paths[e.name], {"full": full, "seconds": seconds, "environment": environment, "figures": figures}
+            paths[e.name],
+            {"full": full, "seconds": seconds, "environment": environment, "figures": figures},
         )
 
 
@@ -43,7 +48,9 @@ def read(path: Path) -> dict[str, Any]:
     """A record of one experiment."""
     record = records.read_json(path)
     if not isinstance(record, dict) or not {"full", "environment", "figures"} <= record.keys():
-        raise records.RecordError(f"{path} is not a record of prograde beyond. Choose another directory.")
+        raise records.RecordError(
+            f"{path} is not a record of prograde beyond. Choose another directory."
+        )
     return record
 
 

@@ -93,13 +93,17 @@ def hop(apex: Apex, angle: Array, stiffness: Array, drop: Array) -> Hop:
     distance = apex.speed * down + liftoff[0] - foot[0] + liftoff[2] * rise
     after = Apex(liftoff[1] + rise**2 / 2 + drop, liftoff[2])
     after = jax.tree.map(lambda a, b: jnp.where(stands, a, b), after, apex)
-    return Hop(after, jnp.where(stands, distance, 0.0), 1.0 - stands, touchdown, liftoff, stiffness, steps)
+    return Hop(
+        after, jnp.where(stands, distance, 0.0), 1.0 - stands, touchdown, liftoff, stiffness, steps
+    )
 
 
 Controller = Callable[[Array], Array]
 
 
-def run(controller: Controller, apex: Apex, command: Array, drops: Float[Array, " hops"]) -> tuple[Hop, Array]:
+def run(
+    controller: Controller, apex: Apex, command: Array, drops: Float[Array, " hops"]
+) -> tuple[Hop, Array]:
     """As many hops as there are drops, until the runner falls: the hops, and for each whether it began on its feet.
 
     The controller sees apex height, speed and the command, each less what is usual, and gives changes of angle and log stiffness.
@@ -139,7 +143,9 @@ def path(controller: Controller, apex: Apex, command: Array, drops: Array) -> li
         fall = before.height - made.touchdown[1]
         lasts = jnp.sqrt(2 * jnp.maximum(fall, 0))
         t = jnp.linspace(0, lasts, 12)
-        points += [[float(x + before.speed * s), float(ground + before.height - s * s / 2)] for s in t]
+        points += [
+            [float(x + before.speed * s), float(ground + before.height - s * s / 2)] for s in t
+        ]
         if made.fell:
             break
         foot = x + before.speed * lasts - made.touchdown[0]

@@ -24,7 +24,13 @@ AMPERES = np.array([
     0.7280, 0.7065, 0.6755, 0.6320, 0.5730, 0.4990, 0.4130, 0.3165, 0.2120, 0.1035, -0.0100, -0.1230, -0.2100,
 ])
 # fmt: on
-NAMES = ("photocurrent (A)", "saturation current (A)", "ideality", "series resistance (ohm)", "shunt resistance (ohm)")
+NAMES = (
+    "photocurrent (A)",
+    "saturation current (A)",
+    "ideality",
+    "series resistance (ohm)",
+    "shunt resistance (ohm)",
+)
 THERMAL_VOLTAGE = 1.380649e-23 * 306.15 / 1.602176634e-19  # kT/q
 TOLERANCE = 1e-10  # amperes
 
@@ -57,7 +63,10 @@ def advance(params: Params, volts: Array, state: tuple[Array, Array]) -> tuple[A
 
 
 def solve(
-    params: Params, volts: Array, tolerance: float = TOLERANCE, stop: Literal["step", "residual"] = "step"
+    params: Params,
+    volts: Array,
+    tolerance: float = TOLERANCE,
+    stop: Literal["step", "residual"] = "step",
 ) -> tuple[Array, Int[Array, ""]]:
     """The currents, and after how many iterations, which depends on the parameters.
 
@@ -86,7 +95,9 @@ def by_scan_cond(params: Params, volts: Array, bound: int) -> Array:
     """`bound` iterations, of which `lax.cond` skips those after convergence."""
 
     def body(state, _):
-        return lax.cond(state[1] > TOLERANCE, partial(advance, params, volts), lambda s: s, state), None
+        return lax.cond(
+            state[1] > TOLERANCE, partial(advance, params, volts), lambda s: s, state
+        ), None
 
     return lax.scan(body, start(params, volts), None, length=bound)[0][0]
 

@@ -23,8 +23,20 @@ from prograde.lab.display import Display
 from prograde.lab.report import Table
 
 _POINTS = 20  # of a curve
-_ADAM = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)  # the rate is in its state: one program for all rates
-_MODULES = ("argparse", "ast", "asyncio.tasks", "dataclasses", "inspect", "pathlib", "subprocess", "tarfile", "typing")
+_ADAM = optax.inject_hyperparams(optax.adam)(
+    learning_rate=1e-3
+)  # the rate is in its state: one program for all rates
+_MODULES = (
+    "argparse",
+    "ast",
+    "asyncio.tasks",
+    "dataclasses",
+    "inspect",
+    "pathlib",
+    "subprocess",
+    "tarfile",
+    "typing",
+)
 
 
 @dataclass(frozen=True)
@@ -51,11 +63,19 @@ def delayed_copy(delay: int, symbols: int = 4) -> Task:
 
     def draw(key: Array, episodes: int) -> tuple[Array, Array]:
         shown = jax.random.randint(key, (episodes,), 0, symbols)
-        inputs = jnp.zeros((episodes, delay + 1, symbols + 1)).at[jnp.arange(episodes), 0, shown].set(1.0)
-        return inputs.at[:, delay, symbols].set(1.0), jnp.full((episodes, delay + 1), -1).at[:, delay].set(shown)
+        inputs = (
+            jnp.zeros((episodes, delay + 1, symbols + 1))
+            .at[jnp.arange(episodes), 0, shown]
+            .set(1.0)
+        )
+        return inputs.at[:, delay, symbols].set(1.0), jnp.full((episodes, delay + 1), -1).at[
+            :, delay
+        ].set(shown)
 
     title = f"delayed copy: one of {symbols} symbols, asked for {delay} steps later"
-    return Task("copy", title, symbols + 1, symbols, delay + 1, draw, _cross_entropy, math.log(symbols))
+    return Task(
+        "copy", title, symbols + 1, symbols, delay + 1, draw, _cross_entropy, math.log(symbols)
+    )
 
 
 def adding(length: int) -> Task:
@@ -65,7 +85,11 @@ def adding(length: int) -> Task:
         key_numbers, key_first, key_second = jax.random.split(key, 3)
         numbers = jax.random.uniform(key_numbers, (episodes, length))
         rows, half = jnp.arange(episodes), length // 2
-        marks = jnp.zeros((episodes, length)).at[rows, jax.random.randint(key_first, (episodes,), 0, half)].set(1.0)
+        marks = (
+            jnp.zeros((episodes, length))
+            .at[rows, jax.random.randint(key_first, (episodes,), 0, half)]
+            .set(1.0)
+        )
         marks = marks.at[rows, jax.random.randint(key_second, (episodes,), half, length)].set(1.0)
         last = jnp.zeros((episodes, length)).at[:, -1].set(1.0)
         targets = jnp.full((episodes, length), -1.0).at[:, -1].set(jnp.sum(numbers * marks, axis=1))
@@ -91,7 +115,16 @@ def characters(text: bytes) -> Task:
 
     counts = np.bincount(codes) / len(codes)
     entropy = float(-np.sum(counts * np.log(counts)))
-    return Task("characters", f"next character of {size}", size, size, episode, draw, _cross_entropy, entropy)
+    return Task(
+        "characters",
+        f"next character of {size}",
+        size,
+        size,
+        episode,
+        draw,
+        _cross_entropy,
+        entropy,
+    )
 
 
 def library_text() -> bytes:
@@ -157,7 +190,9 @@ class Method:
         online, key = self.learner(task), jax.random.key(1)
 
         def chunk(carry: Any, inputs: Array, targets: Array) -> tuple[Any, Array]:
-            *after, losses = pg.online.learn(online, optimizer, key, carry[0], carry[1], inputs, targets)
+            *after, losses = pg.online.learn(
+                online, optimizer, key, carry[0], carry[1], inputs, targets
+            )
             return tuple(after), losses
 
         return chunk
@@ -208,13 +243,21 @@ class Setting:
         """By name; backpropagation with each window is a method of its own, so that the window is tuned too."""
         online = {
             "RTRL": Method("RTRL, exact", 200, lambda task: pg.online.RTRL(gru, task.loss)),
-            "DODGE": Method(f"DODGE, {self.directions} random directions of rank one", 1000, self._dodge),
-            "DODGE, guess": Method("DODGE along the truncated gradient, and a random one", 500, self._guess),
-            "UORO": Method("UORO, unbiased rank one", 1000, lambda task: pg.online.UORO(gru, task.loss)),
+            "DODGE": Method(
+                f"DODGE, {self.directions} random directions of rank one", 1000, self._dodge
+            ),
+            "DODGE, guess": Method(
+                "DODGE along the truncated gradient, and a random one", 500, self._guess
+            ),
+            "UORO": Method(
+                "UORO, unbiased rank one", 1000, lambda task: pg.online.UORO(gru, task.loss)
+            ),
         }
         title = "backprop truncated to {} steps"
         online = {name: online[name] for name in self.learners}
-        return online | {f"backprop {w}": Method(title.format(w), 20_000, None, w) for w in self.windows}
+        return online | {
+            f"backprop {w}": Method(title.format(w), 20_000, None, w) for w in self.windows
+        }
 
     def _dodge(self, task: Task) -> pg.online.OnlineLearner:
         return pg.online.DODGE(gru, task.loss, 2 * task.episode, pg.LowRank(1), self.directions)
@@ -259,7 +302,11 @@ class Stream(Experiment):
                 "methods": of_task,
             }
         described = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(setting).items()}
-        return {"setting": described, "text_sha256": hashlib.sha256(text).hexdigest(), "tasks": found}
+        return {
+            "setting": described,
+            "text_sha256": hashlib.sha256(text).hexdigest(),
+            "tasks": found,
+        }
 
     def tables(self, record: dict[str, Any]) -> list[Table]:
         """A table a task."""
@@ -274,7 +321,13 @@ class Stream(Experiment):
                     [method["title"], f"{method['rate']:g}", f"{steps:,.0f}", f"{np.mean(runs):.3g}{spread}", _share(runs, task)]
                 )  # fmt: skip
             title = f"{task['title']}; {task['seconds']:g} s each, Adam at the best of {len(record['setting']['rates'])} rates"
-            columns = ["method", "rate", "steps", f"loss at the end ({task['unit']})", "of guessing"]
+            columns = [
+                "method",
+                "rate",
+                "steps",
+                f"loss at the end ({task['unit']})",
+                "of guessing",
+            ]
             found.append(Table(title, columns, rows, unbroken=1))
         return found
 
@@ -288,7 +341,9 @@ class Stream(Experiment):
             online = min((n for n in ends if n not in windows), key=ends.__getitem__)
             title = task["title"].capitalize()
             short = [n for n, w in windows.items() if w < task["episode"]]
-            if kind != "characters" and short:  # a text has no gap that a window could be shorter than
+            if (
+                kind != "characters" and short
+            ):  # a text has no gap that a window could be shorter than
                 best = min(short, key=ends.__getitem__)
                 said.append(
                     f"{title}: {online} ends at {ends[online]:.3g}, the best window that is shorter than an episode ({windows[best]} steps) at "
@@ -304,7 +359,8 @@ class Stream(Experiment):
             f"{name} ({kind})"
             for kind, task in record["tasks"].items()
             for name, m in task["methods"].items()
-            if len(m["trials"]) > 2 and m["rate"] in (min(map(float, m["trials"])), max(map(float, m["trials"])))
+            if len(m["trials"]) > 2
+            and m["rate"] in (min(map(float, m["trials"])), max(map(float, m["trials"])))
         ]
         if at_edge:
             said.append(f"At the edge of the rates that were tried: {', '.join(at_edge)}.")
@@ -324,7 +380,14 @@ class Stream(Experiment):
                 run = method["runs"][0]
                 style = {"linestyle": "--"} if method["window"] else {}
                 seconds, losses = np.array(run["curve"], float).T
-                axes.plot(seconds, np.maximum(losses, 1e-4), color=colours[name], label=name, linewidth=1.4, **style)
+                axes.plot(
+                    seconds,
+                    np.maximum(losses, 1e-4),
+                    color=colours[name],
+                    label=name,
+                    linewidth=1.4,
+                    **style,
+                )
             axes.axhline(task["guessing"], color="#666666", linewidth=0.8, linestyle=":")
             axes.annotate(
                 "guessing",
@@ -334,12 +397,19 @@ class Stream(Experiment):
                 fontsize=7,
                 color="#666666",
             )
-            losses = [loss for m in task["methods"].values() for _, loss in m["runs"][0]["curve"] if loss is not None]
+            losses = [
+                loss
+                for m in task["methods"].values()
+                for _, loss in m["runs"][0]["curve"]
+                if loss is not None
+            ]
             scale = "log" if max(losses) > 10 * max(min(losses), 1e-4) else "linear"
             axes.set(xlabel="time (s)", ylabel=f"loss ({task['unit']})", yscale=scale)
             axes.set_title(task["title"], fontsize=8, loc="left", wrap=True)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(8, len(labels)), fontsize=8)
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(8, len(labels)), fontsize=8
+        )
 
 
 def _losses(method: dict[str, Any]) -> list[float]:
@@ -359,7 +429,13 @@ def _share(runs: list[float], task: dict[str, Any]) -> str:
 
 
 def _tuned(
-    method: Method, task: Task, setting: Setting, seconds: float, seeds: int, display: Display, name: str
+    method: Method,
+    task: Task,
+    setting: Setting,
+    seconds: float,
+    seeds: int,
+    display: Display,
+    name: str,
 ) -> dict[str, Any]:
     trials = {}
     for rate in setting.rates:
@@ -379,14 +455,18 @@ def _tuned(
     }
 
 
-def _run(method: Method, task: Task, setting: Setting, rate: float, seed: int, seconds: float) -> dict[str, Any]:
+def _run(
+    method: Method, task: Task, setting: Setting, rate: float, seed: int, seconds: float
+) -> dict[str, Any]:
     """Learns for so many seconds; the loss of a point is the mean over what was asked since the last, before it was learned from."""
     learn = method.learn(task, _ADAM)
     whole = math.lcm(task.episode, method.window if method.learner is None else 1)
     begin = method.begin(task, _ADAM, rate, setting.units, seed)
 
     def chunk(carry: Any, index: int, length: int) -> tuple[Any, Array, Array]:
-        inputs, targets = _drawn(task, jax.random.key(1000 * seed + 7), index, length // task.episode)
+        inputs, targets = _drawn(
+            task, jax.random.key(1000 * seed + 7), index, length // task.episode
+        )
         carry, losses = learn(carry, inputs, targets)
         asked = targets >= 0
         return carry, jnp.sum(losses), jnp.sum(asked)

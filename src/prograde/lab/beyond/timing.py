@@ -29,7 +29,9 @@ def compiled(fun: Callable[..., Any], *args: Any) -> Program:
     program = eqx.filter_jit(fun).lower(*args).compile()
     seconds = time.perf_counter() - begin
     analysis: Any = program.compiled.memory_analysis()
-    return Program(lambda: jax.block_until_ready(program(*args)), analysis.temp_size_in_bytes, seconds)
+    return Program(
+        lambda: jax.block_until_ready(program(*args)), analysis.temp_size_in_bytes, seconds
+    )
 
 
 def in_turns(
