@@ -59,7 +59,7 @@ def main(arguments: Arguments) -> None:
                 lambda: trainer.logged_steps(state, log, 1e-3, 0, first, rows)
             )
             seconds["training"].append(spent / count)
-            scanned, spent = timed(lambda: in_scan.steps(scanned, 1e-3, 0, rows)[0])  # noqa: B023
+            scanned, spent = timed(lambda: in_scan.steps(scanned, 1e-3, 0, rows)[0])
             seconds["training in one scan"].append(spent / count)
 
             def of_log(again=again, first=first, count=count):
