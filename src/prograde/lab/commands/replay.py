@@ -1,0 +1,31 @@
+"""`prograde replay`: fine-tuned weights again, from the base model and a log."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Make fine-tuned weights again from the base model and a log. No data is read.
+
+    The log holds seeds and scalars. No example is run.
+    """
+
+    base: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="smollm2|DIR|FILE.gguf")]
+    """Model that the run started from."""
+    log: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LOG")]
+    """The run's replay.log, or its directory."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE.safetensors|DIR")]
+    """Where the weights go: a directory that `transformers` loads, or the weights alone."""
+    steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Replay only the first N steps. Default: the steps that the run kept, or the whole log."""
+
+    def __call__(self, console: "Console", errors: "Console", rest: tuple[str, ...]) -> int:
+        """Loads, replays, saves."""
+        raise NotImplementedError

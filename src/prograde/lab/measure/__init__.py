@@ -1,0 +1,1 @@
+"""Measuring: `timing` for programs that take turns, `memory` for what a step needs."""

@@ -1,0 +1,199 @@
+"""Times of programs that take turns in one run, and the ratios between them.
+
+What disturbs the machine disturbs all programs alike when they take turns round by round. A ratio is
+the median of the rounds' own ratios, not the ratio of the medians.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+import psutil
+
+from prograde.lab.display import Display
+from prograde.lab.store import cores
+
+VISIT_SECONDS = 0.05  # a visit takes as many calls as fill this time
+SETTLE_SECONDS = 0.01  # between visits, for the threads of the one before to go to sleep
+
+Visit = Callable[[int], float]
+"""Makes a number of calls; returns the seconds that they took."""
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Median and quartiles over the rounds of a measurement."""
+    low, middle, high = np.percentile(values, [25, 50, 75]).tolist()
+    return {"median": middle, "low": low, "high": high, "n": len(values)}
+
+
+def ratio_quartiles(values: list[float], base: list[float]) -> dict[str, float]:
+    """Median and quartiles of the rounds' own ratios."""
+    return quartiles([v / b for v, b in zip(values, base, strict=True)])
+
+
+def timed(calls: Callable[[int], Any]) -> Visit:
+    """A visit that takes the time until the results of `calls(count)` are there."""
+
+    def visit(count: int) -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(calls(count))
+        return time.perf_counter() - begin
+
+    return visit
+
+
+def repeated(call: Callable[[], Any]) -> Visit:
+    """A visit that makes a call again and again, and waits for the results of each."""
+
+    def calls(count: int) -> None:
+        for _ in range(count):
+            jax.block_until_ready(call())
+
+    return timed(calls)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program and its arguments.
+
+    `temp_bytes` is what XLA says it needs in addition to arguments and results.
+    """
+
+    call: Callable[[], Any]
+    temp_bytes: int
+    compile_seconds: float
+
+
+def compiled(fun: Callable[..., Any], *args: Any) -> Program:
+    """Compiles `fun` for these arguments."""
+    begin = time.perf_counter()
+    program = eqx.filter_jit(fun).lower(*args).compile()
+    seconds = time.perf_counter() - begin
+    analysis: Any = program.compiled.memory_analysis()
+    return Program(lambda: program(*args), analysis.temp_size_in_bytes, seconds)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Times of programs that took turns.
+
+    **Fields:** `seconds`: of one call, by program and round; `calls`: the number of calls a visit;
+    `busy`: the share of the machine's processor time that other processes used meanwhile.
+    """
+
+    seconds: dict[str, list[float]]
+    calls: dict[str, int]
+    busy: float
+
+    def summary(self, base: str) -> dict[str, dict[str, Any]]:
+        """For each program `seconds` and `ratio` to `base` (median, quartiles, n), and `busy`."""
+        return {
+            name: {
+                "seconds": quartiles(values),
+                "ratio": ratio_quartiles(values, self.seconds[base]),
+                "busy": self.busy,
+            }
+            for name, values in self.seconds.items()
+        }
+
+
+def calibrated(visit: Visit) -> int:
+    """The number of calls that fill a visit. The first call is not counted: it may do more."""
+    visit(1)
+    count = 1
+    while (seconds := visit(count)) < VISIT_SECONDS / 2:
+        count *= 4
+    return max(1, math.ceil(count * VISIT_SECONDS / seconds))
+
+
+def take_turns(
+    visits: Mapping[str, Visit],
+    rounds: int,
+    display: Display,
+    title: str,
+    calls: int | None = None,
+) -> Turns:
+    """Visits each program once a round, each round in another order.
+
+    **Arguments:** `calls`: the number of calls a visit; by default as many as fill
+    `VISIT_SECONDS`, for each program by itself. Every program is called before the first round.
+    """
+    counts, expected = {}, {}
+    with display.stage(f"{title}: first calls", len(visits)):
+        for name, visit in visits.items():
+            if calls is None:
+                counts[name] = calibrated(visit)
+            else:
+                visit(calls)
+                counts[name] = calls
+            expected[name] = visit(counts[name]) + SETTLE_SECONDS
+            display.advance(1, name)
+    seconds: dict[str, list[float]] = {name: [] for name in visits}
+    with display.stage(f"{title}: {rounds} rounds", rounds * sum(expected.values())):
+        watch = Others()
+        for i in range(rounds):
+            for name in random.Random(i).sample(list(visits), len(visits)):
+                time.sleep(SETTLE_SECONDS)
+                seconds[name].append(visits[name](counts[name]) / counts[name])
+                display.advance(expected[name], name)
+        busy = watch.busy()
+    return Turns(seconds, counts, busy)
+
+
+class Others:
+    """Watches how busy other processes keep the machine, from its creation on."""
+
+    def __init__(self):
+        self._all, self._own, self._begin = _machine(), _own(), time.monotonic()
+
+    def busy(self) -> float:
+        """The share of the machine's processor time that other processes used, from 0 to 1."""
+        elapsed = max(time.monotonic() - self._begin, 1e-9) * cores()
+        used, own = _machine() - self._all, _own() - self._own
+        return min(max((used - own) / elapsed, 0.0), 1.0)
+
+
+def _machine() -> float:
+    """Processor time that the whole machine has used, in seconds."""
+    found = psutil.cpu_times()
+    return found.user + found.system + getattr(found, "steal", 0.0)
+
+
+def _own() -> float:
+    """Processor time that this process and its children have used, in seconds."""
+    process = psutil.Process()
+    own = process.cpu_times()
+    total = own.user + own.system + own.children_user + own.children_system
+    for child in process.children(recursive=True):
+        try:
+            times = child.cpu_times()
+        except psutil.Error:  # it has ended, and counts among the ended children
+            continue
+        total += times.user + times.system
+    return total
+
+
+def programs_in_turns(
+    programs: Mapping[str, Program], rounds: int, base: str, display: Display, title: str
+) -> dict[str, dict[str, Any]]:
+    """Times compiled programs that take turns; returns what their record holds.
+
+    **Returns:** for each program `seconds` and `ratio` to `base` (median, quartiles, n), `busy`,
+    `temp_bytes` and `compile_seconds`.
+    """
+    visits = {name: repeated(program.call) for name, program in programs.items()}
+    summary = take_turns(visits, rounds, display, title).summary(base)
+    return {
+        name: figures
+        | {
+            "temp_bytes": programs[name].temp_bytes,
+            "compile_seconds": programs[name].compile_seconds,
+        }
+        for name, figures in summary.items()
+    }

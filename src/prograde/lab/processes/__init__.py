@@ -1,0 +1,1 @@
+"""Processes: `launch` starts them and watches over them, `workers` is how they agree."""

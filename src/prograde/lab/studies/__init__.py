@@ -1,0 +1,17 @@
+"""The studies: the name of each command, and the class that is its plan. One line adds a study."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prograde.lab.study import Study
+
+STUDIES = {
+    "beyond": "beyond.plan:Beyond",
+}
+
+
+def study(name: str) -> "type[Study]":
+    """The class of a study."""
+    module, _, cls = STUDIES[name].partition(":")
+    return getattr(importlib.import_module(f"prograde.lab.studies.{module}"), cls)

@@ -1,0 +1,79 @@
+"""The options of `prograde beyond`."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import tyro
+
+from prograde.lab.report import Report, Table
+from prograde.lab.store import Store
+from prograde.lab.studies.beyond import PROBLEMS
+from prograde.lab.study import Study, UsageError
+
+_LENGTH = tyro.conf.create_mutex_group(required=False, title="length")
+
+
+@dataclass(frozen=True)
+class Beyond(Study):
+    """Solve problems where reverse mode cannot go, compared with the best reverse mode found.
+
+    - prograde beyond newton ode control: loops whose length depends on the parameters
+    - prograde beyond horizon: gradients through 10^3 to 10^6 steps, at constant memory
+    - prograde beyond stream: learning while the data flows, compared with truncated backprop
+    - prograde beyond hyper: hyperparameters, by the derivative through a whole training run
+
+    Without names all of them run, about a minute each.
+    """
+
+    name: ClassVar[str] = "beyond"
+    extra: ClassVar[str] = "beyond"
+
+    problems: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar=f"[{'|'.join(PROBLEMS)} ...]")
+    ] = dataclasses.field(default=("all",), metadata={"positional": True})
+    """Names of problems. Default: all."""
+    quick: Annotated[bool, _LENGTH] = False
+    """About a minute each. This is the default."""
+    full: Annotated[bool, _LENGTH] = False
+    """Longer horizons, more rounds, larger networks: several minutes each."""
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """One store for each problem."""
+        names = list(dict.fromkeys(self.problems)) or ["all"]
+        if unknown := [name for name in names if name not in PROBLEMS and name != "all"]:
+            raise UsageError(
+                f"unknown problem {', '.join(unknown)}. Valid names: all, {', '.join(PROBLEMS)}."
+            )
+        names = list(PROBLEMS) if "all" in names else names
+        return {name: {"problem": name, "full": self.full} for name in names}
+
+    def run(self, stores: dict[str, Store], display: Any) -> None:
+        """Measures the problems one after the other."""
+        from prograde.lab.studies.beyond.report import problem
+
+        found = {name: problem(name) for name in stores}  # a missing package is noticed first
+
+        def measure(name: str) -> dict[str, Any]:
+            begin = time.perf_counter()
+            figures = found[name].measure(self.full, display)
+            return figures | {"run_seconds": time.perf_counter() - begin}
+
+        for name, store in stores.items():
+            store.once("figures", lambda name=name: measure(name))
+
+    @classmethod
+    def report(cls, stores: list[Store]) -> Report:
+        """Shows each problem in a section."""
+        from prograde.lab.studies.beyond.report import report
+
+        return report(stores)
+
+    @classmethod
+    def choices(cls) -> list[Table]:
+        """The problems."""
+        from prograde.lab.studies.beyond.report import problem
+
+        rows = [[name, problem(name).title] for name in PROBLEMS]
+        return [Table("Problems of prograde beyond", ["name", "problem"], rows, unbroken=1)]

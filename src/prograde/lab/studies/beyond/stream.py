@@ -1,0 +1,500 @@
+"""Learning from a stream: exact and unbiased online learners beside truncated backpropagation, at equal wall-clock."""
+
+import functools
+import hashlib
+import importlib.util
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array
+
+import prograde as pg
+from prograde.lab.display import Display
+from prograde.lab.report import Table
+from prograde.lab.studies.beyond.problem import Problem
+
+_POINTS = 20  # of a curve
+_ADAM = optax.inject_hyperparams(optax.adam)(
+    learning_rate=1e-3
+)  # the rate is in its state: one program for all rates
+_MODULES = (
+    "argparse",
+    "ast",
+    "asyncio.tasks",
+    "dataclasses",
+    "inspect",
+    "pathlib",
+    "subprocess",
+    "tarfile",
+    "typing",
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A stream of inputs and targets; `loss` is zero where nothing is asked, and a mean is over the steps where it is.
+
+    `draw(key, episodes)` gives inputs and targets with axes [episodes, steps, ...]; `guessing` is the loss of the best answer that
+    knows nothing of the input.
+    """
+
+    name: str
+    title: str
+    inputs: int
+    outputs: int
+    episode: int
+    draw: Callable[[Array, int], tuple[Array, Array]]
+    loss: Callable[[Array, Array], Array]
+    guessing: float
+    unit: str = "nats"
+
+
+def delayed_copy(delay: int, symbols: int = 4) -> Task:
+    """One of `symbols` is shown, `delay` steps later a mark asks for it, and nothing is shown in between."""
+
+    def draw(key: Array, episodes: int) -> tuple[Array, Array]:
+        shown = jax.random.randint(key, (episodes,), 0, symbols)
+        inputs = (
+            jnp.zeros((episodes, delay + 1, symbols + 1))
+            .at[jnp.arange(episodes), 0, shown]
+            .set(1.0)
+        )
+        return inputs.at[:, delay, symbols].set(1.0), jnp.full((episodes, delay + 1), -1).at[
+            :, delay
+        ].set(shown)
+
+    title = f"delayed copy: one of {symbols} symbols, asked for {delay} steps later"
+    return Task(
+        "copy", title, symbols + 1, symbols, delay + 1, draw, _cross_entropy, math.log(symbols)
+    )
+
+
+def adding(length: int) -> Task:
+    """Numbers of which two are marked, one in each half; their sum is asked for with the last."""
+
+    def draw(key: Array, episodes: int) -> tuple[Array, Array]:
+        key_numbers, key_first, key_second = jax.random.split(key, 3)
+        numbers = jax.random.uniform(key_numbers, (episodes, length))
+        rows, half = jnp.arange(episodes), length // 2
+        marks = (
+            jnp.zeros((episodes, length))
+            .at[rows, jax.random.randint(key_first, (episodes,), 0, half)]
+            .set(1.0)
+        )
+        marks = marks.at[rows, jax.random.randint(key_second, (episodes,), half, length)].set(1.0)
+        last = jnp.zeros((episodes, length)).at[:, -1].set(1.0)
+        targets = jnp.full((episodes, length), -1.0).at[:, -1].set(jnp.sum(numbers * marks, axis=1))
+        return jnp.stack([numbers - 0.5, marks, last], axis=-1), targets
+
+    def loss(output: Array, target: Array) -> Array:
+        return jnp.where(target >= 0, (output[0] - target) ** 2, 0.0)
+
+    title = f"adding: two marked numbers of {length}"
+    return Task("adding", title, 3, 1, length, draw, loss, 1 / 6, "squared error")
+
+
+def characters(text: bytes) -> Task:
+    """The next character of a text."""
+    known, codes = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
+    stream, size, episode = jnp.asarray(codes, jnp.int32), len(known), 64
+
+    def draw(key: Array, episodes: int) -> tuple[Array, Array]:
+        start = jax.random.randint(key, (), 0, len(stream) - episodes * episode - 1)
+        read = lax.dynamic_slice(stream, (start,), (episodes * episode + 1,))
+        shape = (episodes, episode)
+        return jax.nn.one_hot(read[:-1], size).reshape(*shape, size), read[1:].reshape(shape)
+
+    counts = np.bincount(codes) / len(codes)
+    entropy = float(-np.sum(counts * np.log(counts)))
+    return Task(
+        "characters",
+        f"next character of {size}",
+        size,
+        size,
+        episode,
+        draw,
+        _cross_entropy,
+        entropy,
+    )
+
+
+def library_text() -> bytes:
+    """A text that is on every machine: the source of some modules of Python's standard library."""
+    found = []
+    for name in _MODULES:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            found.append(Path(spec.origin).read_bytes())
+    return b"\n".join(found)
+
+
+def _cross_entropy(output: Array, target: Array) -> Array:
+    return jnp.where(target >= 0, -jax.nn.log_softmax(output)[jnp.maximum(target, 0)], 0.0)
+
+
+def gru(params: dict[str, Array], state: Array, x: Array) -> tuple[Array, Array]:
+    """A gated recurrent unit with a linear readout (arXiv 1406.1078)."""
+    from_x, from_h = jnp.split(x @ params["x"] + params["b"], 3), jnp.split(state @ params["h"], 3)
+    update, reset = jax.nn.sigmoid(from_x[0] + from_h[0]), jax.nn.sigmoid(from_x[1] + from_h[1])
+    state = (1 - update) * jnp.tanh(from_x[2] + reset * from_h[2]) + update * state
+    return state, state @ params["out"] + params["bias"]
+
+
+def start(key: Array, task: Task, units: int) -> dict[str, Array]:
+    """Parameters before learning."""
+    keys = jax.random.split(key, 3)
+    normal = lambda key, *shape: jax.random.normal(key, shape) / shape[0] ** 0.5  # noqa: E731
+    return {
+        "x": normal(keys[0], task.inputs, 3 * units),
+        "h": normal(keys[1], units, 3 * units),
+        "b": jnp.zeros(3 * units),
+        "out": normal(keys[2], units, task.outputs),
+        "bias": jnp.zeros(task.outputs),
+    }
+
+
+@dataclass(frozen=True)
+class Method:
+    """A learner, or truncated backpropagation through `window` steps, which updates once a window; `chunk` steps go to it at once."""
+
+    title: str
+    chunk: int
+    learner: Callable[[Task], pg.online.OnlineLearner] | None = None
+    window: int = 1
+
+    def begin(self, task: Task, optimizer: Any, rate: float, units: int, seed: int) -> Any:
+        """The carry before the first step."""
+        params = start(jax.random.key(seed), task, units)
+        state, opt_state = jnp.zeros(units), optimizer.init(params)
+        opt_state.hyperparams["learning_rate"] = jnp.asarray(rate)
+        if self.learner is None:
+            return params, state, opt_state
+        example = jax.tree.map(lambda x: x[0, 0], task.draw(jax.random.key(0), 1))
+        return self.learner(task).init(params, state, *example), opt_state
+
+    def learn(self, task: Task, optimizer: Any) -> Callable[[Any, Array, Array], tuple[Any, Array]]:
+        """One chunk: (carry, inputs, targets) -> (carry, losses)."""
+        if self.learner is None:
+            return lambda carry, inputs, targets: _truncated_backprop(
+                task.loss, optimizer, self.window, carry, inputs, targets
+            )
+        online, key = self.learner(task), jax.random.key(1)
+
+        def chunk(carry: Any, inputs: Array, targets: Array) -> tuple[Any, Array]:
+            *after, losses = pg.online.learn(
+                online, optimizer, key, carry[0], carry[1], inputs, targets
+            )
+            return tuple(after), losses
+
+        return chunk
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _truncated_backprop(
+    loss: Callable, optimizer: Any, window: int, carry: Any, inputs: Array, targets: Array
+) -> tuple[Any, Array]:
+    """The stream in windows: reverse mode through each, from the state in which the one before ended."""
+
+    def one_window(carry: Any, seen: tuple[Array, Array]) -> tuple[Any, Array]:
+        params, state, opt_state = carry
+
+        def total(params: Any) -> tuple[Array, tuple[Array, Array]]:
+            def one(state: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
+                state, output = gru(params, state, now[0])
+                return state, loss(output, now[1])
+
+            after, losses = lax.scan(one, state, seen)
+            return jnp.sum(losses), (after, losses)
+
+        grads, (state, losses) = jax.grad(total, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), state, opt_state), losses
+
+    windows = jax.tree.map(lambda x: x.reshape(-1, window, *x.shape[1:]), (inputs, targets))
+    carry, losses = lax.scan(one_window, carry, windows)
+    return carry, losses.reshape(-1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How long, how large, and what is searched."""
+
+    units: int = 32
+    delay: int = 10
+    windows: tuple[int, ...] = (5, 10, 40)
+    rates: tuple[float, ...] = (3e-3,)
+    seconds: float = 3.0  # of the copy task
+    other_seconds: float = 1.5  # of the others
+    seeds: int = 1  # runs at the rate found
+    directions: int = 16
+    learners: tuple[str, ...] = ("RTRL", "DODGE", "UORO")
+    tasks: tuple[str, ...] = ("copy", "adding", "characters")
+
+    def methods(self) -> dict[str, Method]:
+        """By name; backpropagation with each window is a method of its own, so that the window is tuned too."""
+        online = {
+            "RTRL": Method("RTRL, exact", 200, lambda task: pg.online.RTRL(gru, task.loss)),
+            "DODGE": Method(
+                f"DODGE, {self.directions} random directions of rank one", 1000, self._dodge
+            ),
+            "DODGE, guess": Method(
+                "DODGE along the truncated gradient, and a random one", 500, self._guess
+            ),
+            "UORO": Method(
+                "UORO, unbiased rank one", 1000, lambda task: pg.online.UORO(gru, task.loss)
+            ),
+        }
+        title = "backprop truncated to {} steps"
+        online = {name: online[name] for name in self.learners}
+        return online | {
+            f"backprop {w}": Method(title.format(w), 20_000, None, w) for w in self.windows
+        }
+
+    def _dodge(self, task: Task) -> pg.online.OnlineLearner:
+        return pg.online.DODGE(gru, task.loss, 2 * task.episode, pg.LowRank(1), self.directions)
+
+    def _guess(self, task: Task) -> pg.online.OnlineLearner:
+        return pg.online.DODGE(gru, task.loss, 2 * task.episode, pg.online.TruncatedBackprop(), 2)
+
+
+class Stream(Problem):
+    """A GRU learns from a stream that is never unrolled."""
+
+    name: ClassVar[str] = "stream"
+    title: ClassVar[str] = "Streams: what is asked for later than a window is long"
+
+    def measure(self, full: bool, display: Display) -> dict[str, Any]:
+        """Every method on every task: rates tried for the same time each, then runs at the best."""
+        setting = Setting()
+        if full:
+            setting = Setting(units=64, windows=(5, 9, 33), rates=(1e-3, 3e-3), seconds=15.0)
+        return self.measure_setting(setting, display)
+
+    def measure_setting(self, setting: Setting, display: Display) -> dict[str, Any]:
+        """As `measure`, of any setting."""
+        text = library_text()
+        tasks = [delayed_copy(setting.delay), adding(setting.delay + 1), characters(text)]
+        found: dict[str, Any] = {}
+        for task in (task for task in tasks if task.name in setting.tasks):
+            seconds = setting.seconds if task.name == "copy" else setting.other_seconds
+            seeds = setting.seeds if task.name == "copy" else 1
+            methods = setting.methods()
+            each = (len(setting.rates) + (seeds if seeds > 1 else 0)) * seconds
+            of_task: dict[str, Any] = {}
+            with display.stage(f"stream: {task.name}", each * len(methods)):
+                for name, method in methods.items():
+                    of_task[name] = _tuned(method, task, setting, seconds, seeds, display, name)
+            found[task.name] = {
+                "title": task.title,
+                "unit": task.unit,
+                "guessing": task.guessing,
+                "episode": task.episode,
+                "seconds": seconds,
+                "methods": of_task,
+            }
+        described = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(setting).items()}
+        return {
+            "setting": described,
+            "text_sha256": hashlib.sha256(text).hexdigest(),
+            "tasks": found,
+        }
+
+    def tables(self, record: dict[str, Any]) -> list[Table]:
+        """A table a task."""
+        found = []
+        for task in record["tasks"].values():
+            rows = []
+            for method in task["methods"].values():
+                runs = _losses(method)
+                spread = "" if len(runs) == 1 else f" ({min(runs):.3g} to {max(runs):.3g})"
+                steps = np.mean([run["steps"] for run in method["runs"]])
+                rows.append(
+                    [method["title"], f"{method['rate']:g}", f"{steps:,.0f}", f"{np.mean(runs):.3g}{spread}", _share(runs, task)]
+                )  # fmt: skip
+            title = f"{task['title']}; {task['seconds']:g} s each, Adam at the best of {len(record['setting']['rates'])} rates"
+            columns = [
+                "method",
+                "rate",
+                "steps",
+                f"loss at the end ({task['unit']})",
+                "of guessing",
+            ]
+            found.append(Table(title, columns, rows, unbroken=1))
+        return found
+
+    def conclusion(self, record: dict[str, Any]) -> str:
+        """Who wins where."""
+        said = []
+        for kind, task in record["tasks"].items():
+            runs = {name: _losses(m) for name, m in task["methods"].items()}
+            ends = {name: float(np.mean(losses)) for name, losses in runs.items()}
+            windows = {name: m["window"] for name, m in task["methods"].items() if m["window"]}
+            online = min((n for n in ends if n not in windows), key=ends.__getitem__)
+            title = task["title"].capitalize()
+            short = [n for n, w in windows.items() if w < task["episode"]]
+            if (
+                kind != "characters" and short
+            ):  # a text has no gap that a window could be shorter than
+                best = min(short, key=ends.__getitem__)
+                said.append(
+                    f"{title}: {online} ends at {ends[online]:.3g}, the best window that is shorter than an episode ({windows[best]} steps) at "
+                    f"{ends[best]:.3g}: {_verdict(runs[online], runs[best])}; guessing is {task['guessing']:.3g}."
+                )
+                title = "With any window"
+            best = min(windows, key=ends.__getitem__)
+            said.append(
+                f"{title}: {online} ends at {ends[online]:.3g}, truncated backprop with {windows[best]} steps at {ends[best]:.3g}: "
+                f"{_verdict(runs[online], runs[best])}."
+            )
+        at_edge = [
+            f"{name} ({kind})"
+            for kind, task in record["tasks"].items()
+            for name, m in task["methods"].items()
+            if len(m["trials"]) > 2
+            and m["rate"] in (min(map(float, m["trials"])), max(map(float, m["trials"])))
+        ]
+        if at_edge:
+            said.append(f"At the edge of the rates that were tried: {', '.join(at_edge)}.")
+        return " ".join(said)
+
+    def draw(self, record: dict[str, Any], figure: Any) -> None:
+        """Loss against time, a panel a task."""
+        tasks = record["tasks"]
+        figure.set_size_inches(10, 3.6)
+        panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+        blues = iter(("#9ecae1", "#6baed6", "#3182bd", "#08519c", "#08306b"))
+        online = iter(("#D55E00", "#009E73", "#E69F00", "#CC79A7"))
+        names = next(iter(tasks.values()))["methods"]
+        colours = {name: next(blues if m["window"] else online) for name, m in names.items()}
+        for axes, task in zip(panels, tasks.values(), strict=True):
+            for name, method in task["methods"].items():
+                run = method["runs"][0]
+                style = {"linestyle": "--"} if method["window"] else {}
+                seconds, losses = np.array(run["curve"], float).T
+                axes.plot(
+                    seconds,
+                    np.maximum(losses, 1e-4),
+                    color=colours[name],
+                    label=name,
+                    linewidth=1.4,
+                    **style,
+                )
+            axes.axhline(task["guessing"], color="#666666", linewidth=0.8, linestyle=":")
+            axes.annotate(
+                "guessing",
+                (0, task["guessing"]),
+                xytext=(3, 3),
+                textcoords="offset points",
+                fontsize=7,
+                color="#666666",
+            )
+            losses = [
+                loss
+                for m in task["methods"].values()
+                for _, loss in m["runs"][0]["curve"]
+                if loss is not None
+            ]
+            scale = "log" if max(losses) > 10 * max(min(losses), 1e-4) else "linear"
+            axes.set(xlabel="time (s)", ylabel=f"loss ({task['unit']})", yscale=scale)
+            axes.set_title(task["title"], fontsize=8, loc="left", wrap=True)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(8, len(labels)), fontsize=8
+        )
+
+
+def _losses(method: dict[str, Any]) -> list[float]:
+    """The losses at the end of its runs; a record has none for a run that diverged."""
+    return [math.inf if run["loss"] is None else run["loss"] for run in method["runs"]]
+
+
+def _verdict(ours: list[float], theirs: list[float]) -> str:
+    """Whether ours is lower, as far as the runs tell."""
+    if max(ours) < min(theirs):
+        return "lower"
+    return "higher" if min(ours) > max(theirs) else "no clear difference"
+
+
+def _share(runs: list[float], task: dict[str, Any]) -> str:
+    return f"{np.mean(runs) / task['guessing']:.2f}"
+
+
+def _tuned(
+    method: Method,
+    task: Task,
+    setting: Setting,
+    seconds: float,
+    seeds: int,
+    display: Display,
+    name: str,
+) -> dict[str, Any]:
+    trials = {}
+    for rate in setting.rates:
+        trials[rate] = _run(method, task, setting, rate, 0, seconds)
+        display.advance(seconds, f"{name}, rate {rate:g}: {trials[rate]['loss']:.3g}")
+    rate = min(trials, key=lambda r: np.nan_to_num(trials[r]["loss"], nan=np.inf))
+    runs = [trials[rate]]
+    if seeds > 1:  # others than the one that chose the rate
+        runs = [_run(method, task, setting, rate, seed, seconds) for seed in range(1, seeds + 1)]
+        display.advance(seeds * seconds, f"{name}: {runs[0]['loss']:.3g}")
+    return {
+        "title": method.title,
+        "window": method.window if method.learner is None else None,
+        "rate": rate,
+        "trials": {f"{r:g}": trial["loss"] for r, trial in trials.items()},
+        "runs": runs,
+    }
+
+
+def _run(
+    method: Method, task: Task, setting: Setting, rate: float, seed: int, seconds: float
+) -> dict[str, Any]:
+    """Learns for so many seconds; the loss of a point is the mean over what was asked since the last, before it was learned from."""
+    learn = method.learn(task, _ADAM)
+    whole = math.lcm(task.episode, method.window if method.learner is None else 1)
+    begin = method.begin(task, _ADAM, rate, setting.units, seed)
+
+    def chunk(carry: Any, index: int, length: int) -> tuple[Any, Array, Array]:
+        inputs, targets = _drawn(
+            task, jax.random.key(1000 * seed + 7), index, length // task.episode
+        )
+        carry, losses = learn(carry, inputs, targets)
+        asked = targets >= 0
+        return carry, jnp.sum(losses), jnp.sum(asked)
+
+    length = whole * -(-method.chunk // whole)
+    jax.block_until_ready(chunk(begin, 0, length))  # compiles
+    carry, steps, index, curve, pending = begin, 0, 0, [], (0.0, 0)
+    clock = time.perf_counter()
+    while (elapsed := time.perf_counter() - clock) < seconds:
+        try:
+            carry, loss, asked = chunk(carry, index, length)
+        except pg.online.StreamError:  # diverged, as backprop does without saying so
+            curve.append((elapsed, math.nan))
+            break
+        pending = pending[0] + float(loss), pending[1] + int(asked)
+        steps, index = steps + length, index + 1
+        if elapsed >= len(curve) * seconds / _POINTS and pending[1]:
+            curve.append((time.perf_counter() - clock, pending[0] / pending[1]))
+            pending = (0.0, 0)
+    last = [loss for _, loss in curve[-max(1, len(curve) // 10) :]]
+    return {"loss": float(np.mean(last)), "steps": steps, "curve": curve}
+
+
+def _drawn(task: Task, key: Array, index: int, episodes: int) -> tuple[Array, Array]:
+    inputs, targets = _draw_episodes(task.draw, episodes, jax.random.fold_in(key, index))
+    return inputs.reshape(-1, inputs.shape[-1]), targets.reshape(-1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _draw_episodes(draw: Callable, episodes: int, key: Array) -> tuple[Array, Array]:
+    return draw(key, episodes)
