@@ -46,18 +46,18 @@ class Beyond(Study):
             raise UsageError(
                 f"unknown problem {', '.join(unknown)}. Valid names: all, {', '.join(PROBLEMS)}."
             )
-        names = list(PROBLEMS) if "all" in names else names
+        names = PROBLEMS if "all" in names else names
         return {name: {"problem": name, "full": self.full} for name in names}
 
     def run(self, stores: dict[str, Store], display: Any) -> None:
         """Measures the problems one after the other."""
-        from prograde.lab.studies.beyond.report import problem
+        from prograde.lab.studies.beyond.report import module
 
-        found = {name: problem(name) for name in stores}  # a missing package is noticed first
+        runs = {name: module(name, "run") for name in stores}  # a missing package is noticed first
 
         def measure(name: str) -> dict[str, Any]:
             begin = time.perf_counter()
-            figures = found[name].measure(self.full, display)
+            figures = runs[name].measure(self.full, display)
             return figures | {"run_seconds": time.perf_counter() - begin}
 
         for name, store in stores.items():
@@ -73,7 +73,7 @@ class Beyond(Study):
     @classmethod
     def choices(cls) -> list[Table]:
         """The problems."""
-        from prograde.lab.studies.beyond.report import problem
+        from prograde.lab.studies.beyond.report import module
 
-        rows = [[name, problem(name).title] for name in PROBLEMS]
+        rows = [[name, module(name, "report").TITLE] for name in PROBLEMS]
         return [Table("Problems of prograde beyond", ["name", "problem"], rows, unbroken=1)]

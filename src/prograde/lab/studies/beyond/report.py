@@ -1,12 +1,12 @@
 """The report of `prograde beyond`, from records alone."""
 
 import importlib
+from types import ModuleType
 
 from prograde.lab.report import Figure, Report, Section
 from prograde.lab.report.words import made_on
 from prograde.lab.store import Store
 from prograde.lab.studies.beyond import PROBLEMS
-from prograde.lab.studies.beyond.problem import Problem
 
 _INTRODUCTION = (
     "Problems on which forward gradients are the only way, or plainly the better one: programs "
@@ -21,26 +21,23 @@ _TERMS = (
 )
 
 
-def problem(name: str) -> Problem:
-    """The problem of this name. Raises `ImportError` where a package that it needs is missing."""
-    module = importlib.import_module(f"prograde.lab.studies.beyond.{name}")
-    return getattr(module, PROBLEMS[name])()
+def module(problem: str, name: str) -> ModuleType:
+    """A module of a problem. Raises `ImportError` where a package that it needs is missing."""
+    return importlib.import_module(f"prograde.lab.studies.beyond.{problem}.{name}")
 
 
 def report(stores: list[Store]) -> Report:
     """Shows each problem in a section, in the order in which they are listed."""
-    ordered = sorted(stores, key=lambda store: list(PROBLEMS).index(store.config["problem"]))
-    return Report(
-        "Where reverse mode cannot go", _INTRODUCTION, _TERMS, list(map(_section, ordered))
-    )
+    ordered = sorted(stores, key=lambda store: PROBLEMS.index(store.config["problem"]))
+    sections = list(map(_section, ordered))
+    return Report("Where reverse mode cannot go", _INTRODUCTION, _TERMS, sections)
 
 
 def _section(store: Store) -> Section:
-    found, figures = problem(store.config["problem"]), store.read("figures")
-    picture = Figure(found.name, found.title, lambda canvas: found.draw(figures, canvas))
-    content = [found.conclusion(figures), picture, *found.tables(figures)]
+    name, figures = store.config["problem"], store.read("figures")
+    problem = module(name, "report")
+    picture = Figure(name, problem.TITLE, lambda canvas: problem.draw(figures, canvas))
+    content = [problem.conclusion(figures), picture, *problem.tables(figures)]
     length = "Full" if store.config["full"] else "Quick"
-    length = f"{length} run, {figures['run_seconds']:.0f} s."
-    return Section(
-        found.name, found.title, content, made_on(store.manifest, length), store.manifest
-    )
+    made = made_on(store.manifest, f"{length} run, {figures['run_seconds']:.0f} s.")
+    return Section(name, problem.TITLE, content, made, store.manifest)

@@ -1,4 +1,5 @@
-"""Learning from a stream: exact and unbiased online learners beside truncated backpropagation, at equal wall-clock."""
+"""Learning from a stream: exact and unbiased online learners beside truncated backpropagation, at
+equal wall-clock."""
 
 import functools
 import hashlib
@@ -8,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,6 @@ from jaxtyping import Array
 
 import prograde as pg
 from prograde.lab.display import Display
-from prograde.lab.report import Table
-from prograde.lab.studies.beyond.problem import Problem
 
 _POINTS = 20  # of a curve
 _ADAM = optax.inject_hyperparams(optax.adam)(
@@ -41,10 +40,11 @@ _MODULES = (
 
 @dataclass(frozen=True)
 class Task:
-    """A stream of inputs and targets; `loss` is zero where nothing is asked, and a mean is over the steps where it is.
+    """A stream of inputs and targets; `loss` is zero where nothing is asked, and a mean is over the
+    steps where it is.
 
-    `draw(key, episodes)` gives inputs and targets with axes [episodes, steps, ...]; `guessing` is the loss of the best answer that
-    knows nothing of the input.
+    `draw(key, episodes)` gives inputs and targets with axes [episodes, steps, ...]; `guessing` is
+    the loss of the best answer that knows nothing of the input.
     """
 
     name: str
@@ -59,7 +59,8 @@ class Task:
 
 
 def delayed_copy(delay: int, symbols: int = 4) -> Task:
-    """One of `symbols` is shown, `delay` steps later a mark asks for it, and nothing is shown in between."""
+    """One of `symbols` is shown, `delay` steps later a mark asks for it, and nothing is shown in
+    between."""
 
     def draw(key: Array, episodes: int) -> tuple[Array, Array]:
         shown = jax.random.randint(key, (episodes,), 0, symbols)
@@ -164,7 +165,8 @@ def start(key: Array, task: Task, units: int) -> dict[str, Array]:
 
 @dataclass(frozen=True)
 class Method:
-    """A learner, or truncated backpropagation through `window` steps, which updates once a window; `chunk` steps go to it at once."""
+    """A learner, or truncated backpropagation through `window` steps, which updates once a window;
+    `chunk` steps go to it at once."""
 
     title: str
     chunk: int
@@ -202,7 +204,8 @@ class Method:
 def _truncated_backprop(
     loss: Callable, optimizer: Any, window: int, carry: Any, inputs: Array, targets: Array
 ) -> tuple[Any, Array]:
-    """The stream in windows: reverse mode through each, from the state in which the one before ended."""
+    """The stream in windows: reverse mode through each, from the state in which the one before
+    ended."""
 
     def one_window(carry: Any, seen: tuple[Array, Array]) -> tuple[Any, Array]:
         params, state, opt_state = carry
@@ -240,7 +243,8 @@ class Setting:
     tasks: tuple[str, ...] = ("copy", "adding", "characters")
 
     def methods(self) -> dict[str, Method]:
-        """By name; backpropagation with each window is a method of its own, so that the window is tuned too."""
+        """By name; backpropagation with each window is a method of its own, so that the window is
+        tuned too."""
         online = {
             "RTRL": Method("RTRL, exact", 200, lambda task: pg.online.RTRL(gru, task.loss)),
             "DODGE": Method(
@@ -264,168 +268,6 @@ class Setting:
 
     def _guess(self, task: Task) -> pg.online.OnlineLearner:
         return pg.online.DODGE(gru, task.loss, 2 * task.episode, pg.online.TruncatedBackprop(), 2)
-
-
-class Stream(Problem):
-    """A GRU learns from a stream that is never unrolled."""
-
-    name: ClassVar[str] = "stream"
-    title: ClassVar[str] = "Streams: what is asked for later than a window is long"
-
-    def measure(self, full: bool, display: Display) -> dict[str, Any]:
-        """Every method on every task: rates tried for the same time each, then runs at the best."""
-        setting = Setting()
-        if full:
-            setting = Setting(units=64, windows=(5, 9, 33), rates=(1e-3, 3e-3), seconds=15.0)
-        return self.measure_setting(setting, display)
-
-    def measure_setting(self, setting: Setting, display: Display) -> dict[str, Any]:
-        """As `measure`, of any setting."""
-        text = library_text()
-        tasks = [delayed_copy(setting.delay), adding(setting.delay + 1), characters(text)]
-        found: dict[str, Any] = {}
-        for task in (task for task in tasks if task.name in setting.tasks):
-            seconds = setting.seconds if task.name == "copy" else setting.other_seconds
-            seeds = setting.seeds if task.name == "copy" else 1
-            methods = setting.methods()
-            each = (len(setting.rates) + (seeds if seeds > 1 else 0)) * seconds
-            of_task: dict[str, Any] = {}
-            with display.stage(f"stream: {task.name}", each * len(methods)):
-                for name, method in methods.items():
-                    of_task[name] = _tuned(method, task, setting, seconds, seeds, display, name)
-            found[task.name] = {
-                "title": task.title,
-                "unit": task.unit,
-                "guessing": task.guessing,
-                "episode": task.episode,
-                "seconds": seconds,
-                "methods": of_task,
-            }
-        described = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(setting).items()}
-        return {
-            "setting": described,
-            "text_sha256": hashlib.sha256(text).hexdigest(),
-            "tasks": found,
-        }
-
-    def tables(self, record: dict[str, Any]) -> list[Table]:
-        """A table a task."""
-        found = []
-        for task in record["tasks"].values():
-            rows = []
-            for method in task["methods"].values():
-                runs = _losses(method)
-                spread = "" if len(runs) == 1 else f" ({min(runs):.3g} to {max(runs):.3g})"
-                steps = np.mean([run["steps"] for run in method["runs"]])
-                rows.append(
-                    [method["title"], f"{method['rate']:g}", f"{steps:,.0f}", f"{np.mean(runs):.3g}{spread}", _share(runs, task)]
-                )  # fmt: skip
-            title = f"{task['title']}; {task['seconds']:g} s each, Adam at the best of {len(record['setting']['rates'])} rates"
-            columns = [
-                "method",
-                "rate",
-                "steps",
-                f"loss at the end ({task['unit']})",
-                "of guessing",
-            ]
-            found.append(Table(title, columns, rows, unbroken=1))
-        return found
-
-    def conclusion(self, record: dict[str, Any]) -> str:
-        """Who wins where."""
-        said = []
-        for kind, task in record["tasks"].items():
-            runs = {name: _losses(m) for name, m in task["methods"].items()}
-            ends = {name: float(np.mean(losses)) for name, losses in runs.items()}
-            windows = {name: m["window"] for name, m in task["methods"].items() if m["window"]}
-            online = min((n for n in ends if n not in windows), key=ends.__getitem__)
-            title = task["title"].capitalize()
-            short = [n for n, w in windows.items() if w < task["episode"]]
-            if (
-                kind != "characters" and short
-            ):  # a text has no gap that a window could be shorter than
-                best = min(short, key=ends.__getitem__)
-                said.append(
-                    f"{title}: {online} ends at {ends[online]:.3g}, the best window that is shorter than an episode ({windows[best]} steps) at "
-                    f"{ends[best]:.3g}: {_verdict(runs[online], runs[best])}; guessing is {task['guessing']:.3g}."
-                )
-                title = "With any window"
-            best = min(windows, key=ends.__getitem__)
-            said.append(
-                f"{title}: {online} ends at {ends[online]:.3g}, truncated backprop with {windows[best]} steps at {ends[best]:.3g}: "
-                f"{_verdict(runs[online], runs[best])}."
-            )
-        at_edge = [
-            f"{name} ({kind})"
-            for kind, task in record["tasks"].items()
-            for name, m in task["methods"].items()
-            if len(m["trials"]) > 2
-            and m["rate"] in (min(map(float, m["trials"])), max(map(float, m["trials"])))
-        ]
-        if at_edge:
-            said.append(f"At the edge of the rates that were tried: {', '.join(at_edge)}.")
-        return " ".join(said)
-
-    def draw(self, record: dict[str, Any], figure: Any) -> None:
-        """Loss against time, a panel a task."""
-        tasks = record["tasks"]
-        figure.set_size_inches(10, 3.6)
-        panels = figure.subplots(1, len(tasks), squeeze=False)[0]
-        blues = iter(("#9ecae1", "#6baed6", "#3182bd", "#08519c", "#08306b"))
-        online = iter(("#D55E00", "#009E73", "#E69F00", "#CC79A7"))
-        names = next(iter(tasks.values()))["methods"]
-        colours = {name: next(blues if m["window"] else online) for name, m in names.items()}
-        for axes, task in zip(panels, tasks.values(), strict=True):
-            for name, method in task["methods"].items():
-                run = method["runs"][0]
-                style = {"linestyle": "--"} if method["window"] else {}
-                seconds, losses = np.array(run["curve"], float).T
-                axes.plot(
-                    seconds,
-                    np.maximum(losses, 1e-4),
-                    color=colours[name],
-                    label=name,
-                    linewidth=1.4,
-                    **style,
-                )
-            axes.axhline(task["guessing"], color="#666666", linewidth=0.8, linestyle=":")
-            axes.annotate(
-                "guessing",
-                (0, task["guessing"]),
-                xytext=(3, 3),
-                textcoords="offset points",
-                fontsize=7,
-                color="#666666",
-            )
-            losses = [
-                loss
-                for m in task["methods"].values()
-                for _, loss in m["runs"][0]["curve"]
-                if loss is not None
-            ]
-            scale = "log" if max(losses) > 10 * max(min(losses), 1e-4) else "linear"
-            axes.set(xlabel="time (s)", ylabel=f"loss ({task['unit']})", yscale=scale)
-            axes.set_title(task["title"], fontsize=8, loc="left", wrap=True)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(8, len(labels)), fontsize=8
-        )
-
-
-def _losses(method: dict[str, Any]) -> list[float]:
-    """The losses at the end of its runs; a record has none for a run that diverged."""
-    return [math.inf if run["loss"] is None else run["loss"] for run in method["runs"]]
-
-
-def _verdict(ours: list[float], theirs: list[float]) -> str:
-    """Whether ours is lower, as far as the runs tell."""
-    if max(ours) < min(theirs):
-        return "lower"
-    return "higher" if min(ours) > max(theirs) else "no clear difference"
-
-
-def _share(runs: list[float], task: dict[str, Any]) -> str:
-    return f"{np.mean(runs) / task['guessing']:.2f}"
 
 
 def _tuned(
@@ -458,7 +300,8 @@ def _tuned(
 def _run(
     method: Method, task: Task, setting: Setting, rate: float, seed: int, seconds: float
 ) -> dict[str, Any]:
-    """Learns for so many seconds; the loss of a point is the mean over what was asked since the last, before it was learned from."""
+    """Learns for so many seconds; the loss of a point is the mean over what was asked since the
+    last, before it was learned from."""
     learn = method.learn(task, _ADAM)
     whole = math.lcm(task.episode, method.window if method.learner is None else 1)
     begin = method.begin(task, _ADAM, rate, setting.units, seed)
@@ -498,3 +341,41 @@ def _drawn(task: Task, key: Array, index: int, episodes: int) -> tuple[Array, Ar
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _draw_episodes(draw: Callable, episodes: int, key: Array) -> tuple[Array, Array]:
     return draw(key, episodes)
+
+
+def measure(full: bool, display: Display) -> dict[str, Any]:
+    """Every method on every task: rates tried for the same time each, then runs at the best."""
+    setting = Setting()
+    if full:
+        setting = Setting(units=64, windows=(5, 9, 33), rates=(1e-3, 3e-3), seconds=15.0)
+    return measure_setting(setting, display)
+
+
+def measure_setting(setting: Setting, display: Display) -> dict[str, Any]:
+    """As `measure`, of any setting."""
+    text = library_text()
+    tasks = [delayed_copy(setting.delay), adding(setting.delay + 1), characters(text)]
+    found: dict[str, Any] = {}
+    for task in (task for task in tasks if task.name in setting.tasks):
+        seconds = setting.seconds if task.name == "copy" else setting.other_seconds
+        seeds = setting.seeds if task.name == "copy" else 1
+        methods = setting.methods()
+        each = (len(setting.rates) + (seeds if seeds > 1 else 0)) * seconds
+        of_task: dict[str, Any] = {}
+        with display.stage(f"stream: {task.name}", each * len(methods)):
+            for name, method in methods.items():
+                of_task[name] = _tuned(method, task, setting, seconds, seeds, display, name)
+        found[task.name] = {
+            "title": task.title,
+            "unit": task.unit,
+            "guessing": task.guessing,
+            "episode": task.episode,
+            "seconds": seconds,
+            "methods": of_task,
+        }
+    described = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(setting).items()}
+    return {
+        "setting": described,
+        "text_sha256": hashlib.sha256(text).hexdigest(),
+        "tasks": found,
+    }

@@ -13,10 +13,11 @@ Weights = dict[str, Array]
 def predict(
     weights: Weights, inputs: Float[Array, "batch 2"], implicit: bool = False
 ) -> Float[Array, " batch"]:
-    """The output c . x of the equilibrium x = tanh(x W + z U + b), where Newton's method runs until no unit of the batch moves.
+    """The output c . x of the equilibrium x = tanh(x W + z U + b), where Newton's method runs until
+    no unit of the batch moves.
 
-    `implicit` gives it the derivative of the implicit-function theorem, by one step from a solution that is held constant
-    (arXiv 2305.13768), so that reverse mode has something to differentiate.
+    `implicit` gives it the derivative of the implicit-function theorem, by one step from a solution
+    that is held constant (arXiv 2305.13768), so that reverse mode has something to differentiate.
     """
     n = weights["bias"].size
 
@@ -30,7 +31,8 @@ def predict(
         jacobian = gap(jacobian_weights, lax.stop_gradient(x))[1]
         return -jnp.linalg.solve(jacobian, gap(weights, x)[0][:, :, None])[:, :, 0]
 
-    # the derivative of the Jacobian is multiplied by a gap that vanishes at the solution: it may be left out
+    # the derivative of the Jacobian is multiplied by a gap that vanishes at the solution: it may be
+    # left out
     constant = lax.stop_gradient(weights)
 
     def body(state):

@@ -1,4 +1,5 @@
-"""The current of a solar cell, found by Newton's method, and five ways to differentiate through the iteration."""
+"""The current of a solar cell, found by Newton's method, and five ways to differentiate through the
+iteration."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,9 +12,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-# Volts and amperes of a silicon cell of 57 mm at 33 degrees Celsius: T. Easwarakhanthan, J. Bottin, I. Bouhouch, C. Boutrit,
-# "Nonlinear minimization algorithm for determining the solar cell parameters with microcomputers", International Journal of
-# Solar Energy 4 (1986): what fits of solar cells are usually tried on.
+# Volts and amperes of a silicon cell of 57 mm at 33 degrees Celsius: T. Easwarakhanthan, J. Bottin,
+# I. Bouhouch, C. Boutrit, "Nonlinear minimization algorithm for determining the solar cell
+# parameters with microcomputers", International Journal of Solar Energy 4 (1986): what fits of
+# solar cells are usually tried on.
 # fmt: off
 VOLTS = np.array([
     -0.2057, -0.1291, -0.0588, 0.0057, 0.0646, 0.1185, 0.1678, 0.2132, 0.2545, 0.2924, 0.3269, 0.3585, 0.3873,
@@ -39,7 +41,8 @@ Solver = Callable[[Params, Array, int], Array]
 
 
 def residual(params: Params, volts: Array, amperes: Array) -> Array:
-    """The single-diode model: amperes I solve I_L - I_0 (exp(x / (n V_T)) - 1) - x / R_sh - I = 0 with x = V + I R_s."""
+    """The single-diode model: amperes I solve I_L - I_0 (exp(x / (n V_T)) - 1) - x / R_sh - I = 0
+    with x = V + I R_s."""
     light, saturation, ideality, series, shunt = jnp.exp(params)
     x = volts + amperes * series
     return light - saturation * jnp.expm1(x / (ideality * THERMAL_VOLTAGE)) - x / shunt - amperes
@@ -52,7 +55,8 @@ def step(params: Params, volts: Array, amperes: Array) -> Array:
 
 
 def start(params: Params, volts: Array) -> tuple[Array, Array]:
-    """First currents and an infinite last step. The residual is concave and falls: from the photocurrent all converge."""
+    """First currents and an infinite last step. The residual is concave and falls: from the
+    photocurrent all converge."""
     return jnp.exp(params[0]) + 0 * volts, jnp.asarray(jnp.inf, volts.dtype)
 
 
@@ -70,9 +74,10 @@ def solve(
 ) -> tuple[Array, Int[Array, ""]]:
     """The currents, and after how many iterations, which depends on the parameters.
 
-    A loop that ends when a *step* was small has made one more step after it had converged, and the derivative of that step
-    is that of the implicit-function theorem, up to a term as small as the step. A loop that ends when the *residual* is
-    small has not, and its derivative is wrong by the order of the step it did not make, the square root of what is left.
+    A loop that ends when a *step* was small has made one more step after it had converged, and the
+    derivative of that step is that of the implicit-function theorem, up to a term as small as the
+    step. A loop that ends when the *residual* is small has not, and its derivative is wrong by the
+    order of the step it did not make, the square root of what is left.
     """
 
     def body(state):
@@ -113,7 +118,8 @@ def by_scan_where(params: Params, volts: Array, bound: int) -> Array:
 
 
 def by_checkpoints(params: Params, volts: Array, bound: int) -> Array:
-    """Equinox's while loop, which has a reverse mode from checkpoints for up to `bound` iterations."""
+    """Equinox's while loop, which has a reverse mode from checkpoints for up to `bound`
+    iterations."""
     return eqx.internal.while_loop(
         lambda state: state[1] > TOLERANCE,
         partial(advance, params, volts),
@@ -124,7 +130,8 @@ def by_checkpoints(params: Params, volts: Array, bound: int) -> Array:
 
 
 def by_implicit_function(params: Params, volts: Array, bound: int) -> Array:
-    """`lax.custom_root`: the derivative of the solution from that of the equation, dI = -(df/dI)^-1 df, whatever the iteration."""
+    """`lax.custom_root`: the derivative of the solution from that of the equation, dI = -(df/dI)^-1
+    df, whatever the iteration."""
     fixed = lax.stop_gradient(params)
     return lax.custom_root(
         partial(residual, params, volts),

@@ -20,8 +20,9 @@ _HELD = [-8.0, -2.0, -0.5, 0.1, 0.0, 0.0, 0.0, 0.0]  # gains that hold the pendu
 class Pendulum:
     """A driven pendulum with friction that a controller of eight gains swings up and holds up.
 
-    State (angle, rate, z), z a leaky integral of the controller's own; the torque is 15 tanh(gains . features). The slow
-    push of two sines never lets it rest. Classical Runge-Kutta of the fourth order carries state and cost together.
+    State (angle, rate, z), z a leaky integral of the controller's own; the torque is 15 tanh(gains
+    . features). The slow push of two sines never lets it rest. Classical Runge-Kutta of the fourth
+    order carries state and cost together.
     """
 
     count: int = 1  # pendulums that hang from different angles, with one controller
@@ -61,7 +62,8 @@ class Pendulum:
 
 @dataclass(frozen=True)
 class Recurrent:
-    """A GRU that follows a signal: its state has to become the product of what its two inputs were before."""
+    """A GRU that follows a signal: its state has to become the product of what its two inputs were
+    before."""
 
     units: int = 32
 
@@ -103,10 +105,11 @@ def straight(body: Body, carry: tuple, steps: int, unroll: int) -> tuple:
 
 
 def nested(levels: int) -> Callable[[Body, tuple, int, int], tuple]:
-    """The loop in T^(1/levels) segments of which reverse mode keeps the starts, each cut again on the next level.
+    """The loop in T^(1/levels) segments of which reverse mode keeps the starts, each cut again on
+    the next level.
 
-    Memory grows as T^(1/levels), and each level runs the steps once more (Chen et al., arXiv 1604.06174). Segments are of
-    equal lengths, the divisor of T next to the root.
+    Memory grows as T^(1/levels), and each level runs the steps once more (Chen et al., arXiv
+    1604.06174). Segments are of equal lengths, the divisor of T next to the root.
     """
 
     def run(body: Body, carry: tuple, steps: int, unroll: int, level: int = levels) -> tuple:
@@ -126,7 +129,8 @@ def nested(levels: int) -> Callable[[Body, tuple, int, int], tuple]:
 
 
 def equinox_loop(body: Body, carry: tuple, steps: int, unroll: int) -> tuple:
-    """Equinox's loop with the square root of the number of iterations as checkpoints, placed as it goes."""
+    """Equinox's loop with the square root of the number of iterations as checkpoints, placed as it
+    goes."""
 
     def several(carry, _):
         for _ in range(unroll):
@@ -187,7 +191,8 @@ CHECKPOINTED = ("each step", "square root", "cube root", "equinox")
 
 
 def gradient(problem: Any, method: str, steps: int, unroll: int = 1) -> Callable[[Any, Any], Any]:
-    """The program of a method: (key, params) -> (loss, gradient), or the loss alone for the bare run."""
+    """The program of a method: (key, params) -> (loss, gradient), or the loss alone for the bare
+    run."""
     loop, reverse, *_ = METHODS[method]
 
     def loss(params: Any) -> jax.Array:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# Units are those of the body: leg length, body mass, gravity. A speed of 1 is sqrt(g l), 3.1 m/s for a leg of 1 m.
+# Units are those of the body: leg length, body mass, gravity. A speed of 1 is sqrt(g l), 3.1 m/s
+# for a leg of 1 m.
 _TIME_STEP = 0.01
 USUAL_HEIGHT = 1.08
 _LONGEST_STANCE = 400  # steps; a spring that has not let go by then holds a runner that has stopped
@@ -34,7 +35,8 @@ class Hop(NamedTuple):
 
 
 def _accelerate(y: Float[Array, " 4"], stiffness: Array) -> Float[Array, " 4"]:
-    """The body over its foot at the origin: a spring along the leg of rest length 1, and gravity."""
+    """The body over its foot at the origin: a spring along the leg of rest length 1, and
+    gravity."""
     position, velocity = y[:2], y[2:]
     length = jnp.sqrt(position @ position)
     pull = stiffness * (1 / length - 1)
@@ -50,10 +52,12 @@ def _rk4(y: Array, stiffness: Array, dt: Array | float) -> Array:
 
 
 def stance(y: Float[Array, " 4"], stiffness: Array) -> tuple[Float[Array, " 4"], Array, Array]:
-    """From touch-down until the leg has its rest length again: state at lift-off, whether it came to that, steps of the loop.
+    """From touch-down until the leg has its rest length again: state at lift-off, whether it came
+    to that, steps of the loop.
 
-    The last step is cut at the event: its length is found by Newton's method, and is a function of the state before it. So the
-    derivative holds how the event itself moves, by -(dg/dt)^-1 dg for the length g of the leg.
+    The last step is cut at the event: its length is found by Newton's method, and is a function of
+    the state before it. So the derivative holds how the event itself moves, by -(dg/dt)^-1 dg for
+    the length g of the leg.
     """
 
     def going(state):
@@ -77,9 +81,11 @@ def stance(y: Float[Array, " 4"], stiffness: Array) -> tuple[Float[Array, " 4"],
 
 
 def hop(apex: Apex, angle: Array, stiffness: Array, drop: Array) -> Hop:
-    """From apex to apex, with the leg set at `angle` from the vertical, over ground that is `drop` lower after it.
+    """From apex to apex, with the leg set at `angle` from the vertical, over ground that is `drop`
+    lower after it.
 
-    A runner whose leg does not fit under the apex, whose stance does not end, or who leaves it downwards or backwards, has fallen.
+    A runner whose leg does not fit under the apex, whose stance does not end, or who leaves it
+    downwards or backwards, has fallen.
     """
     foot = jnp.stack([-jnp.sin(angle), jnp.cos(angle)])
     fall = apex.height - foot[1]
@@ -104,9 +110,11 @@ Controller = Callable[[Array], Array]
 def run(
     controller: Controller, apex: Apex, command: Array, drops: Float[Array, " hops"]
 ) -> tuple[Hop, Array]:
-    """As many hops as there are drops, until the runner falls: the hops, and for each whether it began on its feet.
+    """As many hops as there are drops, until the runner falls: the hops, and for each whether it
+    began on its feet.
 
-    The controller sees apex height, speed and the command, each less what is usual, and gives changes of angle and log stiffness.
+    The controller sees apex height, speed and the command, each less what is usual, and gives
+    changes of angle and log stiffness.
     """
 
     def one(carry, drop):
@@ -122,9 +130,11 @@ def run(
 
 
 def cost(controller: Controller, apex: Apex, command: Array, drops: Float[Array, " hops"]) -> Array:
-    """Mean over the hops of the squared errors of speed and height; a hop that was not made counts 1, more than nearly all others.
+    """Mean over the hops of the squared errors of speed and height; a hop that was not made counts
+    1, more than nearly all others.
 
-    A fall has a value and no derivative. The errors of the height before it are what tells a gradient that it comes nearer.
+    A fall has a value and no derivative. The errors of the height before it are what tells a
+    gradient that it comes nearer.
     """
     hops, upright = run(controller, apex, command, drops)
     errors = (hops.apex.speed - command) ** 2 + 2 * (hops.apex.height - USUAL_HEIGHT) ** 2
@@ -132,7 +142,8 @@ def cost(controller: Controller, apex: Apex, command: Array, drops: Float[Array,
 
 
 def path(controller: Controller, apex: Apex, command: Array, drops: Array) -> list[list[float]]:
-    """[x, height] of the body through the hops that were made, and of the one that was not as far as its touch-down."""
+    """[x, height] of the body through the hops that were made, and of the one that was not as far
+    as its touch-down."""
     hops, upright = jax.jit(lambda *start: run(controller, *start))(apex, command, drops)
     step = jax.jit(_rk4)
     points, x, ground, before = [], 0.0, 0.0, apex

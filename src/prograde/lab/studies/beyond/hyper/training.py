@@ -1,4 +1,5 @@
-"""Training runs as functions of their hyperparameters: of a few of the optimizer, and of a weight for every example."""
+"""Training runs as functions of their hyperparameters: of a few of the optimizer, and of a weight
+for every example."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prograde.lab import data
-from prograde.lab.studies.beyond.horizon_loops import straight
+from prograde.lab.studies.beyond.horizon.loops import straight
 
 _SIDE = 7  # pixels of a side: the digits again at a quarter of their size
 _RATE_KNOTS = 4
@@ -25,7 +26,8 @@ SPREAD = {
 
 @functools.cache
 def digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Rows of 50 numbers, the last a 1, and labels: `train`, `validation`, and `test`, which no hyperparameter sees."""
+    """Rows of 50 numbers, the last a 1, and labels: `train`, `validation`, and `test`, which no
+    hyperparameter sees."""
     with jax.ensure_compile_time_eval():  # it may be asked for while a run is traced
         loaded, small = data.load("digits"), {}
     for part in ("train", "validation", "test"):
@@ -69,8 +71,9 @@ def prior(key: jax.Array) -> dict[str, jax.Array]:
 class Classifier:
     """SGD with momentum of a network of one hidden layer, by batches in a fixed order.
 
-    Hyperparameters: `rate`, log learning rates at four knots of a piecewise linear schedule; `momentum`, its logit; `head`, the
-    log of the last layer's rate over the first's; `decay`, the log weight decay of each layer. Eight numbers.
+    Hyperparameters: `rate`, log learning rates at four knots of a piecewise linear schedule;
+    `momentum`, its logit; `head`, the log of the last layer's rate over the first's; `decay`, the
+    log weight decay of each layer. Eight numbers.
     """
 
     steps: int
@@ -81,7 +84,8 @@ class Classifier:
     def outcome(
         self, hyper: dict[str, jax.Array], loop: Callable = straight
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(held-out loss, what the test part says) at the end of the run. `loop` is how its steps are run."""
+        """(held-out loss, what the test part says) at the end of the run. `loop` is how its steps
+        are run."""
         rows, wanted = _part("train", self.examples)
         dtype, generator = rows.dtype, np.random.default_rng(0)
         shapes = ((rows.shape[1], self.units), (self.units, data.NUM_CLASSES))
@@ -128,9 +132,11 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Gradient descent of a linear softmax classifier on examples with a weight each, of which a part has a wrong label.
+    """Gradient descent of a linear softmax classifier on examples with a weight each, of which a
+    part has a wrong label.
 
-    Hyperparameters: one number for each example, whose sigmoid is its weight. The held-out loss is that of clean examples.
+    Hyperparameters: one number for each example, whose sigmoid is its weight. The held-out loss is
+    that of clean examples.
     """
 
     steps: int = 100
@@ -181,7 +187,8 @@ class Cleaning:
         }
 
     def found(self, hyper: Any) -> dict[str, float]:
-        """How well small weights tell wrong labels: area under the ROC curve, and precision among as many as are wrong."""
+        """How well small weights tell wrong labels: area under the ROC curve, and precision among
+        as many as are wrong."""
         wrong, hyper = self.labels[1], np.asarray(hyper)
         below = hyper[wrong][:, None] - hyper[~wrong][None]
         least = np.argsort(hyper, kind="stable")[: wrong.sum()]

@@ -1,0 +1,1 @@
+"""A runner learns to run at a commanded speed, through the events of its simulation."""

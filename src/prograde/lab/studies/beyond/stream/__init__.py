@@ -1,0 +1,2 @@
+"""Learning from a stream: exact and unbiased online learners beside truncated backpropagation, at
+equal wall-clock."""
