@@ -116,8 +116,9 @@ def test_smollm2_has_the_parameters_of_the_model_that_it_is_named_after():
 def test_pytorch_computes_the_same_loss_and_gradient(tiny, tmp_path):
     if importlib.util.find_spec("torch") is None:
         pytest.skip("PyTorch is not installed")
-    from prograde.lab import bench_torch
     from prograde.lab.bench_torch import torch
+
+    from prograde.lab import bench_torch
 
     workload, params, state, batch, loss, gradient = tiny
     bench_methods.save_arrays(tmp_path / "arrays.npz", params, state, [batch])

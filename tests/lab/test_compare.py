@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from prograde.lab.experiments import Budget, Experiment, Reported
 from rich.console import Console
 
 import prograde as pg
 from prograde.lab import compare, compare_report, compare_summary, models, records, train
 from prograde.lab.data import DataError, Dataset
 from prograde.lab.display import Display
-from prograde.lab.experiments import Budget, Experiment, Reported
 
 NAMES = ("backprop", "checkpointed", "weight")
 SEEDS, STEPS = 2, 4

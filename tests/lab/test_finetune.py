@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from prograde.lab.finetune import ESTIMATORS, TRAIN, Plan, Tuning, calibration, figures_of
+from prograde.lab.finetune_run import Job
 from rich.console import Console
 
 import prograde as pg
@@ -21,8 +23,6 @@ from prograde import lm
 from prograde.lab import finetune_report, finetune_run, records, texts
 from prograde.lab.data import DataError
 from prograde.lab.display import Display
-from prograde.lab.finetune import ESTIMATORS, TRAIN, Plan, Tuning, calibration, figures_of
-from prograde.lab.finetune_run import Job
 
 TINY = lm.Architecture(
     vocab_size=256, width=32, num_layers=3, num_heads=4, num_kv_heads=2, hidden=48

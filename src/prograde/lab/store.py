@@ -124,14 +124,19 @@ def claim(study: str, configs: dict[Path, dict[str, Any]], resume: bool) -> list
     without. One that holds anything else is refused. The stores are locked until this process
     ends: a second process that claims one of them is refused.
     """
-    manifests = {
-        directory: _manifest(study, directory, plain(config), resume)
-        for directory, config in configs.items()
-    }
+
+    def manifests() -> dict[Path, dict[str, Any]]:
+        return {
+            directory: _manifest(study, directory, plain(config), resume)
+            for directory, config in configs.items()
+        }
+
+    manifests()  # refuses before a lock is left in a directory of somebody else
     for directory in configs:
         _lock(directory)
+    found = manifests()  # again: another process may have been faster
     here = environment()
-    for directory, manifest in manifests.items():
+    for directory, manifest in found.items():
         for left in directory.rglob(".*.tmp"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         manifest["environments"].append(here)
@@ -180,7 +185,7 @@ def _manifest(study: str, directory: Path, config: dict[str, Any], resume: bool)
 def _lock(directory: Path) -> None:
     """Locks a store until this process ends."""
     directory.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(directory / _LOCK, timeout=0)
+    lock = filelock.FileLock(directory / _LOCK, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except filelock.Timeout:

@@ -67,7 +67,8 @@ def loss(make: Callable, params: Any, batch: tuple) -> Any:
 
 def outcome(make: Callable, params: Any, batch: tuple) -> dict[str, float]:
     """Mean cost, share of runs that ended in a fall, and rms error of the speed of the others after
-    their last hop."""
+    their last hop.
+    """
     hops, upright = jax.vmap(partial(runner.run, make(params)))(*batch)
     stands = upright[:, -1] * (1 - hops.fell[:, -1])
     error = jnp.sum(stands * (hops.apex.speed[:, -1] - batch[1]) ** 2) / jnp.maximum(
@@ -81,7 +82,8 @@ def train(
     make: Callable, start: Any, batch: tuple, estimator: pg.Estimator, steps: int
 ) -> Callable:
     """A compiled function of the rate: the parameters after `steps` of Adam, and the losses on the
-    way."""
+    way.
+    """
     gradient = pg.value_and_grad(partial(loss, make), estimator)
     # some runs come close to a fall, where derivatives are large; all methods get the same remedy
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1.0))
@@ -103,7 +105,8 @@ def train(
 
 def gradient_errors() -> dict[str, float]:
     """Relative error of the forward gradient against central differences in double precision, and
-    how many runs fell there."""
+    how many runs fell there.
+    """
     with jax.enable_x64(True):
         make = linear
         flat = jnp.zeros(8)

@@ -36,7 +36,8 @@ class Hop(NamedTuple):
 
 def _accelerate(y: Float[Array, " 4"], stiffness: Array) -> Float[Array, " 4"]:
     """The body over its foot at the origin: a spring along the leg of rest length 1, and
-    gravity."""
+    gravity.
+    """
     position, velocity = y[:2], y[2:]
     length = jnp.sqrt(position @ position)
     pull = stiffness * (1 / length - 1)
@@ -143,7 +144,8 @@ def cost(controller: Controller, apex: Apex, command: Array, drops: Float[Array,
 
 def path(controller: Controller, apex: Apex, command: Array, drops: Array) -> list[list[float]]:
     """[x, height] of the body through the hops that were made, and of the one that was not as far
-    as its touch-down."""
+    as its touch-down.
+    """
     hops, upright = jax.jit(lambda *start: run(controller, *start))(apex, command, drops)
     step = jax.jit(_rk4)
     points, x, ground, before = [], 0.0, 0.0, apex

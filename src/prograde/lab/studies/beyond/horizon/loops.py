@@ -63,7 +63,8 @@ class Pendulum:
 @dataclass(frozen=True)
 class Recurrent:
     """A GRU that follows a signal: its state has to become the product of what its two inputs were
-    before."""
+    before.
+    """
 
     units: int = 32
 
@@ -130,7 +131,8 @@ def nested(levels: int) -> Callable[[Body, tuple, int, int], tuple]:
 
 def equinox_loop(body: Body, carry: tuple, steps: int, unroll: int) -> tuple:
     """Equinox's loop with the square root of the number of iterations as checkpoints, placed as it
-    goes."""
+    goes.
+    """
 
     def several(carry, _):
         for _ in range(unroll):
@@ -192,7 +194,8 @@ CHECKPOINTED = ("each step", "square root", "cube root", "equinox")
 
 def gradient(problem: Any, method: str, steps: int, unroll: int = 1) -> Callable[[Any, Any], Any]:
     """The program of a method: (key, params) -> (loss, gradient), or the loss alone for the bare
-    run."""
+    run.
+    """
     loop, reverse, *_ = METHODS[method]
 
     def loss(params: Any) -> jax.Array:

@@ -1,5 +1,6 @@
 """Long horizons: the gradient of a loss along a trajectory, at a memory that does not grow with its
-length."""
+length.
+"""
 
 import json
 import os
@@ -65,7 +66,8 @@ def _compiled(problem: Any, steps: int, unrolls: dict[str, int]) -> dict[str, Pr
 
 def pendulum_figures(plan: Plan, setting: str, display: Display) -> dict[str, Any]:
     """The search, then time and memory of all methods against T, with XLA as this process was
-    started."""
+    started.
+    """
     title = f"pendulum, {_SETTINGS[setting]}"
     searched, programs = {}, {}
     for unroll in plan.unrolls:

@@ -1,5 +1,6 @@
 """Hypergradients: the derivative of the held-out loss by the hyperparameters, through a whole
-training run, forward."""
+training run, forward.
+"""
 
 import time
 from collections.abc import Callable
@@ -48,7 +49,8 @@ FULL = Plan((1_000, 10_000, 30_000), 7, meta_steps=60, starts=10, cleaning_secon
 
 def hypergradients(outcome: Callable) -> dict[str, Callable[[Any], Any]]:
     """Method -> (hyperparameters -> (held-out loss, hypergradient)); the run by itself gives the
-    loss."""
+    loss.
+    """
 
     def by(estimator, loop):
         return lambda h: pg.value_and_grad(lambda h: outcome(h, loop)[0], estimator)(None, h)
@@ -96,7 +98,8 @@ def long_runs(plan: Plan, display: Display) -> dict[str, Any]:
 
 def tune(run: Classifier, meta_steps: int, rate: float = 0.15) -> Callable[[Any], Any]:
     """Adam on the hyperparameters by forward hypergradients: start -> (losses, test) of each
-    meta-step."""
+    meta-step.
+    """
     grad_fn = pg.value_and_grad(run.outcome, pg.ForwardJacobian(), has_aux=True)
     optimizer = optax.chain(optax.zero_nans(), optax.clip_by_global_norm(1.0), optax.adam(rate))
 
@@ -170,7 +173,8 @@ def tuning(plan: Plan, display: Display) -> dict[str, Any]:
 
 def cleaning(plan: Plan, display: Display) -> dict[str, Any]:
     """Weights of examples by forward gradients, by exact ones in chunks, and by reverse mode, for
-    equal times."""
+    equal times.
+    """
     run = Cleaning(plan.cleaning_steps)
     estimators: dict[str, pg.Estimator] = {
         OURS: pg.ForwardJacobian(chunk=64),

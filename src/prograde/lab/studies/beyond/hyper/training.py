@@ -1,5 +1,6 @@
 """Training runs as functions of their hyperparameters: of a few of the optimizer, and of a weight
-for every example."""
+for every example.
+"""
 
 import functools
 from collections.abc import Callable
@@ -27,7 +28,8 @@ SPREAD = {
 @functools.cache
 def digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Rows of 50 numbers, the last a 1, and labels: `train`, `validation`, and `test`, which no
-    hyperparameter sees."""
+    hyperparameter sees.
+    """
     with jax.ensure_compile_time_eval():  # it may be asked for while a run is traced
         loaded, small = data.load("digits"), {}
     for part in ("train", "validation", "test"):
@@ -85,7 +87,8 @@ class Classifier:
         self, hyper: dict[str, jax.Array], loop: Callable = straight
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(held-out loss, what the test part says) at the end of the run. `loop` is how its steps
-        are run."""
+        are run.
+        """
         rows, wanted = _part("train", self.examples)
         dtype, generator = rows.dtype, np.random.default_rng(0)
         shapes = ((rows.shape[1], self.units), (self.units, data.NUM_CLASSES))
@@ -188,7 +191,8 @@ class Cleaning:
 
     def found(self, hyper: Any) -> dict[str, float]:
         """How well small weights tell wrong labels: area under the ROC curve, and precision among
-        as many as are wrong."""
+        as many as are wrong.
+        """
         wrong, hyper = self.labels[1], np.asarray(hyper)
         below = hyper[wrong][:, None] - hyper[~wrong][None]
         least = np.argsort(hyper, kind="stable")[: wrong.sum()]

@@ -1,2 +1,3 @@
 """Newton's method in a loop that ends when it has converged: five numbers of a solar cell, and a
-network in equilibrium."""
+network in equilibrium.
+"""

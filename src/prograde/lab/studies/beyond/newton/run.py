@@ -1,5 +1,6 @@
 """Newton's method in a loop that ends when it has converged: five numbers of a solar cell, and a
-network in equilibrium."""
+network in equilibrium.
+"""
 
 import itertools
 import time
@@ -175,7 +176,8 @@ def measure(
     full: bool, display: Display, steps: int | None = None, rounds: int | None = None
 ) -> dict:
     """`steps` of the network's training and `rounds` of timing, when not those of quick or
-    `full`."""
+    `full`.
+    """
     with jax.enable_x64(True):
         params = jnp.log(jnp.asarray(START))
         bound = smallest_bound()

@@ -1,5 +1,6 @@
 """The current of a solar cell, found by Newton's method, and five ways to differentiate through the
-iteration."""
+iteration.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -42,7 +43,8 @@ Solver = Callable[[Params, Array, int], Array]
 
 def residual(params: Params, volts: Array, amperes: Array) -> Array:
     """The single-diode model: amperes I solve I_L - I_0 (exp(x / (n V_T)) - 1) - x / R_sh - I = 0
-    with x = V + I R_s."""
+    with x = V + I R_s.
+    """
     light, saturation, ideality, series, shunt = jnp.exp(params)
     x = volts + amperes * series
     return light - saturation * jnp.expm1(x / (ideality * THERMAL_VOLTAGE)) - x / shunt - amperes
@@ -56,7 +58,8 @@ def step(params: Params, volts: Array, amperes: Array) -> Array:
 
 def start(params: Params, volts: Array) -> tuple[Array, Array]:
     """First currents and an infinite last step. The residual is concave and falls: from the
-    photocurrent all converge."""
+    photocurrent all converge.
+    """
     return jnp.exp(params[0]) + 0 * volts, jnp.asarray(jnp.inf, volts.dtype)
 
 
@@ -119,7 +122,8 @@ def by_scan_where(params: Params, volts: Array, bound: int) -> Array:
 
 def by_checkpoints(params: Params, volts: Array, bound: int) -> Array:
     """Equinox's while loop, which has a reverse mode from checkpoints for up to `bound`
-    iterations."""
+    iterations.
+    """
     return eqx.internal.while_loop(
         lambda state: state[1] > TOLERANCE,
         partial(advance, params, volts),
@@ -131,7 +135,8 @@ def by_checkpoints(params: Params, volts: Array, bound: int) -> Array:
 
 def by_implicit_function(params: Params, volts: Array, bound: int) -> Array:
     """`lax.custom_root`: the derivative of the solution from that of the equation, dI = -(df/dI)^-1
-    df, whatever the iteration."""
+    df, whatever the iteration.
+    """
     fixed = lax.stop_gradient(params)
     return lax.custom_root(
         partial(residual, params, volts),

@@ -1,2 +1,3 @@
 """The parameters of a stiff, oscillating reaction, fitted through an adaptive implicit solver
-(diffrax)."""
+(diffrax).
+"""

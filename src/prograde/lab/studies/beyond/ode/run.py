@@ -1,5 +1,6 @@
 """The parameters of a stiff, oscillating reaction, fitted through an adaptive implicit solver
-(diffrax)."""
+(diffrax).
+"""
 
 import time
 from collections.abc import Callable
@@ -44,7 +45,8 @@ class Oregonator:
 
     def rates(self, y: Float[Array, " 5"], log_params: Float[Array, " 4"]) -> Float[Array, " 5"]:
         """The reaction, and what two electrodes show: decades of bromide b and of oxidised catalyst
-        c, low-pass filtered."""
+        c, low-pass filtered.
+        """
         s, q, w, f = jnp.asarray(TRUTH) * jnp.exp(log_params)
         a, b, c = y[:3]
         reaction = jnp.stack(
@@ -128,7 +130,8 @@ def _memory_by_steps(
     problem: Oregonator, signal: Array, display: Display
 ) -> dict[str, dict[str, int]]:
     """XLA's temporary memory of a gradient by each mode, by the number of steps that are allowed
-    for; nothing is run."""
+    for; nothing is run.
+    """
     found: dict[str, dict[str, int]] = {}
     with display.stage("memory by the number of steps", 2 * len(_ALLOWED)):
         for most in _ALLOWED:
@@ -200,7 +203,8 @@ def measure(
     full: bool, display: Display, problem: Oregonator | None = None, evaluations: int = 40
 ) -> dict:
     """Another `problem`, and at most how many `evaluations` a fit may take, where it is to be
-    smaller."""
+    smaller.
+    """
     problem = problem or (Oregonator(until=2400.0, rtol=1e-6) if full else Oregonator())
     with jax.enable_x64(True):
         times, start = jnp.asarray(problem.times()), jnp.asarray(START)

@@ -1,2 +1,3 @@
 """Learning from a stream: exact and unbiased online learners beside truncated backpropagation, at
-equal wall-clock."""
+equal wall-clock.
+"""

@@ -1,5 +1,6 @@
 """Learning from a stream: exact and unbiased online learners beside truncated backpropagation, at
-equal wall-clock."""
+equal wall-clock.
+"""
 
 import functools
 import hashlib
@@ -60,7 +61,8 @@ class Task:
 
 def delayed_copy(delay: int, symbols: int = 4) -> Task:
     """One of `symbols` is shown, `delay` steps later a mark asks for it, and nothing is shown in
-    between."""
+    between.
+    """
 
     def draw(key: Array, episodes: int) -> tuple[Array, Array]:
         shown = jax.random.randint(key, (episodes,), 0, symbols)
@@ -166,7 +168,8 @@ def start(key: Array, task: Task, units: int) -> dict[str, Array]:
 @dataclass(frozen=True)
 class Method:
     """A learner, or truncated backpropagation through `window` steps, which updates once a window;
-    `chunk` steps go to it at once."""
+    `chunk` steps go to it at once.
+    """
 
     title: str
     chunk: int
@@ -205,7 +208,8 @@ def _truncated_backprop(
     loss: Callable, optimizer: Any, window: int, carry: Any, inputs: Array, targets: Array
 ) -> tuple[Any, Array]:
     """The stream in windows: reverse mode through each, from the state in which the one before
-    ended."""
+    ended.
+    """
 
     def one_window(carry: Any, seen: tuple[Array, Array]) -> tuple[Any, Array]:
         params, state, opt_state = carry
@@ -244,7 +248,8 @@ class Setting:
 
     def methods(self) -> dict[str, Method]:
         """By name; backpropagation with each window is a method of its own, so that the window is
-        tuned too."""
+        tuned too.
+        """
         online = {
             "RTRL": Method("RTRL, exact", 200, lambda task: pg.online.RTRL(gru, task.loss)),
             "DODGE": Method(
@@ -301,7 +306,8 @@ def _run(
     method: Method, task: Task, setting: Setting, rate: float, seed: int, seconds: float
 ) -> dict[str, Any]:
     """Learns for so many seconds; the loss of a point is the mean over what was asked since the
-    last, before it was learned from."""
+    last, before it was learned from.
+    """
     learn = method.learn(task, _ADAM)
     whole = math.lcm(task.episode, method.window if method.learner is None else 1)
     begin = method.begin(task, _ADAM, rate, setting.units, seed)

@@ -14,8 +14,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import prograde as pg
-from prograde.lab.beyond import horizon, horizon_loops, hyper, hyper_training
 from prograde.lab.display import Display
+from prograde.lab.studies.beyond.horizon import loops as horizon_loops
+from prograde.lab.studies.beyond.horizon import report as horizon_report
+from prograde.lab.studies.beyond.horizon import run as horizon
+from prograde.lab.studies.beyond.hyper import report as hyper_report
+from prograde.lab.studies.beyond.hyper import run as hyper
+from prograde.lab.studies.beyond.hyper import training as hyper_training
 
 
 @pytest.fixture
@@ -23,17 +28,17 @@ def display():
     return Display(Console(file=io.StringIO()))
 
 
-def shown(experiment, record):
+def shown(report, record):
     """The conclusion of a record that went through JSON, after its tables and its figure were made."""
     record = json.loads(json.dumps(record))
-    for table in experiment.tables(record):
+    for table in report.tables(record):
         assert table.rows
         assert all(len(row) == len(table.columns) for row in table.rows), table.title
     figure = Figure()
-    experiment.draw(record, figure)
+    report.draw(record, figure)
     figure.savefig(io.BytesIO(), format="svg")
     assert all(axes.lines or axes.collections or axes.patches for axes in figure.axes)
-    return experiment.conclusion(record)
+    return report.conclusion(record)
 
 
 def temp_bytes(fun, *args):
@@ -93,17 +98,17 @@ def test_horizon_is_told_from_a_tiny_record(display, monkeypatch):
         lengths=(64,), unrolls=(1,), search_length=16, rounds=1, widths=(2,), recurrent=(16,)
     )
     plan = dataclasses.replace(plan, methods=("bare", "ours", "backprop", "each step"))
-    record = horizon.Horizon().measured(
+    record = horizon.measured(
         {"default": dataclasses.replace(plan, lengths=()), "one kernel": plan}, display
     )
-    said = shown(horizon.Horizon(), record)
+    said = shown(horizon_report, record)
     assert "the target of 0.5 is" in said
     # where ours takes ten times as long, and its memory grows, that is what is said
     for figures in record["pendulum"].values():
         for at in figures["lengths"].values():
             at["ours"]["seconds"] = {k: 1e6 * v for k, v in at["ours"]["seconds"].items()}
     record["pendulum"]["one kernel"]["lengths"]["64"]["ours"]["temp_bytes"] *= 10
-    said = horizon.Horizon().conclusion(record)
+    said = horizon_report.conclusion(record)
     assert "missed" in said
     assert "slower" in said
     assert "grew by a factor" in said
@@ -153,15 +158,15 @@ def test_wrong_labels_are_as_many_as_said_and_small_weights_tell_them():
 def test_hyper_is_told_from_a_tiny_record(display):
     plan = hyper.Plan((16,), 1, run_steps=8, meta_steps=2, starts=2, cleaning_steps=4, cleaning_seconds=1e-3,
                       cleaning_rates=(0.1,), num_tangents=2)  # fmt: skip
-    record = hyper.Hyper().measured(plan, display)
-    said = shown(hyper.Hyper(), record)
+    record = hyper.measured(plan, display)
+    said = shown(hyper_report, record)
     assert "is missed in float64" in said  # eight steps are no memory to speak of
     for figures in record["long"].values():
         figures["methods"][hyper.BACKPROP]["temp_bytes"] = (
             100 * figures["methods"][hyper.OURS]["temp_bytes"]
         )
         figures["errors"] = {"float32": 1e-3, "float64": 1e-14}
-    said = hyper.Hyper().conclusion(record)
+    said = hyper_report.conclusion(record)
     assert "is met in float64, in float32 not" in said
 
 

@@ -11,11 +11,25 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import prograde as pg
-from prograde.lab.beyond import control, equilibrium, ode, runner, solar_cell
-from prograde.lab.beyond.control import Control, gradient_errors
-from prograde.lab.beyond.newton import OURS, REVERSE, START, Newton, fitted, refusal, smallest_bound
-from prograde.lab.beyond.ode import ODEFit, Oregonator, programs
 from prograde.lab.display import Display
+from prograde.lab.studies.beyond.control import report as control_report
+from prograde.lab.studies.beyond.control import run as control
+from prograde.lab.studies.beyond.control import runner
+from prograde.lab.studies.beyond.control.run import gradient_errors
+from prograde.lab.studies.beyond.newton import equilibrium, solar_cell
+from prograde.lab.studies.beyond.newton import report as newton_report
+from prograde.lab.studies.beyond.newton import run as newton
+from prograde.lab.studies.beyond.newton.run import (
+    OURS,
+    REVERSE,
+    START,
+    fitted,
+    refusal,
+    smallest_bound,
+)
+from prograde.lab.studies.beyond.ode import report as ode_report
+from prograde.lab.studies.beyond.ode import run as ode
+from prograde.lab.studies.beyond.ode.run import Oregonator, programs
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -36,15 +50,15 @@ def relative(a, b):
     return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
 
 
-def shown(experiment, record, tmp_path):
+def shown(report, record, tmp_path):
     """Tables whose rows fit their columns, a conclusion, and a figure that can be rendered."""
-    for table in experiment.tables(record):
+    for table in report.tables(record):
         assert table.rows
         assert all(len(row) == len(table.columns) for row in table.rows), table.title
     figure = Figure()
-    experiment.draw(record, figure)
+    report.draw(record, figure)
     figure.savefig(tmp_path / "figure.png", dpi=40)
-    return experiment.conclusion(record)
+    return report.conclusion(record)
 
 
 def test_derivative_of_a_converged_loop_is_that_of_the_implicit_function():
@@ -121,8 +135,7 @@ def test_gradient_of_the_equilibrium_network_is_exact(key):
 
 
 def test_newton_shows_what_it_measured(quiet, tmp_path):
-    experiment = Newton()
-    record = experiment.measure(False, quiet, steps=60, rounds=2)
+    record = newton.measure(False, quiet, steps=60, rounds=2)
     assert record["refused"].startswith(
         "Reverse-mode differentiation does not work for lax.while_loop"
     )
@@ -130,8 +143,8 @@ def test_newton_shows_what_it_measured(quiet, tmp_path):
     assert all(
         run["losses"][-1] < 0.5 * run["losses"][0] for run in record["network"]["runs"].values()
     )
-    assert "missed" not in shown(experiment, slower(record, 1 / 1000), tmp_path)
-    assert "missed" in shown(experiment, slower(record, 1000), tmp_path)
+    assert "missed" not in shown(newton_report, slower(record, 1 / 1000), tmp_path)
+    assert "missed" in shown(newton_report, slower(record, 1000), tmp_path)
 
 
 def slower(record, factor):
@@ -216,14 +229,13 @@ def test_gradient_of_the_oregonator_is_that_of_differences(key):
 
 def test_ode_shows_what_it_measured(quiet, tmp_path, monkeypatch):
     monkeypatch.setattr(ode, "_ALLOWED", (64,))
-    experiment = ODEFit()
-    record = experiment.measure(
+    record = ode.measure(
         False, quiet, Oregonator(until=12.0, solver=diffrax.Tsit5()), evaluations=4
     )
     assert record["fit"]["disagreement"] < 1e-8
     assert min(record["fit"]["losses"]) < record["fit"]["losses"][0]
     # of so few steps nobody has to keep much
-    assert "missed" in shown(experiment, record, tmp_path)
+    assert "missed" in shown(ode_report, record, tmp_path)
 
 
 def test_stance_ends_where_the_leg_has_its_length_and_keeps_the_energy():
@@ -259,8 +271,7 @@ def test_control_shows_what_it_measured(quiet, tmp_path, monkeypatch):
         "network",
         {"forward gradients along 1": pg.WeightPerturbation(pg.Rademacher())},
     )
-    experiment = Control()
-    record = experiment.measure(False, quiet, steps=10, batch_size=4)
+    record = control.measure(False, quiet, steps=10, batch_size=4)
     assert record["refused"].startswith(
         "Reverse-mode differentiation does not work for lax.while_loop"
     )
@@ -269,7 +280,7 @@ def test_control_shows_what_it_measured(quiet, tmp_path, monkeypatch):
         for f in record["found"].values()
         for n, r in f["runs"].items()
     )
-    assert "lowest cost" in shown(experiment, record, tmp_path)
+    assert "lowest cost" in shown(control_report, record, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["newton", "ode", "control"])
