@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHON_NEWEST ?= python3.12
 BIN := .venv/bin
 
-.PHONY: setup reproduce test test-newest lint docs bench bench-basics
+.PHONY: setup reproduce test test-all test-newest lint docs bench bench-basics
 
 setup: .venv/.installed
 
@@ -16,13 +16,16 @@ reproduce: setup
 	$(BIN)/prograde reproduce all
 
 test: setup
+	$(BIN)/python -m pytest -m 'not long'
+
+test-all: setup
 	$(BIN)/python -m pytest
 
 # the rules of the core and what check says, on the newest versions of everything
 test-newest:
 	$(PYTHON_NEWEST) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test]'
-	.venv-newest/bin/python -m pytest tests/test_structured.py tests/test_check.py
+	.venv-newest/bin/python -m pytest tests/structured/test_structured.py tests/test_check.py
 
 lint: setup
 	$(BIN)/ruff format --check

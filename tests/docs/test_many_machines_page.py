@@ -5,7 +5,7 @@ from pathlib import Path
 
 from prograde.lab import records
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = " ".join((ROOT / "docs" / "distributed.md").read_text().split())
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from prograde.lab import data
 
-SHARED_MNIST = Path(__file__).parents[2] / "shared" / "data"
+SHARED_MNIST = Path(__file__).parents[3] / "shared" / "data"
 NAMES = list(data._IDX_FILES.values())
 
 

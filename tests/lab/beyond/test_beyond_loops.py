@@ -17,7 +17,7 @@ from prograde.lab.beyond.newton import OURS, REVERSE, START, Newton, fitted, ref
 from prograde.lab.beyond.ode import ODEFit, Oregonator, programs
 from prograde.lab.display import Display
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture

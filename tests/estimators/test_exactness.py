@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+from comparisons import close, dense, floats
 
 import prograde as pg
-from prograde._structured import LowRankTangent
 
 DISTRIBUTIONS = [
     pg.Normal(),
@@ -19,27 +19,6 @@ DISTRIBUTIONS = [
     pg.LowRank(2, pg.Normal()),
 ]
 TOLERANCE = {"float32": 2e-4, "float64": 1e-11, "bfloat16": 6e-2}
-
-
-def dense(tangents):
-    """The slow twin of a structured tangent: every factor multiplied out."""
-    return jax.tree.map(
-        lambda t: t.dense() if isinstance(t, LowRankTangent) else t,
-        tangents,
-        is_leaf=lambda t: isinstance(t, LowRankTangent),
-    )
-
-
-def floats(params):
-    return eqx.filter(params, eqx.is_inexact_array)
-
-
-def close(actual, expected, tolerance):
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
-        np.testing.assert_allclose(
-            a, e, rtol=tolerance, atol=tolerance * max(1e-30, np.abs(e).max())
-        )
 
 
 def slow_twin(loss, params, args, tangents):

@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_logits as reference
+from comparisons import close, floats, jit
+from comparisons import dense as dense_tangents
 from safetensors.numpy import load_file, save_file
-from test_exactness import close, floats
-from test_exactness import dense as dense_tangents
-from test_foreign_models import jit
 
 import prograde as pg
 from prograde import lm

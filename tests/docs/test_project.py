@@ -14,7 +14,7 @@ import pytest
 import prograde
 from prograde import lm, online
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "prograde"
 MODULES = [
     m.name

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparisons import close, dense, floats, jit
 from foreign_models import (
     STATEFUL,
     STATELESS,
@@ -17,7 +18,6 @@ from foreign_models import (
     llama_by_reshape,
     nnx_experts,
 )
-from test_exactness import close, dense, floats
 
 import prograde as pg
 
@@ -39,11 +39,6 @@ CASES = [
     *((model, pg.WeightPerturbation(pg.LowRank(1), 3)) for model in STATEFUL),
     *((model, pg.WeightPerturbation(pg.LowRank(1), 3, chunk=2)) for model in STATEFUL),
 ]
-
-# These programs run for microseconds and compile for seconds. An option that XLA no longer knows can go.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-jit = functools.partial(eqx.filter_jit, compiler_options=QUICK)
-
 
 each_case = pytest.mark.parametrize(
     ("model", "estimator"),

@@ -8,7 +8,7 @@ import pytest
 
 from prograde.lab import records
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_tables_are_those_of_the_records():

@@ -18,7 +18,7 @@ from rich.console import Console
 import prograde as pg
 from prograde.lab import bench, bench_methods, bench_report, cli, records, workloads
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 TINY = {
     "logreg": {"batch": 4},

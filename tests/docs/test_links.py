@@ -11,7 +11,7 @@ import pytest
 
 from prograde.lab import records
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 GATHER, SUM = "all-gather f32[4,3]{1,0}", "all-reduce (f32[10,100]{1,0}, /*index=5*/f32[])"
 

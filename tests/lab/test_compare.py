@@ -436,7 +436,7 @@ def test_a_frontier_is_what_nothing_beats_in_both(seed):
     ],
 )
 def test_the_page_in_the_docs_says_what_the_record_does(record):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     comparison = compare_summary.read(root / "records" / record)
     page = (root / "docs" / "compare.md").read_text()
     assert compare_report.conclusion(comparison) in page

@@ -1,6 +1,6 @@
 """Logits of tiny models as `transformers` computes them, recorded for machines that do not have it.
 
-    python tests/reference_logits.py          # needs transformers and torch; writes reference_logits.json
+    python tests/lm/reference_logits.py          # needs transformers and torch; writes reference_logits.json
 
 The weights are made from bits of Philox, whose stream numpy guarantees, and are nowhere stored.
 """

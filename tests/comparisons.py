@@ -1,0 +1,34 @@
+"""How estimates and tangents are compared, for all tests."""
+
+import functools
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from prograde._structured import LowRankTangent
+
+# These programs run for microseconds and compile for seconds. XLA refuses options it does not know.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+jit = functools.partial(eqx.filter_jit, compiler_options=QUICK)
+
+
+def dense(tangents):
+    """The slow twin of a structured tangent: every factor multiplied out."""
+    return jax.tree.map(
+        lambda t: t.dense() if isinstance(t, LowRankTangent) else t,
+        tangents,
+        is_leaf=lambda t: isinstance(t, LowRankTangent),
+    )
+
+
+def floats(params):
+    return eqx.filter(params, eqx.is_inexact_array)
+
+
+def close(actual, expected, tolerance):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        np.testing.assert_allclose(
+            a, e, rtol=tolerance, atol=tolerance * max(1e-30, np.abs(e).max())
+        )
