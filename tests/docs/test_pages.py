@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
-NARROW = [README, ROOT / "CONTRIBUTING.md", DOCS / "index.md"]
+NARROW = [README, ROOT / "CONTRIBUTING.md"] + [
+    DOCS / f"{name}.md" for name in ("index", "command_line", "costs", "benchmarks", "reproduction")
+]
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
