@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 NARROW = [README, ROOT / "CONTRIBUTING.md"] + [
-    DOCS / f"{name}.md" for name in ("index", "command_line", "costs", "benchmarks", "reproduction")
+    DOCS / f"{name}.md"
+    for name in ("index", "beyond", "command_line", "costs", "benchmarks", "reproduction")
 ]
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
