@@ -1,16 +1,22 @@
-# Every target makes .venv itself when it is missing, from nothing but python3 and pip.
+# Every target makes an environment of its own, .venv-dev, when it is missing: from nothing but python3 and pip.
+# An environment of yours, such as a .venv with `pip install .` in it, is left alone.
 PYTHON ?= python3
 PYTHON_NEWEST ?= python3.12
-BIN := .venv/bin
+VENV ?= .venv-dev
+BIN := $(VENV)/bin
 
-.PHONY: setup reproduce test test-all test-newest lint docs bench bench-basics
+.PHONY: setup hooks reproduce test test-all test-newest check lint types docs bench bench-basics
 
-setup: .venv/.installed
+setup: $(VENV)/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# ruff before every commit
+hooks: setup
+	$(BIN)/prek install
 
 reproduce: setup
 	$(BIN)/prograde reproduce all
@@ -27,13 +33,17 @@ test-newest:
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test]'
 	.venv-newest/bin/python -m pytest tests/structured/test_structured.py tests/test_check.py
 
+check: lint types docs
+
 lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/pyright
+
+types: setup
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/zensical build --strict --clean
 
 bench: setup
 	$(BIN)/prograde bench

@@ -140,16 +140,6 @@ def test_api_page_lists_exactly_the_public_names():
     assert set(re.findall(r"^::: prograde\.lm\.(\w+)$", page, re.M)) == set(lm.__all__)
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
-)
-def test_code_on_the_pages_runs(page):
-    """The Python blocks of a page run one after the other in one namespace."""
-    namespace = {}
-    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S):
-        exec(compile(block, page, "exec"), namespace)
-
-
 def test_version_stands_once():
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert f"## {prograde.__version__}" in changelog
