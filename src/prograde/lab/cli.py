@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union, get_type_hints
 
 try:
     import tyro
@@ -56,11 +56,16 @@ command with --out DIR --resume."""
 class Records:
     """Where the records of a study go."""
 
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Directory of the records and the report. Default: runs/DATE-TIME-STUDY."""
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/DATE-TIME-STUDY)"),
+    ] = None
+    """Directory of the records and the report."""
     resume: bool = False
     """Continue the records in --out. The numbers are those of a run that was never stopped."""
-    from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="DIR")] = None
+    from_: Annotated[
+        Path | None, tyro.conf.arg(name="from", metavar="DIR", help_behavior_hint="")
+    ] = None
     """Run nothing. Show the records in DIR, and build their report again."""
 
 
@@ -86,8 +91,8 @@ def _main(arguments: list[str]) -> None:
     # what follows two dashes is a command of its own
     launching = arguments[:1] == ["launch"] and "--" in arguments
     cut = arguments.index("--") if launching else len(arguments)
-    command = tyro.extras.subcommand_cli_from_dict(
-        {name: _command(name) for name in STUDIES} | COMMANDS,
+    command: Any = tyro.cli(
+        _commands(short=arguments[:1] in ([], ["-h"], ["--help"])),
         args=arguments[:cut],
         prog="prograde",
         description=_DESCRIPTION,
@@ -112,26 +117,33 @@ def _main(arguments: list[str]) -> None:
         raise SystemExit(1) from None
 
 
-def _command(name: str) -> Callable[..., tuple[Any, Records]]:
+def _commands(short: bool) -> Any:
+    """The type that tyro reads: one of all commands. `short` help is the first line of each."""
+    constructors = {name: _command(study(name)) for name in STUDIES} | COMMANDS
+    choices = []
+    for name, constructor in constructors.items():
+        first, *_ = (constructor.__doc__ or "").strip().splitlines()
+        option = tyro.conf.subcommand(
+            name, constructor=constructor, description=first if short else None
+        )
+        choices.append(Annotated[Any, option])
+    return Union[tuple(choices)]  # noqa: UP007, the choices are known at run time only
+
+
+def _command(cls: Any) -> Callable[..., tuple[Any, Records]]:
     """The function whose parameters are the options of a study."""
-    cls = study(name)
 
     def command(study, records):
         return study, records
 
     command.__annotations__ = {"study": cls, "records": Records}
-    command.__defaults__ = None if _required(cls) else (cls(), Records())
-    if command.__defaults__ is None:
-        command.__defaults__ = (Records(),)
-    command.__doc__ = cls.__doc__
-    return command
-
-
-def _required(cls: type) -> bool:
     missing = dataclasses.MISSING
-    return any(
+    required = any(
         f.default is missing and f.default_factory is missing for f in dataclasses.fields(cls)
     )
+    command.__defaults__ = (Records(),) if required else (cls(), Records())
+    command.__doc__ = cls.__doc__
+    return command
 
 
 def _study(plan: Any, records: Records, console: Console, errors: Console) -> None:
@@ -242,17 +254,21 @@ def _program() -> list[str]:
     return ["prograde" if found and Path(found).samefile(sys.argv[0]) else sys.argv[0]]
 
 
-def _words(plan: Any) -> list[str]:
+def _words(options: Any) -> list[str]:
     """The words of a command line that give these options."""
-    words = [plan.name] if hasattr(plan, "name") else []
-    for field in dataclasses.fields(plan):
-        value = getattr(plan, field.name)
+    words = [options.name] if hasattr(options, "name") else []
+    hints = get_type_hints(type(options), include_extras=True)
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            words += _words(value)
+            continue
         if value is None or value == field.default:
             continue
         values = value if isinstance(value, tuple) else () if value is True else (value,)
-        positional = "positional" in field.metadata
-        name = [] if positional else [f"--{field.name.strip('_').replace('_', '-')}"]
-        words += [*name, *map(str, values)]
+        if tyro.conf.Positional not in getattr(hints[field.name], "__metadata__", ()):
+            words.append(f"--{field.name.strip('_').replace('_', '-')}")
+        words += map(str, values)
     return words
 
 

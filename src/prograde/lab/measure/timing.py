@@ -60,7 +60,7 @@ def repeated(call: Callable[[], Any]) -> Visit:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program and its arguments.
+    """A compiled program and its arguments. `call` waits for the results.
 
     `temp_bytes` is what XLA says it needs in addition to arguments and results.
     """
@@ -76,7 +76,9 @@ def compiled(fun: Callable[..., Any], *args: Any) -> Program:
     program = eqx.filter_jit(fun).lower(*args).compile()
     seconds = time.perf_counter() - begin
     analysis: Any = program.compiled.memory_analysis()
-    return Program(lambda: program(*args), analysis.temp_size_in_bytes, seconds)
+    return Program(
+        lambda: jax.block_until_ready(program(*args)), analysis.temp_size_in_bytes, seconds
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The options of `prograde beyond`."""
 
-import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -32,8 +31,8 @@ class Beyond(Study):
 
     problems: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar=f"[{'|'.join(PROBLEMS)} ...]")
-    ] = dataclasses.field(default=("all",), metadata={"positional": True})
-    """Names of problems. Default: all."""
+    ] = ("all",)
+    """Names of problems."""
     quick: Annotated[bool, _LENGTH] = False
     """About a minute each. This is the default."""
     full: Annotated[bool, _LENGTH] = False
