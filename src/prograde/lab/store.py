@@ -82,7 +82,7 @@ class Store:
 
     def names(self, folder: str = "") -> list[str]:
         """The names of all records in a folder, sorted."""
-        files = (self.directory / folder).glob("*.json*")
+        files = (self.directory / folder).glob("[!.]*.json*")
         found = {path.relative_to(self.directory).with_suffix("") for path in files}
         return sorted(str(path) for path in found if path.name != "manifest")
 

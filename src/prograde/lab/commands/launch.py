@@ -17,10 +17,10 @@ class Launch:
     """Run a study in several processes that share each batch and exchange a few bytes a step.
 
     - prograde launch --processes 2 -- reproduce mlp
-    - under SLURM, Open MPI or Kubernetes, start the study itself, with --distributed, in every process
+    - under SLURM, Open MPI or Kubernetes, start the study with --distributed in every process
 
-    When one process is killed, the others stop. Repeat the command with --out DIR --resume after the
-    two dashes to go on from the logs.
+    When one process is killed, the others stop. Repeat the command with --out DIR --resume after
+    the two dashes to go on from the logs.
     """
 
     processes: Annotated[int, tyro.conf.arg(metavar="N")] = 2
@@ -50,6 +50,11 @@ class Launch:
             words += ["--out", f"runs/{stamp}-{self.processes}-workers"]
         program = [sys.executable, "-m", "prograde.lab.cli", *words, "--distributed"]
         tell = lambda text: say(errors, f"prograde: {text}")  # noqa: E731
+        say(
+            console,
+            f"Starting {self.processes} processes. Each compiles its programs before the first "
+            "step, which takes up to a minute.",
+        )
         status = launch(program, self.processes, self.coordinator, tell)
         if status not in (0, 2):
             again = words if "--resume" in words else [*words, "--resume"]

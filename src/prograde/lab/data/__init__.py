@@ -7,6 +7,7 @@ from prograde.lab.data.images import (
     DataError,
     Dataset,
     load,
+    synthetic,
 )
 
-__all__ = ["BATCH_SIZE", "IMAGE_SIZE", "NUM_CLASSES", "DataError", "Dataset", "load"]
+__all__ = ["BATCH_SIZE", "IMAGE_SIZE", "NUM_CLASSES", "DataError", "Dataset", "load", "synthetic"]

@@ -1,4 +1,4 @@
-"""The data sets: handwritten digits that come with the package, MNIST, or a directory of idx files."""
+"""The data sets: digits that come with the package, MNIST, or a directory of idx files."""
 
 import gzip
 import hashlib
@@ -25,32 +25,31 @@ _IDX_FILES = {
     "test_images": "t10k-images-idx3-ubyte",
     "test_labels": "t10k-labels-idx1-ubyte",
 }
-_MNIST_SHA256 = {
-    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-}
+_SHA256SUMS = """
+440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609  train-images-idx3-ubyte.gz
+3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c  train-labels-idx1-ubyte.gz
+8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6  t10k-images-idx3-ubyte.gz
+f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6  t10k-labels-idx1-ubyte.gz
+"""
+_MNIST_SHA256 = {line.split()[1]: line.split()[0] for line in _SHA256SUMS.strip().splitlines()}
 _MNIST_MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
 BATCH_SIZE = 64
-_VALIDATION_PART = (
-    10  # one training example in so many is kept apart for the search of learning rates
-)
+_VALIDATION_PART = 10  # one training example in so many is kept for the search of learning rates
 
 
 class DataError(ValueError):
-    """Data that cannot be used, or cannot be found; the message says which file, what was expected and what to do."""
+    """Data that cannot be found or used. The message says which file and what was expected."""
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Images with pixels in [0, 1] and their labels, in three parts.
 
-    `validation` is taken from the training data and used for nothing but the search of learning rates; `test` is the
-    data set's own test part and is what the records call held-out.
+    `validation` is taken from the training data, and only the search of learning rates uses it.
+    `test` is the data set's own test part, which the records call held-out.
     """
 
     name: str
@@ -67,11 +66,25 @@ class Dataset:
         return digest.hexdigest()
 
 
+def synthetic(num_batches: int = 10) -> Dataset:
+    """Random images and labels, for what only costs time and memory. All parts are the same."""
+    generator, n = np.random.default_rng(0), num_batches * BATCH_SIZE
+    images = generator.random((n, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    part = images, generator.integers(0, NUM_CLASSES, n).astype(np.int32)
+    return Dataset("synthetic", part, part, part)
+
+
 def load(source: str, data_dir: Path | None = None) -> Dataset:
-    """The data set `source`: "digits", "mnist", or the path of a directory that holds the four idx files.
+    """Loads "digits", "mnist", or the four idx files in a directory.
+
+    **Arguments:** `data_dir`: where the MNIST files are.
 
     **Errors:** `DataError` naming the file, what was expected and what was found.
     """
+    if data_dir is not None and source != "mnist":
+        raise DataError(
+            f"--data-dir {data_dir} goes with --data mnist only; this is --data {source}."
+        )
     if source == "digits":
         return _digits()
     if source == "mnist":
@@ -79,7 +92,8 @@ def load(source: str, data_dir: Path | None = None) -> Dataset:
     directory = Path(source)
     if not directory.is_dir():
         raise DataError(
-            f"--data {source}: there is no such directory. Use digits, mnist, or a directory of idx files."
+            f"--data {source}: there is no such directory. "
+            "Use digits, mnist, or a directory of idx files."
         )
     return _from_idx(
         directory.name or str(directory),
@@ -124,27 +138,29 @@ def _mnist(data_dir: Path | None) -> Dataset:
 
 
 def _mnist_file(name: str, data_dir: Path | None) -> Path:
-    """The verified file: from the data directory, else from the cache, else downloaded."""
+    """Finds the verified file: in the data directory, else in the cache, else on a mirror."""
     expected = _MNIST_SHA256[name]
     for folder in [data_dir, data_dir / "mnist"] if data_dir is not None else []:
         if (path := folder / name).is_file():
             found = hashlib.sha256(path.read_bytes()).hexdigest()
             if found != expected:
                 raise DataError(
-                    f"{path}: expected SHA-256 {expected}, found {found}. This is not the original MNIST file; replace it, "
+                    f"{path}: expected SHA-256 {expected}, found {found}. "
+                    "This is not the original MNIST file. Replace it, "
                     f"or use --data {folder} to train on it as it is."
                 )
             return path
     cache = Path(platformdirs.user_cache_dir("prograde")) / "mnist"
     failures = []
     for mirror in _MNIST_MIRRORS:
-        try:  # pooch verifies a cached file as well, and moves a download into place only once it is verified
+        try:  # pooch verifies a cached file too, and a download before it moves it into place
             return Path(pooch.retrieve(mirror + name, f"sha256:{expected}", fname=name, path=cache))
         except Exception as error:  # pooch passes on whatever its transport raises
             failures.append(f"{mirror}: {type(error).__name__}")
     raise DataError(
-        f"{name} is neither in the data directory ({data_dir or 'none given'}) nor in the cache ({cache}), and could not be "
-        f"downloaded ({'; '.join(failures)}). Put the four MNIST .gz files into a directory and pass --data-dir DIR or set "
+        f"{name} is neither in the data directory ({data_dir or 'none given'}) nor in the cache "
+        f"({cache}), and could not be downloaded ({'; '.join(failures)}). "
+        "Put the four MNIST .gz files into a directory and pass --data-dir DIR or set "
         "PROGRADE_DATA_DIR; or use --data digits, which needs no network."
     )
 
@@ -157,7 +173,7 @@ def _find_idx(directory: Path, name: str) -> Path:
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The bytes of an idx file: a magic number 0 0 8 d (unsigned bytes, d dimensions), d sizes, the data."""
+    """Reads an idx file: a magic number 0 0 8 d (bytes in d dimensions), d sizes, the data."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, OSError, zlib.error) as error:
@@ -167,19 +183,21 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     magic, expected_magic = content[:4].hex(), f"000008{dimensions:02x}"
     if magic != expected_magic:
         raise DataError(
-            f"{path}: expected an idx file of unsigned bytes in {dimensions} dimensions (magic number {expected_magic}), "
-            f"found {magic or 'an empty file'}."
+            f"{path}: expected an idx file of unsigned bytes in {dimensions} dimensions "
+            f"(magic number {expected_magic}), found {magic or 'an empty file'}."
         )
     header = 4 + 4 * dimensions
     if len(content) < header:
         raise DataError(
-            f"{path}: expected a header of {header} bytes, found {len(content)} bytes. The file is truncated."
+            f"{path}: expected a header of {header} bytes, found {len(content)} bytes. "
+            "The file is truncated."
         )
     shape = struct.unpack(f">{dimensions}I", content[4:header])
     if len(content) != header + (size := int(np.prod(shape, dtype=np.int64))):
         raise DataError(
-            f"{path}: expected {size} bytes of data for shape {shape}, found {len(content) - header}. "
-            f"The file is {'truncated' if len(content) < header + size else 'too long'}."
+            f"{path}: expected {size} bytes of data for shape {shape}, "
+            f"found {len(content) - header}. The file is "
+            f"{'truncated' if len(content) < header + size else 'too long'}."
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
@@ -191,11 +209,13 @@ def _from_idx(name: str, paths: dict[str, Path]) -> Dataset:
         images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
         if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
             raise DataError(
-                f"{images_path}: expected images of 28 x 28, found {images.shape[1]} x {images.shape[2]}."
+                f"{images_path}: expected images of 28 x 28, "
+                f"found {images.shape[1]} x {images.shape[2]}."
             )
         if len(images) != len(labels):
             raise DataError(
-                f"{labels_path}: expected one label for each of {len(images)} images, found {len(labels)}."
+                f"{labels_path}: expected one label for each of {len(images)} images, "
+                f"found {len(labels)}."
             )
         least = (
             math.ceil(BATCH_SIZE * _VALIDATION_PART / (_VALIDATION_PART - 1))

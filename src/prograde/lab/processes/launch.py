@@ -14,10 +14,11 @@ _GRACE = 15.0  # seconds that the others have to end by themselves when one is g
 def launch(
     program: list[str], processes: int, coordinator: str | None, say: Callable[[str], None]
 ) -> int:
-    """Runs a program in so many processes, each on its share of the cores; returns the exit status.
+    """Runs a program in several processes, each on its share of the cores; returns the exit status.
 
-    The first has the terminal, of the others only errors are shown. When one ends with an error or is killed, the others
-    get some seconds to end, and are then stopped: nothing is left behind, and nothing waits forever.
+    The first process has the terminal, and only errors of the others are shown. When one fails or
+    is killed, the others get some seconds to end and are then stopped: nothing is left behind, and
+    nothing waits forever.
     """
     address = coordinator or f"127.0.0.1:{free_port()}"
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -69,14 +70,14 @@ def _watched(workers: list[subprocess.Popen], say: Callable[[str], None]) -> int
 
 
 def _ended(workers: list[subprocess.Popen]) -> None:
-    """Waits until all have ended, but not for long."""
+    """Waits some seconds for all to end."""
     deadline = time.monotonic() + _GRACE
     while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
         time.sleep(0.05)
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens at."""
+    """A port of 127.0.0.1 that no process listens at."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]

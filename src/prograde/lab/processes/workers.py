@@ -1,7 +1,9 @@
-"""Several processes that run one command together: how they find each other and get to the same point."""
+"""Processes that run one command together: they find each other and get to the same point."""
 
 import hashlib
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,47 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import prograde as pg
-from prograde.lab import records
+from prograde.lab import store
+from prograde.lab.data import BATCH_SIZE
+from prograde.lab.study import UsageError
 
 TIMEOUT = 60  # seconds to wait for the others
 
 
-def agree(facts: dict[str, Any]) -> Mesh:
-    """The mesh of all workers, when all have the same code and are about to do the same."""
-    code = {"the code of prograde": source_digest(), "the version of jax": jax.__version__}
-    pg.distributed.agree(code | facts, timeout=TIMEOUT)
+def join() -> int:
+    """Joins the other processes; returns the number of this one.
+
+    Raises `UsageError` where the others cannot be found, or would not divide a batch.
+    """
+    _keep_output_of_libraries_away()
+    try:
+        pg.distributed.initialize(timeout=TIMEOUT)
+    except (ValueError, pg.distributed.StartError) as error:
+        raise UsageError(str(error)) from None
+    if BATCH_SIZE % jax.device_count():
+        raise UsageError(
+            f"{jax.device_count()} devices do not divide a batch of {BATCH_SIZE}. "
+            "Start another number of processes."
+        )
+    return jax.process_index()
+
+
+def devices() -> Mesh:
+    """The devices of all processes."""
     return jax.make_mesh((jax.device_count(),), ("workers",))
+
+
+def agree(facts: dict[str, Any]) -> Mesh:
+    """Returns the devices of all processes, if all have the same code and are about to do the same.
+
+    Raises `UsageError` on all processes if not.
+    """
+    code = {"the code of prograde": source_digest(), "the version of jax": jax.__version__}
+    try:
+        pg.distributed.agree(code | facts, timeout=TIMEOUT)
+    except pg.distributed.StartError as error:
+        raise UsageError(str(error)) from None
+    return devices()
 
 
 def source_digest() -> str:
@@ -33,12 +66,15 @@ def source_digest() -> str:
 
 
 def share_files(directory: Path, suffixes: tuple[str, ...] = (".json", ".jsonl", ".log")) -> None:
-    """Gives every worker the records and logs of the one that got furthest, so that all go on from the same point.
+    """Gives every worker the records and logs of the one that got furthest.
 
-    Logs are seeds and scalars: no parameter is sent.
+    All go on from the same point. Logs are seeds and scalars: no parameter is sent. Each keeps its
+    own manifest.
     """
     paths = [
-        p for p in sorted(directory.rglob("*")) if p.suffix in suffixes and "workers" not in p.parts
+        path
+        for path in sorted(directory.rglob("*"))
+        if path.suffix in suffixes and "workers" not in path.parts and path.name != store.MANIFEST
     ]
     sizes = multihost_utils.process_allgather(
         np.asarray(sum(p.stat().st_size for p in paths), np.int32)
@@ -47,11 +83,11 @@ def share_files(directory: Path, suffixes: tuple[str, ...] = (".json", ".jsonl",
     files = {str(p.relative_to(directory)): p.read_bytes().hex() for p in paths} if source else {}
     for name, data in json.loads(_from(source, json.dumps(files).encode())).items():
         if not source:
-            records.write(directory / name, bytes.fromhex(data))
+            store.write(directory / name, bytes.fromhex(data))
 
 
 def _from(source: bool, content: bytes) -> bytes:
-    """What one of the workers has, for all."""
+    """The bytes that one of the workers has, for all."""
     length = int(
         multihost_utils.broadcast_one_to_all(np.asarray(len(content), np.int32), is_source=source)
     )
@@ -59,3 +95,13 @@ def _from(source: bool, content: bytes) -> bytes:
     if source:
         padded[:] = np.frombuffer(content, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(padded, is_source=source)).tobytes()
+
+
+def _keep_output_of_libraries_away() -> None:
+    """Leaves standard output to Python alone: Gloo prints lines there that break the display."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    sys.stdout = os.fdopen(own, "w", buffering=1, errors="backslashreplace")

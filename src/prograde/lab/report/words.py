@@ -19,6 +19,12 @@ def milliseconds_spread(seconds: dict[str, float]) -> str:
     return f"{said} ± {100 * half / median:.0f} %"
 
 
+def milliseconds_quartiles(seconds: dict[str, float]) -> str:
+    """The median of a measured time in ms, with its quartiles in brackets."""
+    median, low, high = (1e3 * seconds[name] for name in ("median", "low", "high"))
+    return f"{median:.3g} ({low:.3g} to {high:.3g})"
+
+
 def duration(seconds: float) -> str:
     """A time for reading, in s or min."""
     return f"{seconds:.0f} s" if seconds < 180 else f"{seconds / 60:.0f} min"

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from prograde.lab.study import Study
 
 STUDIES = {
+    "reproduce": "reproduce.plan:Reproduce",
     "beyond": "beyond.plan:Beyond",
 }
 

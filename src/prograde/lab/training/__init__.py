@@ -1,1 +1,8 @@
-"""Training: the one training loop, with the estimator as a value, and the search of learning rates."""
+"""Training: the one loop, the trainer that takes its steps, runs that resume, the search of rates.
+
+- `loop`: steps up to each point of a curve, figures there, early stopping, divergence
+- `trainer`: one estimator on one loss, compiled once; `logged`: the same, shared by processes
+- `runs`: a run recorded in a store, resumed from its state or its log
+- `search`: a learning rate, with the same budget for every method
+- `schedules`, `evaluation`: small parts of these
+"""

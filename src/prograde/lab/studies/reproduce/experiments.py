@@ -1,7 +1,7 @@
-"""The experiments of the paper as values: what is trained, at which rates, for how long, and what the paper reports.
+"""The experiments of the paper as values: what is trained, at which rates, and what is reported.
 
-"Gradients without Backpropagation" (arXiv 2202.08587) trains everything by plain SGD with the learning rate
-eta_t = eta_0 exp(-1e-4 t), t in iterations, and networks on batches of 64 images.
+"Gradients without Backpropagation" (arXiv 2202.08587) trains everything by plain SGD with the
+learning rate eta_t = eta_0 exp(-1e-4 t), t in iterations, and networks on batches of 64 images.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,7 @@ from typing import Any
 import prograde as pg
 from prograde.lab import models
 from prograde.lab.data import BATCH_SIZE
-
-DECAY = 1e-4
+from prograde.lab.training.schedules import DECAY
 
 METHODS: dict[str, pg.Estimator] = {
     "forward": pg.WeightPerturbation(pg.Normal(), num_tangents=1),
@@ -32,9 +31,10 @@ METHOD_TITLES = {
 class Budget:
     """How much is run.
 
-    **Fields:** `steps` of training a run, and of each trial of the learning-rate search; `points` on its curve, where it
-    is evaluated and can be resumed; `seeds` a method and setting; `eval_examples` of the training and of the test part
-    that a point is evaluated on; `timing_rounds` in which every method is timed once; `depths` of the depth experiment.
+    **Fields:** `steps` of each run, and of each trial of the search for a rate; `points` of a
+    curve, where a run is evaluated and can be resumed; `seeds`: runs of each method and setting;
+    `eval_examples`: maximum number of examples of a part of the data per evaluation;
+    `timing_rounds` in which every method is timed once; `depths` of the depth experiment.
     """
 
     steps: int = 0
@@ -47,7 +47,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Reported:
-    """Figures of the paper, at second hand: steps over the bare forward pass, and time to backprop's best loss over backprop's."""
+    """Figures of the paper, at second hand.
+
+    `r_f` and `r_b`: a step divided by the bare forward pass; `t_ratio`: the time to backprop's best
+    loss divided by backprop's time, for each of the paper's rates.
+    """
 
     r_f: float | None = None
     r_b: float | None = None
@@ -59,10 +63,9 @@ class Reported:
 class Experiment:
     """One experiment of the paper.
 
-    **Fields:** `subject`: the function to minimise, or how to build the network (its argument: whether reverse mode is
-    checkpointed), `None` for the depth experiment; `paper_rates`: the paper's learning rates; `in_scan`: whether the steps
-    run inside one `lax.scan` (on a CPU XLA runs the reverse of a convolution on a slow path inside a loop, so the CNN's
-    steps are dispatched one by one).
+    **Fields:** `subject`: the function to minimise, or how to build the network (its argument says
+    whether reverse mode is checkpointed), None for the depth experiment; `paper_rates`: the paper's
+    learning rates; `in_scan`: whether the steps run inside one `lax.scan` (see `Trainer`).
     """
 
     name: str
@@ -148,7 +151,7 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A learning rate and where it comes from: `paper`, a further rate of the paper, or `tuned` by our search."""
+    """A learning rate and where it comes from: a rate of the paper, or `tuned` by our search."""
 
     name: str
     learning_rate: float | None = field(default=None)
@@ -161,6 +164,18 @@ def settings(experiment: Experiment) -> list[Setting]:
         for i, rate in enumerate(experiment.paper_rates)
     ]
     return [*paper, Setting("tuned")]
+
+
+def reported_text(experiment: Experiment) -> str:
+    """What the paper reports, in a line."""
+    r = experiment.reported
+    ratios = ", ".join(f"{t:g}" for t in r.t_ratio)
+    figures = [
+        f"R_f {r.r_f:g}" if r.r_f else "",
+        f"R_b {r.r_b:g}" if r.r_b else "",
+        f"T {ratios}" if ratios else "",
+    ]
+    return "; ".join(filter(None, [", ".join(filter(None, figures)), r.note]))
 
 
 def describe(

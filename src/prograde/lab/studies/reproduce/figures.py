@@ -1,78 +1,44 @@
-"""Pictures, made from summaries of records. Colours are those of Okabe and Ito, which colour-blind readers can tell apart."""
+"""The figure of an experiment. Methods have the names that they have in the tables."""
 
-import io
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from prograde.lab.models import Surface
-from prograde.lab.summary import Outcome, Summary
-
-matplotlib.use("Agg")
+from prograde.lab.report import Figure
+from prograde.lab.report.figures import BLACK, BLUE, GREEN, ORANGE, PINK, legend_below
+from prograde.lab.studies.reproduce.summary import Summary
+from prograde.lab.training.outcomes import Outcome, Record
 
 STYLE: dict[str, dict[str, Any]] = {
-    "bare": {"color": "#000000", "linestyle": ":", "marker": "v", "label": "bare forward pass"},
-    "forward": {
-        "color": "#D55E00",
-        "linestyle": "-",
-        "marker": "o",
-        "label": "forward gradient (normal, the paper's)",
-    },
-    "low-rank": {
-        "color": "#009E73",
-        "linestyle": "-.",
-        "marker": "s",
-        "label": "forward gradient (rank one)",
-    },
-    "backprop": {"color": "#0072B2", "linestyle": "--", "marker": "^", "label": "backprop"},
-    "checkpointed": {
-        "color": "#CC79A7",
-        "linestyle": (0, (1, 1)),
-        "marker": "D",
-        "label": "backprop, checkpointed",
-    },
+    "bare": {"color": BLACK, "linestyle": ":", "marker": "v"},
+    "forward": {"color": ORANGE, "linestyle": "-", "marker": "o"},
+    "low-rank": {"color": GREEN, "linestyle": "-.", "marker": "s"},
+    "backprop": {"color": BLUE, "linestyle": "--", "marker": "^"},
+    "checkpointed": {"color": PINK, "linestyle": (0, (1, 1)), "marker": "D"},
 }
-_RC: Any = {
-    "font.size": 9,
-    "font.family": "DejaVu Sans",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "svg.hashsalt": "prograde",
-    "svg.fonttype": "path",
-}
-
-
 _DRAWN_PATHS = 5  # trajectories of a method on one plane
 
 
+def figure(summary: Summary) -> Figure | None:
+    """The figure of an experiment, or None where there is nothing to draw yet."""
+    if summary.depths:
+        draw = _depth
+    elif not summary.outcomes:
+        return None
+    else:
+        draw = _trajectories if isinstance(summary.experiment.subject, Surface) else _curves
+    experiment = summary.experiment
+    return Figure(experiment.name, experiment.title, lambda canvas: draw(summary, canvas))
+
+
 def _style(method: str, *, marker: bool = False) -> dict[str, Any]:
-    style = dict(STYLE[method])
+    style = STYLE[method] | {"label": method}
     return style if marker else {k: v for k, v in style.items() if k != "marker"}
-
-
-def figure(summary: Summary) -> str | None:
-    """The figure of an experiment as SVG text, or `None` where there is nothing to draw yet."""
-    with matplotlib.rc_context(_RC):
-        if summary.depths:
-            fig = _depth(summary)
-        elif not summary.outcomes:
-            return None
-        elif isinstance(summary.experiment.subject, Surface):
-            fig = _trajectories(summary, summary.experiment.subject)
-        else:
-            fig = _curves(summary)
-        buffer = io.StringIO()
-        fig.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
 
 
 def _settings(summary: Summary) -> list[str]:
@@ -85,15 +51,16 @@ def _setting_title(summary: Summary, setting: str) -> str:
             f"{o.method} {o.learning_rate:.2g}" for o in summary.outcomes if o.setting == "tuned"
         )
         return f"rates found by search: {rates}"
-    return f"the paper's rate: {next(o.learning_rate for o in summary.outcomes if o.setting == setting):g}"
+    rate = next(o.learning_rate for o in summary.outcomes if o.setting == setting)
+    return f"the paper's rate: {rate:g}"
 
 
-def _points(run: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _points(run: Record) -> Record:
     return [line for line in run if line["kind"] == "point"]
 
 
 def _band(axes: Any, outcome: Outcome, x_of: Any, key: str) -> None:
-    """Mean over seeds with a band from the least to the greatest, at each step over the seeds that got there."""
+    """Draws the mean over the seeds that got to a step, with a band from least to greatest."""
     values: dict[int, list[float]] = {}
     for run in outcome.runs:
         for point in _points(run):
@@ -104,8 +71,8 @@ def _band(axes: Any, outcome: Outcome, x_of: Any, key: str) -> None:
     axes.plot(x, [np.mean(values[t]) for t in steps], **_style(outcome.method), linewidth=1.6)
     low, high = [min(values[t]) for t in steps], [max(values[t]) for t in steps]
     axes.fill_between(x, low, high, color=STYLE[outcome.method]["color"], alpha=0.15, linewidth=0)
-    for _, step in outcome.diverged:  # a cross where a seed diverged
-        before = max((t for t in steps if t <= step), default=None)
+    for divergence in outcome.diverged:  # a cross where a seed diverged
+        before = max((t for t in steps if t <= divergence.step), default=None)
         if before is not None:
             y = values[before][0] if len(values[before]) == 1 else float(np.mean(values[before]))
             axes.plot(
@@ -113,10 +80,10 @@ def _band(axes: Any, outcome: Outcome, x_of: Any, key: str) -> None:
             )
 
 
-def _curves(summary: Summary) -> Figure:
+def _curves(summary: Summary, canvas: Canvas) -> None:
     settings = _settings(summary)
-    fig = Figure(figsize=(10, 2.9 * len(settings) + 0.5), layout="constrained")
-    panels = fig.subplots(len(settings), 3, squeeze=False)
+    canvas.set_size_inches(10, 2.9 * len(settings) + 0.5)
+    panels = canvas.subplots(len(settings), 3, squeeze=False)
     cost = {name: figures["seconds"]["median"] for name, figures in summary.costs.items()}
     for row, setting in zip(panels, settings, strict=True):
         for outcome in (o for o in summary.outcomes if o.setting == setting):
@@ -131,21 +98,15 @@ def _curves(summary: Summary) -> Figure:
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_formatter(NullFormatter())
         row[0].set_title(_setting_title(summary, setting), loc="left", fontsize=9)
-    _legend(fig, panels[0, 0])
-    return fig
+    legend_below(canvas, panels[0, 0])
 
 
-def _legend(fig: Figure, axes: Any) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    fig.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, handlelength=3.5
-    )
-
-
-def _trajectories(summary: Summary, surface: Surface) -> Figure:
+def _trajectories(summary: Summary, canvas: Canvas) -> None:
+    surface = summary.experiment.subject
+    assert isinstance(surface, Surface)
     settings = _settings(summary)
-    fig = Figure(figsize=(10, 3.6 * len(settings)), layout="constrained")
-    panels = fig.subplots(len(settings), 2, squeeze=False, width_ratios=(1.15, 1))
+    canvas.set_size_inches(10, 3.6 * len(settings))
+    panels = canvas.subplots(len(settings), 2, squeeze=False, width_ratios=(1.15, 1))
     (x_low, x_high), (y_low, y_high) = surface.window
     x, y = np.meshgrid(np.linspace(x_low, x_high, 160), np.linspace(y_low, y_high, 160))
     height = np.asarray(jax.vmap(surface.fun)(jnp.stack([x.ravel(), y.ravel()], -1))).reshape(
@@ -156,9 +117,7 @@ def _trajectories(summary: Summary, surface: Surface) -> Figure:
         levels = np.geomspace(max(height.min(), 1e-2), height.max(), 14)
         plane.contour(x, y, height, levels=levels, colors="#bbbbbb", linewidths=0.6)
         for outcome in (o for o in summary.outcomes if o.setting == setting):
-            # on a function without matrices a rank-one tangent is a vector of signs
-            label = {"label": "forward gradient (signs)"} if outcome.method == "low-rank" else {}
-            style = _style(outcome.method) | label
+            style = _style(outcome.method)
             curves: dict[int, list[float]] = {}
             for i, run in enumerate(outcome.runs):
                 points = _points(run)[1:]
@@ -181,13 +140,12 @@ def _trajectories(summary: Summary, surface: Surface) -> Figure:
         plane.set(xlabel="x", ylabel="y", xlim=(x_low, x_high), ylim=(y_low, y_high))
         plane.set_title(_setting_title(summary, setting), loc="left", fontsize=9)
         loss.set(xlabel="iteration", ylabel="f, median and range of seeds", yscale="log")
-    _legend(fig, panels[0, 1])
-    return fig
+    legend_below(canvas, panels[0, 1])
 
 
-def _depth(summary: Summary) -> Figure:
-    fig = Figure(figsize=(10, 3.6), layout="constrained")
-    time, ratio, memory = fig.subplots(1, 3)
+def _depth(summary: Summary, canvas: Canvas) -> None:
+    canvas.set_size_inches(10, 3.6)
+    time, ratio, memory = canvas.subplots(1, 3)
     depths = sorted(summary.depths)
     for method in STYLE:
         if any(method not in summary.depths[d]["costs"] for d in depths):
@@ -209,5 +167,4 @@ def _depth(summary: Summary) -> Figure:
         axes.set(xlabel="layers", xscale="log")
         axes.set_xticks(depths, [str(d) for d in depths])
         axes.xaxis.set_minor_formatter(NullFormatter())
-    _legend(fig, time)
-    return fig
+    legend_below(canvas, time)

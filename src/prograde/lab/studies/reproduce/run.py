@@ -1,122 +1,84 @@
-"""Runs experiments: costs, search of learning rates, training; each step recorded, each resumable."""
+"""Runs one experiment: costs, search of learning rates, training."""
 
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
-from prograde.lab import costs, records, workers
-from prograde.lab.data import Dataset
+from prograde.lab.data import Dataset, synthetic
 from prograde.lab.display import Display
-from prograde.lab.experiments import METHODS, Budget, Experiment, describe, settings
 from prograde.lab.models import Surface
-from prograde.lab.train import SEARCH_GRID, Run, Trainer, search, train
+from prograde.lab.store import Store
+from prograde.lab.studies.reproduce import costs
+from prograde.lab.studies.reproduce.experiments import METHODS, Budget, Experiment, settings
+from prograde.lab.training.costs import step_seconds
+from prograde.lab.training.evaluation import evaluate
+from prograde.lab.training.runs import Run, train
+from prograde.lab.training.search import TRIALS, search
+from prograde.lab.training.trainer import Trainer
+
+_SCAN_STEPS = 20  # steps a visit, where they run inside one scan
+_SURFACE_SEEDS = 5  # of a trial of the search, where steps cost nothing
 
 
-def run_all(
-    chosen: list[Experiment],
-    data: Dataset | None,
-    full: bool,
-    seeds: int | None,
-    out: Path,
-    resume: bool,
-    display: Display,
-    shared: bool = False,
-) -> None:
-    """Runs the experiments into `out`, one directory each. All directories are claimed before anything runs.
-
-    `shared`: together with the other processes of a group, each of which has an `out` of its own.
-    """
-    facts = None if data is None else {"name": data.name, "sha256": data.fingerprint()}
-    configs = {e.name: describe(e, full, seeds, facts) for e in chosen}
-    mesh = None
-    if shared:
-        mesh = workers.agree({"the configuration": configs, "--resume": resume})
-        configs = {name: config | {"workers": mesh.size} for name, config in configs.items()}
-    records.claim({out / name: config for name, config in configs.items()}, resume)
-    if shared and resume:
-        workers.share_files(out)
-    for i, experiment in enumerate(chosen):
-        title = f"{experiment.name} ({i + 1} of {len(chosen)})"
-        budget = experiment.budget(full)
-        directory = out / experiment.name
-        if experiment.subject is None:
-            _run_depth(title, budget, directory, display)
-        else:
-            _run_training(
-                title, experiment, data, budget, seeds or budget.seeds, directory, display, mesh
-            )
-
-
-def _run_training(
+def run(
     title: str,
     experiment: Experiment,
     data: Dataset | None,
     budget: Budget,
-    seeds: int,
-    directory: Path,
+    store: Store,
     display: Display,
     mesh: Mesh | None,
 ) -> None:
-    data = None if isinstance(experiment.subject, Surface) else data
+    """Measures what the store does not hold yet. On a mesh, its devices share each batch."""
+    if experiment.subject is None:
+        _run_depth(title, budget, store, display)
+        return
+    if isinstance(experiment.subject, Surface):
+        data = None
     trainers = {
-        name: Trainer(experiment, estimator, data, mesh=mesh) for name, estimator in METHODS.items()
+        name: costs.trainer_of(experiment, estimator, data, mesh=mesh)
+        for name, estimator in METHODS.items()
     }
-    _measure_costs(title, experiment, trainers, data, budget, directory, display)
-    step_seconds = {
-        name: cost["seconds"]["median"]
-        for name, cost in records.read_json(directory / "costs.json").items()
-    }
-    trials = len(SEARCH_GRID) + 2
-    search_seconds = sum(step_seconds[name] for name in METHODS) * budget.steps * trials
-    begun = [time.monotonic()]
+    seconds = _measure_costs(title, experiment, trainers, data, budget, store, display, mesh)
+    tuned = _search(title, experiment, trainers, data, budget, seconds, store, display)
+    _train(title, experiment, trainers, data, budget, seconds, tuned, store, display, mesh)
 
-    def steps_per_second(steps: float) -> str:
-        now = time.monotonic()
-        rate, begun[0] = steps / max(now - begun[0], 1e-9), now
-        return f"{rate:,.0f} steps/s"
 
-    def on_trial(method: str, number: int, trial: dict[str, Any]) -> None:
-        loss = "diverged" if trial["loss"] is None else f"loss {trial['loss']:.4g}"
-        facts = f"{method}, trial {number} of {trials}, rate {trial['learning_rate']:.2g}, {loss}"
-        display.advance(
-            budget.steps * step_seconds[method], f"{facts}, {steps_per_second(budget.steps)}"
-        )
+def figures_of(
+    experiment: Experiment, data: Dataset | None, limit: int
+) -> Callable[[PyTree], dict[str, float]]:
+    """What a point of a curve holds: loss and accuracy on the test and on the training part."""
+    if isinstance(surface := experiment.subject, Surface):
+        return lambda params: {"test_loss": float(surface.fun(params))}
+    assert experiment.subject is not None
+    assert data is not None
+    network = experiment.subject(False)
 
-    with display.stage(f"{title}: learning rates", search_seconds):
-        tuned, done = {}, 0.0
-        for name in METHODS:
-            tuned[name] = search(trainers[name], name, budget, directory, on_trial)
-            done += budget.steps * trials * step_seconds[name]
-            display.reach(done)
+    def figures(params: PyTree) -> dict[str, float]:
+        test_loss, test_accuracy = evaluate(network, params, data.test, limit)
+        train_loss, train_accuracy = evaluate(network, params, data.train, limit)
+        return {
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+        }
 
-    runs = [
-        Run(method, setting.name, setting.learning_rate or tuned[method], seed, budget.steps)
-        for seed in range(seeds)
-        for setting in settings(experiment)
-        for method in METHODS
-    ]
+    return figures
 
-    def on_point(run: Run, point: dict[str, Any]) -> None:
-        steps = budget.steps / budget.points
-        accuracy = f", {point['test_accuracy']:.1%}" if "test_accuracy" in point else ""
-        loss = f"loss {point['test_loss']:.3g}" if "test_loss" in point else "diverged"
-        facts = (
-            f"{point['step']}/{run.steps}, {loss}{accuracy}, {steps_per_second(steps)}, {run.name}"
-        )
-        display.advance(steps * step_seconds[run.method], facts)
 
-    with display.stage(
-        f"{title}: training", sum(run.steps * step_seconds[run.method] for run in runs)
-    ):
-        done = 0.0
-        for run in runs:
-            begun[0] = time.monotonic()
-            train(trainers[run.method], run, budget, directory, on_point)
-            done += run.steps * step_seconds[run.method]
-            display.reach(done)
+def judge_of(experiment: Experiment, data: Dataset | None, limit: int) -> Callable[[PyTree], float]:
+    """What the search of a rate goes by: the loss on the validation part."""
+    if isinstance(surface := experiment.subject, Surface):
+        return lambda params: float(surface.fun(params))
+    assert experiment.subject is not None
+    assert data is not None
+    network = experiment.subject(False)
+    return lambda params: evaluate(network, params, data.validation, limit)[0]
 
 
 def _measure_costs(
@@ -125,44 +87,136 @@ def _measure_costs(
     trainers: dict[str, Trainer],
     data: Dataset | None,
     budget: Budget,
-    directory: Path,
+    store: Store,
     display: Display,
-) -> None:
-    if not (path := directory / "costs.json").exists():
-        with display.stage(f"{title}: time a step", budget.timing_rounds + 1):
-            on_round = lambda i: display.advance(1, f"round {i} of {budget.timing_rounds}")  # noqa: E731
-            measured = costs.experiment_costs(
-                experiment, trainers, data, budget.timing_rounds, on_round
-            )
-        records.write_json(path, measured)
-    first = trainers["backprop"].mesh is None or jax.process_index() == 0
-    if first and data is not None and not (path := directory / "memory.json").exists():
+    mesh: Mesh | None,
+) -> dict[str, float]:
+    """Measures time and memory of a step; returns the seconds of each method."""
+
+    def measure_time() -> dict[str, Any]:
+        everything = {
+            name: trainers[name]
+            if name in trainers
+            else costs.trainer_of(experiment, estimator, data, checkpointed)
+            for name, (estimator, checkpointed) in costs.variants(experiment).items()
+        }
+        steps = _SCAN_STEPS if experiment.in_scan else 1
+        return step_seconds(everything, budget.timing_rounds, display, f"{title}: step", steps)
+
+    def measure_memory() -> dict[str, Any]:
         with display.stage(f"{title}: memory", len(costs.variants(experiment))):
-            found = costs.memory(experiment, 0, lambda method: display.advance(1, method))
-        records.write_json(path, found)
+            return costs.memory(experiment, 0, display, 1)
+
+    measured = store.once("costs", measure_time)
+    if data is not None and (mesh is None or jax.process_index() == 0):
+        store.once("memory", measure_memory)
+    return {name: cost["seconds"]["median"] for name, cost in measured.items()}
 
 
-def _run_depth(title: str, budget: Budget, directory: Path, display: Display) -> None:
-    path = directory / "depths.json"
-    found: dict[str, Any] = records.read_json(path) if path.exists() else {}
-    num_methods = len(costs.variants(costs.depth_experiment(1)))
-    with display.stage(title, sum(20 + depth for depth in budget.depths)):
-        for depth in budget.depths:
-            half = (20 + depth) / 2  # of the work at this depth, in the same arbitrary unit
+def _search(
+    title: str,
+    experiment: Experiment,
+    trainers: dict[str, Trainer],
+    data: Dataset | None,
+    budget: Budget,
+    seconds: dict[str, float],
+    store: Store,
+    display: Display,
+) -> dict[str, float]:
+    """Searches a learning rate for each method."""
+    judge = judge_of(experiment, data, budget.eval_examples)
+    seeds = _SURFACE_SEEDS if isinstance(experiment.subject, Surface) else 1
+    speed = _Speed()
 
-            def on_round(i: int, depth: int = depth, half: float = half) -> None:
-                display.advance(
-                    half / (budget.timing_rounds + 1),
-                    f"{depth} layers, round {i} of {budget.timing_rounds}",
-                )
+    def on_trial(method: str, number: int, trial: dict[str, Any]) -> None:
+        loss = "diverged" if trial["loss"] is None else f"loss {trial['loss']:.4g}"
+        display.advance(
+            budget.steps * seconds[method],
+            f"{method}, trial {number} of {TRIALS}, rate {trial['learning_rate']:.2g}, {loss}, "
+            f"{speed.of(budget.steps)}",
+        )
 
-            def on_method(method: str, depth: int = depth, half: float = half) -> None:
-                display.advance(half / num_methods, f"{depth} layers, memory, {method}")
+    rates, done = {}, 0.0
+    work = sum(seconds[name] for name in METHODS) * budget.steps * TRIALS
+    with display.stage(f"{title}: learning rates", work):
+        for name in METHODS:
+            rates[name] = search(
+                trainers[name], name, budget.steps, store, judge, on_trial, seeds=seeds
+            )
+            done += budget.steps * TRIALS * seconds[name]
+            display.reach(done)
+    return rates
 
-            if str(depth) in found:
-                display.advance(2 * half, f"{depth} layers, recorded before")
-                continue
-            seconds = costs.depth_seconds(depth, budget.timing_rounds, on_round)
-            memory = costs.memory(costs.depth_experiment(depth), depth, on_method)
-            found[str(depth)] = {"costs": seconds, "memory": memory}
-            records.write_json(path, found)
+
+def _train(
+    title: str,
+    experiment: Experiment,
+    trainers: dict[str, Trainer],
+    data: Dataset | None,
+    budget: Budget,
+    seconds: dict[str, float],
+    tuned: dict[str, float],
+    store: Store,
+    display: Display,
+    mesh: Mesh | None,
+) -> None:
+    """Trains by each method at each setting, all of a seed before the next seed."""
+    runs = [
+        Run(method, setting.name, setting.learning_rate or tuned[method], seed, budget.steps)
+        for seed in range(budget.seeds)
+        for setting in settings(experiment)
+        for method in METHODS
+    ]
+    measure = figures_of(experiment, data, budget.eval_examples)
+    speed = _Speed()
+
+    def on_point(run: Run, point: dict[str, Any]) -> None:
+        steps = budget.steps / budget.points
+        accuracy = f", {point['test_accuracy']:.1%}" if "test_accuracy" in point else ""
+        loss = f"loss {point['test_loss']:.3g}" if "test_loss" in point else "diverged"
+        display.advance(
+            steps * seconds[run.method],
+            f"{point['step']}/{run.steps}, {loss}{accuracy}, {speed.of(steps)}, {run.name}",
+        )
+
+    work = sum(run.steps * seconds[run.method] for run in runs)
+    with display.stage(f"{title}: training", work):
+        done = 0.0
+        for run in runs:
+            train(trainers[run.method], run, store, budget.points, measure, on_point, mesh)
+            done += run.steps * seconds[run.method]
+            display.reach(done)
+
+
+def _run_depth(title: str, budget: Budget, store: Store, display: Display) -> None:
+    """Measures time and memory at each depth, and records each when it is done."""
+    for depth in budget.depths:
+        found: dict[str, Any] = store.read("depths", default={})
+        if str(depth) in found:
+            continue
+        experiment, data = costs.depth_experiment(depth), synthetic()
+        trainers = {
+            name: costs.trainer_of(experiment, estimator, data, checkpointed)
+            for name, (estimator, checkpointed) in costs.variants(experiment).items()
+        }
+        where = f"{title}: {depth} layers"
+        steps = max(1, 20 // depth)
+        timed = step_seconds(trainers, budget.timing_rounds, display, where, steps, one_carry=True)
+        with display.stage(f"{where}: memory", len(trainers)):
+            found[str(depth)] = {
+                "costs": timed,
+                "memory": costs.memory(experiment, depth, display, 1),
+            }
+        store.write("depths", found)
+
+
+class _Speed:
+    """Says how many steps were taken a second since the last call."""
+
+    def __init__(self):
+        self._last = time.monotonic()
+
+    def of(self, steps: float) -> str:
+        now = time.monotonic()
+        rate, self._last = steps / max(now - self._last, 1e-9), now
+        return f"{rate:,.0f} steps/s"

@@ -1,0 +1,31 @@
+"""Loss and accuracy of a network on a part of the data."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from prograde.lab.models import Network
+
+_CHUNK = 500  # examples that are evaluated together
+
+
+def evaluate(
+    network: Network, params: PyTree, part: tuple[np.ndarray, np.ndarray], limit: int
+) -> tuple[float, float]:
+    """Mean loss and accuracy on the first `limit` examples of a part of the data."""
+    images, labels = part[0][:limit], part[1][:limit]
+    sums = np.zeros(2)
+    for i in range(0, len(labels), _CHUNK):
+        chunk = slice(i, i + _CHUNK)
+        losses, hits = _compiled(network)(params, images[chunk], labels[chunk])
+        sums += [np.asarray(losses, np.float64).sum(), np.asarray(hits).sum()]
+    return tuple((sums / len(labels)).tolist())
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(network: Network) -> Callable:
+    """Compiles once for all trainers of a network."""
+    return jax.jit(network.loss_and_hits)

@@ -1,0 +1,137 @@
+"""The loop of every training run: steps up to the next point of the curve, and figures there.
+
+What is trained is a `Task`. The loop knows nothing of models, estimators or files: it counts steps
+and seconds, notices divergence, and calls `save` at every point, from which a run can go on.
+"""
+
+import abc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+Point = dict[str, Any]
+"""A point of a curve: `step`, `seconds`, and the figures of the task."""
+
+
+class Task(abc.ABC):
+    """What the loop drives.
+
+    **Fields:** `judged`: the name of the figure that must be finite, such as the held-out loss.
+    """
+
+    judged: str
+
+    @abc.abstractmethod
+    def steps(self, first: int, count: int) -> Float[np.ndarray, " count"]:
+        """Takes `count` steps, of which the first has the number `first`; returns their losses.
+
+        Waits until they are done. May return early, with a loss that is not finite as the last.
+        """
+
+    @abc.abstractmethod
+    def figures(self, losses: Float[np.ndarray, " count"] | None) -> dict[str, Any]:
+        """Measures the parameters as they are.
+
+        `losses` are those of the steps since the last point, None before the first step.
+        """
+
+    def cause(self, taken: int) -> Literal["value", "gradient"] | None:
+        """Says why a loss is not finite: that of the parameters after `taken` steps.
+
+        The steps are counted from where the last call of `steps` began. "value": the parameters are
+        finite, and the loss overflows. "gradient": the loss before was finite and the step made
+        parameters that are not. None: not known.
+        """
+        del taken
+        return None
+
+
+@dataclass
+class Progress:
+    """How far a run is. `seconds` counts the steps alone, without compilation and evaluation."""
+
+    step: int = 0
+    seconds: float = 0.0
+    points: list[Point] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class End:
+    """How a run ended. `step` is the step whose loss is not finite where it diverged."""
+
+    status: Literal["completed", "stopped", "diverged"]
+    step: int
+    seconds: float
+    cause: Literal["value", "gradient"] | None = None
+
+
+def follow(
+    task: Task,
+    steps: int,
+    points: int,
+    progress: Progress,
+    save: Callable[[Progress, End | None], None],
+    stop: Callable[[list[Point]], bool] = lambda points: False,
+) -> End:
+    """Takes the steps that are left, and appends a point to the curve at `points` even places.
+
+    **Arguments:**
+
+    - `progress`: where the run is; it is updated. Without points, one is taken before the first
+      step.
+    - `save`: called after every point, and when the run ends.
+    - `stop`: decides after every point, from all points so far, whether the run ends there.
+    """
+
+    def over() -> End | None:
+        if progress.step >= steps:
+            return End("completed", progress.step, progress.seconds)
+        if stop(progress.points):
+            return End("stopped", progress.step, progress.seconds)
+        return None
+
+    if not progress.points:
+        progress.points.append({"step": 0, "seconds": 0.0, **task.figures(None)})
+        save(progress, None)
+    elif (end := over()) is not None:
+        save(progress, end)
+        return end
+    interval = math.ceil(steps / points)
+    end = None
+    while end is None:
+        first = progress.step
+        count = min(interval - first % interval, steps - first)
+        begin = time.perf_counter()
+        losses = task.steps(first, count)
+        progress.seconds += time.perf_counter() - begin
+        finite = np.isfinite(losses)
+        figures = task.figures(losses) if finite.all() else {}
+        if finite.all() and _is_finite(figures[task.judged]):
+            progress.step += count
+            point = {"step": progress.step, "seconds": progress.seconds, **figures}
+            progress.points.append(point)
+            end = over()
+        else:  # the losses may all be finite, and the last step leave parameters that are not
+            taken = count if finite.all() else int(np.argmin(finite))
+            end = End("diverged", first + taken, progress.seconds, task.cause(taken))
+        save(progress, end)
+    return end
+
+
+def best(points: list[Point], figure: str) -> Point:
+    """The point with the least figure, the first of equals. One that is not finite never is."""
+    return min(points, key=lambda p: p[figure] if _is_finite(p.get(figure)) else math.inf)
+
+
+def points_since_best(points: list[Point], figure: str) -> int:
+    """The number of points after the best. Early stopping compares it with a patience."""
+    return len(points) - 1 - next(i for i, p in enumerate(points) if p is best(points, figure))
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

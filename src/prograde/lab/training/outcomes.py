@@ -1,0 +1,174 @@
+"""What training runs reached, computed from their records alone."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from prograde.lab.report.words import MISSING
+
+Record = list[dict[str, Any]]
+"""The lines of a run: `run`, a `point` for each point of the curve, `end`."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, least and greatest value over n seeds."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A run that diverged, at which step, and why where that is known."""
+
+    seed: int
+    step: int
+    cause: str | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method reached at a setting.
+
+    **Fields:**
+
+    - `final_loss`, `final_accuracy`: held-out, over the seeds that completed.
+    - `diverged`: the runs that did not; `finished`: how many seeds ended in either way.
+    - `time_ratio`: T, the time to backprop's best held-out loss divided by backprop's time to it.
+      It is the median over the seeds, where time is steps times the median cost of a step. None
+      where the median seed does not reach that loss.
+    - `time_bound`: what T exceeds in that case, the time of the whole run divided by backprop's.
+      None when that seed diverged.
+    - `reached` of `compared` seeds reach it. `compared` is 0 where backprop has not run, or never
+      got better than its start.
+    """
+
+    method: str
+    setting: str
+    learning_rate: float
+    runs: list[Record]
+    final_loss: Spread | None
+    final_accuracy: Spread | None
+    diverged: list[Divergence]
+    finished: int
+    time_ratio: float | None
+    time_bound: float | None
+    reached: int
+    compared: int
+
+
+def points(run: Record) -> list[dict[str, Any]]:
+    """The points of a curve that have a held-out loss."""
+    return [line for line in run if line["kind"] == "point" and line.get("test_loss") is not None]
+
+
+def spread(values: list[float]) -> Spread | None:
+    """The spread of values. `None` if there are none."""
+    if not values:
+        return None
+    return Spread(statistics.fmean(values), min(values), max(values), len(values))
+
+
+def outcome_of(
+    method: str,
+    setting: str,
+    runs: list[Record],
+    backprop_runs: list[Record],
+    costs: dict[str, Any],
+) -> Outcome:
+    """What runs of a method at a setting reached, compared with backprop at the same setting."""
+    ended = [run for run in runs if run[-1]["kind"] == "end"]
+    finals = [points(run)[-1] for run in ended if run[-1]["status"] == "completed"]
+    times: list[tuple[int, float]] = []
+    if costs and method != "backprop":
+        references = {run[0]["seed"]: run for run in backprop_runs if run[-1]["kind"] == "end"}
+        pairs = [(run, references[run[0]["seed"]]) for run in ended if run[0]["seed"] in references]
+        found = (_time_ratio(run, reference, method, costs) for run, reference in pairs)
+        times = sorted(time for time in found if time is not None)
+    # (0, T) of a seed that reaches it, (1, bound) of one that does not, (2, 0) of one that diverged
+    kind, value = times[len(times) // 2] if times else (2, 0.0)
+    return Outcome(
+        method,
+        setting,
+        runs[0][0]["learning_rate"],
+        runs,
+        spread([p["test_loss"] for p in finals]),
+        spread([p["test_accuracy"] for p in finals if "test_accuracy" in p]),
+        [
+            Divergence(run[0]["seed"], run[-1]["step"], run[-1].get("cause"))
+            for run in ended
+            if run[-1]["status"] == "diverged"
+        ],
+        len(ended),
+        value if kind == 0 else None,
+        value if kind == 1 else None,
+        sum(kind == 0 for kind, _ in times),
+        len(times),
+    )
+
+
+def _time_ratio(
+    run: Record, backprop_run: Record, method: str, costs: dict[str, Any]
+) -> tuple[int, float] | None:
+    """(0, T), (1, what T exceeds) or, for a run that diverged, (2, 0). None without a reference."""
+    reference = min(points(backprop_run), key=lambda p: p["test_loss"])
+    if reference["step"] == 0:
+        return None
+    seconds = {name: cost["seconds"]["median"] for name, cost in costs.items()}
+    backprop_seconds = reference["step"] * seconds["backprop"]
+    steps = (p["step"] for p in points(run) if p["test_loss"] <= reference["test_loss"])
+    if (reached := next(steps, None)) is not None:
+        return 0, reached * seconds[method] / backprop_seconds
+    if run[-1]["status"] == "diverged":
+        return 2, 0.0
+    return 1, run[-1]["step"] * seconds[method] / backprop_seconds
+
+
+def spread_text(spread: Spread | None, percent: bool = False) -> str:
+    """The mean and, where there are several, the least and the greatest."""
+    if spread is None:
+        return MISSING
+    values = spread.low, spread.mean, spread.high
+    low, mean, high = (f"{100 * v:.1f}" if percent else f"{v:.3g}" for v in values)
+    unit = " %" if percent else ""
+    return f"{mean}{unit}" if spread.n == 1 or low == high else f"{mean}{unit} ({low} to {high})"
+
+
+def ratio_text(outcome: Outcome) -> str:
+    """T, or what it exceeds."""
+    if outcome.method == "backprop":
+        return "1"
+    if not outcome.compared:
+        return MISSING
+    some = outcome.reached < outcome.compared
+    seeds = f" ({outcome.reached} of {outcome.compared} seeds)" if some else ""
+    if outcome.time_ratio is not None:
+        return f"{outcome.time_ratio:.2f}{seeds}"
+    bound = outcome.time_bound
+    return f"> {bound:.2f}{seeds}" if bound is not None else f"diverged{seeds}"
+
+
+def ended_text(outcome: Outcome) -> str:
+    """How many seeds ended, and how many of them diverged, for a cell of a table."""
+    some = outcome.finished < len(outcome.runs)
+    said = f"{outcome.finished} of {len(outcome.runs)}" if some else str(len(outcome.runs))
+    if not outcome.diverged:
+        return said
+    first = min(divergence.step for divergence in outcome.diverged)
+    return f"{said}; {len(outcome.diverged)} diverged, first at step {first}"
+
+
+def divergence_text(outcome: Outcome, name: str) -> str:
+    """Says how many runs diverged, where the first did, and why where the records tell."""
+    first = min(outcome.diverged, key=lambda divergence: divergence.step)
+    because = {
+        "value": ", where the loss overflowed and the parameters were finite",
+        "gradient": ", after a step whose loss was finite and whose gradient was not",
+    }.get(first.cause or "", "")
+    return (
+        f"{name} diverged in {len(outcome.diverged)} of {outcome.finished} seeds, "
+        f"first at step {first.step}{because}."
+    )
