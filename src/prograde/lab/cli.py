@@ -7,6 +7,7 @@ report. Exit codes: 0 done, 1 failed, 2 the command cannot be carried out as giv
 import contextlib
 import dataclasses
 import datetime
+import inspect
 import os
 import shlex
 import shutil
@@ -122,10 +123,8 @@ def _commands(short: bool) -> Any:
     constructors = {name: _command(study(name)) for name in STUDIES} | COMMANDS
     choices = []
     for name, constructor in constructors.items():
-        first, *_ = (constructor.__doc__ or "").strip().splitlines()
-        option = tyro.conf.subcommand(
-            name, constructor=constructor, description=first if short else None
-        )
+        first = (inspect.getdoc(constructor) or name).partition("\n")[0] if short else None
+        option = tyro.conf.subcommand(name, constructor=constructor, description=first)
         choices.append(Annotated[Any, option])
     return Union[tuple(choices)]  # noqa: UP007, the choices are known at run time only
 
