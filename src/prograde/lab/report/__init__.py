@@ -55,7 +55,7 @@ class Section:
     """A part of a report. `content` is shown in its order; a text is one paragraph.
 
     **Fields:** `made_on`: where the numbers come from; `details`: what can be unfolded on a page,
-    such as the manifest.
+    such as the manifest; `folded`: tables that can be unfolded there, by what they show.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Section:
     content: list[str | Table | Figure]
     made_on: str = ""
     details: Any = None
+    folded: dict[str, list[Table]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -39,14 +39,14 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def legend_below(canvas: Canvas, axes: Any) -> None:
-    """Draws one legend for all panels, below them."""
+def legend_below(canvas: Canvas, axes: Any, columns: int | None = None) -> None:
+    """Draws one legend for all panels, below them, in at most so many columns."""
     handles, labels = axes.get_legend_handles_labels()
     canvas.legend(
         handles,
         labels,
         loc="outside lower center",
-        ncols=len(labels),
+        ncols=min(len(labels), columns or len(labels)),
         fontsize=9,
         handlelength=3.5,
     )

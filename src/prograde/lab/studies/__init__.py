@@ -8,6 +8,7 @@ if TYPE_CHECKING:
 
 STUDIES = {
     "reproduce": "reproduce.plan:Reproduce",
+    "compare": "compare.plan:Compare",
     "beyond": "beyond.plan:Beyond",
 }
 

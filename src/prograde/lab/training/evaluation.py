@@ -1,4 +1,7 @@
-"""Loss and accuracy of a network on a part of the data."""
+"""Loss and accuracy of a network on a part of the data.
+
+The test part is what is reported, the validation part is what a search goes by.
+"""
 
 import functools
 from collections.abc import Callable
@@ -7,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from prograde.lab.data import Dataset
 from prograde.lab.models import Network
 
 _CHUNK = 500  # examples that are evaluated together
@@ -23,6 +27,27 @@ def evaluate(
         losses, hits = _compiled(network)(params, images[chunk], labels[chunk])
         sums += [np.asarray(losses, np.float64).sum(), np.asarray(hits).sum()]
     return tuple((sums / len(labels)).tolist())
+
+
+def figures_of(network: Network, data: Dataset, limit: int) -> Callable[[PyTree], dict[str, float]]:
+    """What a point of a curve holds: loss and accuracy on the test and on the training part."""
+
+    def figures(params: PyTree) -> dict[str, float]:
+        test_loss, test_accuracy = evaluate(network, params, data.test, limit)
+        train_loss, train_accuracy = evaluate(network, params, data.train, limit)
+        return {
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+        }
+
+    return figures
+
+
+def judge(network: Network, data: Dataset, limit: int) -> Callable[[PyTree], float]:
+    """What the search of a rate goes by: the loss on the validation part."""
+    return lambda params: evaluate(network, params, data.validation, limit)[0]
 
 
 @functools.lru_cache(maxsize=8)

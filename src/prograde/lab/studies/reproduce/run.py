@@ -15,7 +15,7 @@ from prograde.lab.store import Store
 from prograde.lab.studies.reproduce import costs
 from prograde.lab.studies.reproduce.experiments import METHODS, Budget, Experiment, settings
 from prograde.lab.training.costs import step_seconds
-from prograde.lab.training.evaluation import evaluate
+from prograde.lab.training.evaluation import figures_of, judge
 from prograde.lab.training.runs import Run, train
 from prograde.lab.training.search import TRIALS, search
 from prograde.lab.training.trainer import Trainer
@@ -44,41 +44,23 @@ def run(
         for name, estimator in METHODS.items()
     }
     seconds = _measure_costs(title, experiment, trainers, data, budget, store, display, mesh)
-    tuned = _search(title, experiment, trainers, data, budget, seconds, store, display)
-    _train(title, experiment, trainers, data, budget, seconds, tuned, store, display, mesh)
+    figures, loss = _figures_and_judge(experiment, data, budget.eval_examples)
+    seeds = _SURFACE_SEEDS if isinstance(experiment.subject, Surface) else 1
+    tuned = _search(title, trainers, budget, seconds, loss, seeds, store, display)
+    _train(title, experiment, trainers, budget, seconds, tuned, figures, store, display, mesh)
 
 
-def figures_of(
+def _figures_and_judge(
     experiment: Experiment, data: Dataset | None, limit: int
-) -> Callable[[PyTree], dict[str, float]]:
-    """What a point of a curve holds: loss and accuracy on the test and on the training part."""
+) -> tuple[Callable[[PyTree], dict[str, float]], Callable[[PyTree], float]]:
+    """The figures of a point, and what the search of a rate goes by."""
     if isinstance(surface := experiment.subject, Surface):
-        return lambda params: {"test_loss": float(surface.fun(params))}
+        value = lambda params: float(surface.fun(params))  # noqa: E731
+        return lambda params: {"test_loss": value(params)}, value
     assert experiment.subject is not None
     assert data is not None
     network = experiment.subject(False)
-
-    def figures(params: PyTree) -> dict[str, float]:
-        test_loss, test_accuracy = evaluate(network, params, data.test, limit)
-        train_loss, train_accuracy = evaluate(network, params, data.train, limit)
-        return {
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-        }
-
-    return figures
-
-
-def judge_of(experiment: Experiment, data: Dataset | None, limit: int) -> Callable[[PyTree], float]:
-    """What the search of a rate goes by: the loss on the validation part."""
-    if isinstance(surface := experiment.subject, Surface):
-        return lambda params: float(surface.fun(params))
-    assert experiment.subject is not None
-    assert data is not None
-    network = experiment.subject(False)
-    return lambda params: evaluate(network, params, data.validation, limit)[0]
+    return figures_of(network, data, limit), judge(network, data, limit)
 
 
 def _measure_costs(
@@ -115,17 +97,15 @@ def _measure_costs(
 
 def _search(
     title: str,
-    experiment: Experiment,
     trainers: dict[str, Trainer],
-    data: Dataset | None,
     budget: Budget,
     seconds: dict[str, float],
+    loss: Callable[[PyTree], float],
+    seeds: int,
     store: Store,
     display: Display,
 ) -> dict[str, float]:
     """Searches a learning rate for each method."""
-    judge = judge_of(experiment, data, budget.eval_examples)
-    seeds = _SURFACE_SEEDS if isinstance(experiment.subject, Surface) else 1
     speed = _Speed()
 
     def on_trial(method: str, number: int, trial: dict[str, Any]) -> None:
@@ -141,7 +121,7 @@ def _search(
     with display.stage(f"{title}: learning rates", work):
         for name in METHODS:
             rates[name] = search(
-                trainers[name], name, budget.steps, store, judge, on_trial, seeds=seeds
+                trainers[name], name, budget.steps, store, loss, on_trial, seeds=seeds
             )
             done += budget.steps * TRIALS * seconds[name]
             display.reach(done)
@@ -152,10 +132,10 @@ def _train(
     title: str,
     experiment: Experiment,
     trainers: dict[str, Trainer],
-    data: Dataset | None,
     budget: Budget,
     seconds: dict[str, float],
     tuned: dict[str, float],
+    figures: Callable[[PyTree], dict[str, float]],
     store: Store,
     display: Display,
     mesh: Mesh | None,
@@ -167,7 +147,6 @@ def _train(
         for setting in settings(experiment)
         for method in METHODS
     ]
-    measure = figures_of(experiment, data, budget.eval_examples)
     speed = _Speed()
 
     def on_point(run: Run, point: dict[str, Any]) -> None:
@@ -183,7 +162,7 @@ def _train(
     with display.stage(f"{title}: training", work):
         done = 0.0
         for run in runs:
-            train(trainers[run.method], run, store, budget.points, measure, on_point, mesh)
+            train(trainers[run.method], run, store, budget.points, figures, on_point, mesh)
             done += run.steps * seconds[run.method]
             display.reach(done)
 
