@@ -168,6 +168,7 @@ def _study(plan: Any, records: Records, console: Console, errors: Console) -> No
     if records.resume and records.out is None:
         raise UsageError("--resume needs --out DIR, the directory to continue.")
     with _needs(plan.extra):
+        plan.prepare()
         worker = plan.join()
         configs = plan.configs()
     out = records.out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{plan.label}"

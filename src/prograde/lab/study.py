@@ -67,6 +67,12 @@ class Study(abc.ABC):
         """What the default directory of the records is called, after the date."""
         return self.name
 
+    def prepare(self) -> None:
+        """Sets this process up before JAX starts in it, its allocator say. Does nothing by default.
+
+        It is called for a run alone, and not to show records.
+        """
+
     def join(self) -> int:
         """Joins a group of processes that run the study together. Returns the number of this one.
 

@@ -1,10 +1,11 @@
 """Numbers in words: times, sizes, ratios, and where a number comes from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 MISSING = "–"
 BUSY = 0.1  # share of the machine that other processes may use while something is timed
+SPREAD = 1 / 3  # distance between the quartiles of a steady time or ratio, over its median
 
 
 def milliseconds(seconds: float) -> str:
@@ -90,4 +91,22 @@ def warning(busy: float | None) -> str:
     return (
         f"Other processes used {100 * busy:.0f} % of the machine while this was timed: do not trust "
         "these times and ratios."
+    )
+
+
+def unsteady(measured: Mapping[str, dict[str, float]]) -> str:
+    """Names the times or ratios that vary much from round to round, where there are any.
+
+    `measured` holds a median and its quartiles for each name.
+    """
+    wide = [
+        name
+        for name, found in measured.items()
+        if found["high"] - found["low"] > SPREAD * found["median"]
+    ]
+    if not wide:
+        return ""
+    return (
+        f"Unsteady from round to round: {listed(wide)}. The quartiles are more than a third of the "
+        "median apart: take these figures as rough."
     )

@@ -10,6 +10,12 @@ STUDIES = {
     "reproduce": "reproduce.plan:Reproduce",
     "compare": "compare.plan:Compare",
     "beyond": "beyond.plan:Beyond",
+    "bench": "bench.plan:Bench",
+    "basics": "basics.plan:Basics",
+    "bounds": "bounds.plan:Bounds",
+    "replay-speed": "replay_speed.plan:ReplaySpeed",
+    "links": "links.plan:Links",
+    "kills": "kills.plan:Kills",
 }
 
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""`prograde basics`: the costs that the project promises to keep to."""

@@ -1,126 +1,112 @@
-"""Costs that the project promises: imports, a training step, the training loop, memory against depth.
+"""Measures the costs that the project promises to keep to."""
 
-Run on an otherwise idle machine: `make bench-basics`, or `python benchmarks/basics.py --out FILE`. Writes a record, prints a table.
-"""
-
-import dataclasses
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from prograde.lab import costs, experiments, records, train
+import prograde as pg
+from prograde.lab import models
+from prograde.lab.display import Display
+from prograde.lab.measure.timing import Others, Visit, take_turns, timed
+from prograde.lab.models import workloads
+from prograde.lab.training.schedules import Rate
+from prograde.lab.training.trainer import Trainer
+
+_IMPORT_ROUNDS = 9
+_SCAN_STEPS = 20  # steps of a visit, inside one scan
+_LOOP_STEPS = 50  # steps of a visit, where the loop itself is timed
+_EXAMPLES = 640  # ten batches
+_ESTIMATORS = {"low-rank": pg.WeightPerturbation(pg.LowRank(rank=1)), "backprop": pg.Backprop()}
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """What to measure and where to write it."""
-
-    out: Path = Path("runs/bench/basics.json")
-    """The record."""
-    rounds: int = 40
-    """Rounds of the interleaved timings."""
-
-
-def seconds(*command: str) -> float:
+def process_seconds(*command: str) -> float:
+    """Seconds that a process takes."""
     begin = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - begin
 
 
-def imports(rounds: int = 9) -> dict:
-    """Seconds `import prograde` takes beyond `import jax`, each in a fresh process, in turns."""
-    differences = []
-    for _ in range(rounds):
-        jax_alone = seconds(sys.executable, "-c", "import jax")
-        differences.append(seconds(sys.executable, "-c", "import jax, prograde") - jax_alone)
-    return {"seconds": statistics.median(differences), "n": rounds}
+def imports(display: Display) -> dict[str, Any]:
+    """Seconds that `import prograde` takes in addition to `import jax`, in fresh processes."""
+
+    def visit(code: str) -> Visit:
+        return lambda _: process_seconds(sys.executable, "-c", code)
+
+    visits = {"jax": visit("import jax"), "both": visit("import jax, prograde")}
+    turns = take_turns(visits, _IMPORT_ROUNDS, display, "imports", calls=1)
+    pairs = zip(turns.seconds["both"], turns.seconds["jax"], strict=True)
+    seconds = statistics.median(both - alone for both, alone in pairs)
+    return {"seconds": seconds, "n": _IMPORT_ROUNDS, "busy": turns.busy}
 
 
-def beale() -> dict:
+def beale(display: Display) -> dict[str, Any]:
     """Seconds from the start of the process to the end of `prograde reproduce beale`."""
-    with tempfile.TemporaryDirectory() as folder:
-        return {
-            "seconds": seconds(
-                sys.executable,
-                "-m",
-                "prograde.lab.cli",
-                "reproduce",
-                "beale",
-                "--out",
-                f"{folder}/b",
-            )
-        }
+    command = [sys.executable, "-m", "prograde.lab.cli", "reproduce", "beale", "--out"]
+    with display.stage("prograde reproduce beale", 1), tempfile.TemporaryDirectory() as folder:
+        watch = Others()
+        return {"seconds": process_seconds(*command, f"{folder}/out"), "busy": watch.busy()}
 
 
-def mlp_step(rounds: int) -> dict:
-    """A full SGD step of the MLP at batch 64 over the bare forward pass, in the lab's training loop."""
-    experiment, data = experiments.EXPERIMENTS["mlp"], costs.synthetic_data()
-    methods = {name: experiments.METHODS[name] for name in ("low-rank", "backprop")}
-    trainers = {
-        name: train.Trainer(experiment, estimator, data) for name, estimator in methods.items()
+def mlp_step(rounds: int, display: Display) -> dict[str, Any]:
+    """A full SGD step of the MLP at batch 64 over the bare forward pass, in the training loop."""
+    estimators = {"bare": None, **_ESTIMATORS}
+    visits = {
+        name: training_visit(mlp_trainer(estimator), _SCAN_STEPS)
+        for name, estimator in estimators.items()
     }
-    trainers = {"bare": train.Trainer(experiment, None, data), **trainers}
-    return costs.step_seconds(trainers, rounds, lambda i: None)
+    return take_turns(visits, rounds, display, "mlp", calls=1).summary("bare")
 
 
-def loop_overhead(rounds: int, steps: int = 50) -> dict:
-    """A step in the training loop over a bare jitted step on a batch that lies ready, dispatched one by one."""
+def mlp_trainer(estimator: pg.Estimator | None, in_scan: bool = True) -> Trainer:
+    """A trainer of the paper's MLP on random images. Only its cost matters."""
+    network = models.mlp()
+    data = jax.tree.map(np.asarray, workloads.mlp(_EXAMPLES).batch(jax.random.key(0)))
+    return Trainer(network.init, network.loss, estimator, data, in_scan=in_scan)
+
+
+def training_visit(trainer: Trainer, steps: int) -> Visit:
+    """A visit of so many steps in the training loop. A call is one step, whatever their number."""
+    rows, carry = trainer.rows(0, 0, steps), trainer.start(0)
+
+    def run(_: int) -> Any:
+        nonlocal carry
+        carry, losses, _visited = trainer.steps(carry, Rate(0.0), 0, rows)
+        return carry, losses
+
+    visit = timed(run)
+    return lambda count: visit(count) / steps
+
+
+def loop(rounds: int, display: Display) -> dict[str, Any]:
+    """A step in the training loop over a bare jitted step, dispatched alone on a given batch."""
     found = {}
-    for method in ("low-rank", "backprop"):
-        experiment, data = experiments.EXPERIMENTS["mlp"], costs.synthetic_data()
-        looped = train.Trainer(experiment, experiments.METHODS[method], data)
-        bare = train.Trainer(
-            dataclasses.replace(experiment, in_scan=False), experiments.METHODS[method], data
-        )
-        rows = looped.rows(0, 0, steps)
-        ready = jax.numpy.asarray(rows[0])
-        rate, key = train.Rate(jax.numpy.float32(0), jax.numpy.float32(steps)), looped._keys(0)[1]
-        carries = [looped.start(0), bare.start(0)]
-        ratios = []
-        for i in range(rounds + 1):
-            begin = time.perf_counter()
-            carries[0], losses, _ = looped.steps(carries[0], 0.0, 0, rows)
-            np.asarray(losses)
-            middle = time.perf_counter()
-            for _ in range(steps):
-                carries[1], _ = bare._jitted(carries[1], rate, key, bare.train_data, ready)
-            jax.block_until_ready(carries[1])
-            if i > 0:
-                ratios.append((middle - begin) / (time.perf_counter() - middle))
-        low, median, high = np.percentile(ratios, [25, 50, 75]).tolist()
-        found[method] = {"ratio": median, "low": low, "high": high, "n": rounds}
+    for method, estimator in _ESTIMATORS.items():
+        visits = {
+            "loop": training_visit(mlp_trainer(estimator), _LOOP_STEPS),
+            "alone": _dispatched(mlp_trainer(estimator, in_scan=False), _LOOP_STEPS),
+        }
+        turns = take_turns(visits, rounds, display, f"training loop, {method}", calls=1)
+        found[method] = turns.summary("alone")["loop"]
     return found
 
 
-def main(arguments: Arguments) -> None:
-    record = {
-        "environment": records.environment(),
-        "import_beyond_jax": imports(),
-        "beale": beale(),
-        "mlp_step": mlp_step(arguments.rounds),
-        "loop_overhead": loop_overhead(arguments.rounds // 2),
-    }
-    records.write_json(arguments.out, record)
-    print(
-        f"import prograde, beyond import jax: {record['import_beyond_jax']['seconds']:.2f} s (at most 0.5)"
-    )
-    print(f"prograde reproduce beale: {record['beale']['seconds']:.1f} s (at most 20)")
-    for method, cost in record["mlp_step"].items():
-        print(
-            f"MLP step, batch 64, {method}: {1e3 * cost['seconds']['median']:.2f} ms, R {cost['ratio']['median']:.2f}"
-        )
-    for method, cost in record["loop_overhead"].items():
-        print(f"training loop over bare step, {method}: {cost['ratio']:.3f} (at most 1.05)")
-    print(f"record: {arguments.out}")
+def _dispatched(trainer: Trainer, steps: int) -> Visit:
+    """A visit of so many steps, each dispatched by itself."""
+    ready = jnp.asarray(trainer.rows(0, 0, steps)[0])
+    arguments, carry = trainer.arguments(Rate(0.0), 0), trainer.start(0)
 
+    def run(_: int) -> Any:
+        nonlocal carry
+        for _ in range(steps):
+            carry, _ = trainer.program(carry, *arguments, ready)
+        return carry
 
-if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    visit = timed(run)
+    return lambda count: visit(count) / steps

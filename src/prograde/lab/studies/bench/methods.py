@@ -1,7 +1,10 @@
-"""The methods that `prograde bench` compares, each as one plain SGD step of the same loss, and JAX's side of the comparison."""
+"""The methods that `prograde bench` compares, and JAX's side of the comparison.
 
-import ctypes
-import os
+Each method is one plain SGD step of the same loss.
+"""
+
+import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,8 @@ from jax import lax
 from jaxtyping import PyTree
 
 import prograde as pg
-from prograde.lab.workloads import Loss, Workload
+from prograde.lab.measure.memory import step_memory
+from prograde.lab.models.workloads import WORKLOADS, Loss, Workload
 
 METHODS = {
     "bare": "forward pass alone",
@@ -34,11 +38,11 @@ METHODS = {
 }
 LEARNING_RATE = 1e-6  # small, so that no method diverges while it is timed
 NUM_BATCHES = 4  # they take turns, so that no step sees the data of the one before
+NUM_TANGENTS = (1, 4, 16)
 _PERTURBATION = 1e-3  # of a central difference, MeZO's
 
-Step = Callable[
-    ..., tuple[PyTree, PyTree, jax.Array]
-]  # (params, state, key, *batch) -> (params, state, loss)
+Step = Callable[..., tuple[PyTree, PyTree, jax.Array]]
+"""(params, state, key, *batch) -> (params, state, loss)"""
 
 
 def _moved(params: PyTree, gradient: PyTree) -> PyTree:
@@ -51,9 +55,6 @@ def _by_backprop(loss: Loss) -> Step:
         return _moved(params, gradient), state, value
 
     return step
-
-
-NUM_TANGENTS = (1, 4, 16)
 
 
 def _estimator(num_tangents: int) -> pg.WeightPerturbation:
@@ -94,11 +95,12 @@ def _by_dense_jvp(loss: Loss) -> Step:
 
 
 def _by_central_difference(loss: Loss, distribution: pg.TangentDistribution) -> Step:
-    """MeZO's step: the weights move up, down and to their new place, along a direction that is drawn again each time.
+    """MeZO's step: the weights move up, down and to their new place along one direction.
 
-    The moves are a loop, for what a loop carries stays in one buffer: written one after the other, XLA keeps a second
-    copy of scanned weights. And each draw depends on what the loop carries, if only on whether it is a number, or XLA
-    would draw once, before the loop, and store the direction.
+    The direction is drawn again for each move, so that it is never stored. The moves are a loop,
+    because a loop keeps what it carries in one buffer; XLA keeps a second copy of scanned weights
+    for three moves in a row. Each draw depends on a value that the loop carries, if only on whether
+    it is NaN. Otherwise XLA would draw once before the loop and store the direction.
     """
 
     def step(params, state, key, *batch):
@@ -147,7 +149,7 @@ def steps(workload: Workload) -> dict[str, Step]:
 
 
 def counted_ratios(workload: Workload) -> dict[str, float | None]:
-    """By a count of multiply-adds, what an estimate costs over the loss alone."""
+    """Multiply-adds of an estimate over those of the loss alone, by number of tangents."""
     shapes = [jax.eval_shape(make, jax.random.key(0)) for make in (workload.init, workload.batch)]
     (params, state), batch = shapes
 
@@ -162,7 +164,7 @@ def counted_ratios(workload: Workload) -> dict[str, float | None]:
 
 
 class JaxSide:
-    """One set of parameters, passed from method to method: each step is given them and gives them back."""
+    """The methods of JAX. All share one set of parameters, which each step takes and returns."""
 
     def __init__(self, workload: Workload):
         self.methods = steps(workload)
@@ -175,7 +177,7 @@ class JaxSide:
         self.compiled: dict[str, Any] = {}
 
     def compile(self, method: str) -> dict[str, Any]:
-        """Traces, lowers and compiles a step, nothing of which is kept from other methods."""
+        """Traces, lowers and compiles a step. Nothing that other methods compiled is reused."""
         step = self.methods[method]
 
         def counted(carry, key, batch):
@@ -194,14 +196,9 @@ class JaxSide:
         return {"compile_seconds": seconds, "temp_bytes": analysis.temp_size_in_bytes}
 
     def visit(self, method: str, count: int) -> tuple[float, float]:
-        """Takes `count` steps; returns the seconds and the last loss. Nothing waits for the result of a step but the end."""
-        step, carry, key, batches, value = (
-            self.compiled[method],
-            self.carry,
-            self._key,
-            self.batches,
-            None,
-        )
+        """Takes `count` steps, waiting for the last; returns the seconds and the last loss."""
+        step, carry, key, batches = self.compiled[method], self.carry, self._key, self.batches
+        value = None
         begin = time.perf_counter()
         for i in range(count):
             carry, value = step(carry, key, batches[i % NUM_BATCHES])
@@ -211,14 +208,14 @@ class JaxSide:
         return seconds, float(jnp.asarray(value))
 
     def save(self, path: Path) -> None:
-        """Parameters, state and batches, for another implementation."""
+        """Saves parameters, state and batches for another implementation."""
         save_arrays(path, self.carry[0], self.carry[1], self.batches)
 
 
 def save_arrays(
     path: Path, params: PyTree, state: PyTree, batches: list[tuple[jax.Array, ...]]
 ) -> None:
-    """Writes them under their names: `params/...`, `state/...`, `batch/NUMBER/...`."""
+    """Writes arrays under the names `params/...`, `state/...` and `batch/NUMBER/...`."""
     tree = {"params": params, "state": state, "batch": [list(batch) for batch in batches]}
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     arrays: Any = {
@@ -227,20 +224,12 @@ def save_arrays(
     np.savez(path, **arrays)
 
 
-def keep_freed_memory() -> bool:
-    """Has the C library keep what is freed, rather than return it to the system and fetch it again page by page.
-
-    A backprop step allocates its temporary memory anew each time: up to a fifth of its time goes there otherwise.
-    Returns whether the C library knows how.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return False
-    arenas, mmaps, trim, pad = -8, -4, -1, -2
-    return all(mallopt(*option) for option in ((arenas, 1), (mmaps, 0), (trim, -1), (pad, 2**26)))
+def _measure_memory(name: str, method: str) -> dict[str, Any]:
+    side = JaxSide(WORKLOADS[name]())
+    side.compile(method)
+    carry, side.carry = side.carry, None
+    return step_memory(side.compiled[method], carry, side._key, side.batches[0])
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+if __name__ == "__main__":
+    print(json.dumps(_measure_memory(sys.argv[1], sys.argv[2])))

@@ -1,1 +1,4 @@
-"""TODO."""
+"""`prograde links`: steps of workers that are joined by a slow link, and a model of their costs."""
+
+PARTS = ("link", "updates", "smollm2", "mlp", "scaling")
+"""What is measured: the name of each record."""

@@ -1,8 +1,10 @@
-"""Machines that are joined by a slow link: network namespaces, and a relay that delays and limits what passes between them.
+"""Machines that are joined by a slow link: network namespaces, and a relay between them.
 
-Each machine is a network namespace with a TUN device, whose other end the relay holds. A packet leaves its machine at the rate of the link, after those
-before it, and arrives `delay` seconds later; what would wait behind more than `queue` bytes is dropped, as a router drops it. Without a rate the
-machines hang on a bridge instead, which takes no time that a step would notice. Needs root, iproute2 and /dev/net/tun.
+Each machine is a network namespace with a TUN device. The relay holds the other ends of the
+devices. A packet leaves its machine at the rate of the link, after the packets before it, and
+arrives `delay` seconds later. Like a router, the relay drops a packet that would wait behind more
+than `queue` bytes. Without a rate the machines are joined by a bridge instead, whose time is
+negligible. Needs root, iproute2 and /dev/net/tun.
 """
 
 import collections
@@ -25,38 +27,59 @@ MTU = 9000  # of both kinds of link: fewer packets for the relay
 
 @dataclass(frozen=True)
 class Link:
-    """What joins the machines: bits per second that each sends at, and seconds one way. No rate: a bridge."""
+    """What joins the machines: bits per second of each sender, and seconds one way.
+
+    Without a rate it is a bridge.
+    """
 
     rate: float | None = None
     delay: float = 0.0
 
     @property
     def queue(self) -> float:
-        """Bytes that may wait: as much as passes in two round trips, and a few packets at least."""
+        """Bytes that may wait: as many as pass in two round trips, or a few packets."""
         return max(16 * MTU, 4 * self.delay * (self.rate or 0) / 8)
 
     @property
     def name(self) -> str:
-        return (
-            "unlimited"
-            if self.rate is None
-            else f"{self.rate / 1e6:g} Mbit/s, {2e3 * self.delay:g} ms"
-        )
+        """The rate, and the time there and back."""
+        if self.rate is None:
+            return "unlimited"
+        return f"{self.rate / 1e6:g} Mbit/s, {2e3 * self.delay:g} ms"
 
 
 _networks = itertools.count()
 
 
+def missing() -> str | None:
+    """Says what a network needs that this machine lacks. None: nothing."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return "it must be started by root"
+    if not os.path.exists("/dev/net/tun"):
+        return "there is no /dev/net/tun"
+    probe = f"{PREFIX}-probe-{os.getpid()}"
+    try:
+        ip("netns", "add", probe)
+        ip("netns", "delete", probe)
+    except FileNotFoundError:
+        return "the program `ip` of iproute2 is not installed"
+    except subprocess.CalledProcessError as error:
+        return f"it cannot make network namespaces ({error.stderr.decode().strip()})"
+    return None
+
+
 def ip(*arguments: str) -> None:
+    """Runs `ip` of iproute2."""
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
 def address(i: int) -> str:
+    """The address of a machine."""
     return f"10.77.0.{i + 1}"
 
 
 class Network(contextlib.AbstractContextManager):
-    """So many machines on a link, which are gone when the block is left, with the processes that run on them."""
+    """Machines on a link. Machines and their processes are gone when the block is left."""
 
     def __init__(self, link: Link, machines: int):
         self.link, self.machines, self.relay = link, machines, None
@@ -89,32 +112,11 @@ class Network(contextlib.AbstractContextManager):
         ip("-n", self.hub, "link", "add", "bridge0", "type", "bridge")
         ip("-n", self.hub, "link", "set", "bridge0", "mtu", str(MTU), "up")
         for i, name in enumerate(self.names):
-            ip(
-                "-n",
-                name,
-                "link",
-                "add",
-                "net0",
-                "type",
-                "veth",
-                "peer",
-                "name",
-                f"port{i}",
-                "netns",
-                self.hub,
-            )
-            ip(
-                "-n",
-                self.hub,
-                "link",
-                "set",
-                f"port{i}",
-                "mtu",
-                str(MTU),
-                "master",
-                "bridge0",
-                "up",
-            )
+            port = f"port{i}"
+            peer = ["peer", "name", port, "netns", self.hub]
+            ip("-n", name, "link", "add", "net0", "type", "veth", *peer)
+            own = ["mtu", str(MTU), "master", "bridge0", "up"]
+            ip("-n", self.hub, "link", "set", port, *own)
 
     def _relay(self) -> None:
         settings = {
@@ -129,6 +131,7 @@ class Network(contextlib.AbstractContextManager):
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self.relay.stdout is not None
         if self.relay.stdout.readline() != "ready\n":
             raise RuntimeError("the relay did not start: is this root, and is there /dev/net/tun?")
 
@@ -137,24 +140,26 @@ class Network(contextlib.AbstractContextManager):
         return ["ip", "netns", "exec", self.names[i], *program]
 
     def run(self, i: int, *program: str) -> str:
-        return subprocess.run(
-            self.inside(i, *program), check=True, capture_output=True, text=True
-        ).stdout
+        """Runs a program on a machine; returns its output."""
+        command = self.inside(i, *program)
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def dropped(self) -> int:
         """Packets that the relay dropped so far."""
         if self.relay is None:
             return 0
+        assert self.relay.stdin is not None
+        assert self.relay.stdout is not None
         self.relay.stdin.write("\n")
         self.relay.stdin.flush()
         return json.loads(self.relay.stdout.readline())["dropped"]
 
     def close(self) -> None:
+        """Ends the processes of the machines, and removes the machines."""
         for name in [*self.names, self.hub]:
-            found = subprocess.run(
-                ["ip", "netns", "pids", name], capture_output=True, text=True
-            ).stdout.split()
-            for pid in found:  # of processes that were started here, in namespaces of this process
+            asked = ["ip", "netns", "pids", name]
+            found = subprocess.run(asked, capture_output=True, text=True).stdout.split()
+            for pid in found:  # all were started here: the namespaces are of this process
                 with contextlib.suppress(OSError):
                     os.kill(int(pid), signal.SIGKILL)
         if self.relay is not None:
@@ -203,23 +208,28 @@ peer = call(b"b")
 for _ in range(int(sys.argv[2]) >> 16):
     peer.sendall(bytes(1 << 16))
 peer.shutdown(socket.SHUT_WR)
-print(json.dumps({"round_trip_seconds": sorted(trips)[15], "longest_round_trip_seconds": max(trips), "bits_a_second": float(peer.recv(99))}))
+found = {"round_trip_seconds": sorted(trips)[15], "longest_round_trip_seconds": max(trips)}
+print(json.dumps(found | {"bits_a_second": float(peer.recv(99))}))
 """
 
 
 def check(network: Network, size: int) -> dict[str, float]:
-    """What a plain TCP connection from one machine to another gets: time there and back of a byte, and rate of so many bytes."""
+    """Measures a plain TCP connection: the round trip of a byte, and the rate of `size` bytes."""
     with subprocess.Popen(
         network.inside(1, sys.executable, "-c", _LISTENER, address(1)),
         stdout=subprocess.PIPE,
         text=True,
     ) as listener:
+        assert listener.stdout is not None
         listener.stdout.readline()
         return json.loads(network.run(0, sys.executable, "-c", _CALLER, address(1), str(size)))
 
 
 def relay(names: list[str], rate: float, delay: float, queue: float) -> None:
-    """Passes packets on until its standard input is closed; a line there is answered with what was dropped."""
+    """Passes packets on until standard input is closed.
+
+    Answers each line there with the number of packets dropped so far.
+    """
     devices = []
     for i, name in enumerate(names):
         device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)

@@ -1,340 +1,206 @@
-"""The cost model of a step over a link, beside what was measured, and the tables of a record of `links.py`.
+"""The report of `prograde links`, from records alone: measured beside predicted, and projected."""
 
-    seconds = compute + 2 delay rounds + 8 bytes / rate
-
-`compute` is what one worker takes for its part of the batch when it exchanges nothing. In each round a worker hears that its neighbour is ready and
-then gets the data: two delays. A ring of W workers gathers in W - 1 rounds, in which each worker passes on W - 1 messages, and sums an array
-of b bytes in 2 (W - 1) rounds and 2 b (W - 1) / W bytes; XLA has each array summed after the one before. Nothing is fitted: rounds and bytes are counted
-in the compiled step, what Gloo and TCP put around a message is counted at the interface, delay and rate are those the relay was told.
-"""
-
-import math
-import re
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from prograde.lab import records
+from prograde.lab.report import Report, Section, Table
+from prograde.lab.report.words import made_on, quartiles, unsteady, warning
+from prograde.lab.store import Store
+from prograde.lab.studies.links import model
+from prograde.lab.studies.links.model import LINKS, WORKERS
 
-BEGIN, END = (
-    "<!-- links: begin, written by benchmarks/links.py --markdown -->",
-    "<!-- links: end -->",
+_INTRODUCTION = (
+    "Training steps of workers that are joined by a slow link: forward gradients, which send one "
+    "number for each tangent and the loss, compared with data-parallel backprop."
 )
-DELAY = 0.025
-RATES = {"10 Mbit/s": 10e6, "100 Mbit/s": 100e6, "1 Gbit/s": 1e9}
-LINKS = {f"{name}, 50 ms": (rate, DELAY) for name, rate in RATES.items()} | {
-    "unlimited": (math.inf, 0.0)
-}
-WORKERS = (2, 64, 4096)
-TITLES = {"mlp": "MLP, 32 examples a worker", "smollm2": "135M parameters, 2 x 64 tokens a worker"}
+_TERMS = (
+    "A time is the median over the steps of all workers, with its quartiles and the number n of "
+    "steps. Predicted is `compute + 2 delay rounds + 8 bytes / rate`; nothing in it is fitted. "
+    "`payload` is what `prograde.distributed.payload` counts, without the bytes around messages. "
+    "K is the number of tangents, W that of workers, n that of parameters."
+)
+_MIDDLE = "100 Mbit/s, 50 ms"
+_TITLES = {"mlp": "MLP, 32 examples a worker", "smollm2": "135M parameters, 2 x 64 tokens a worker"}
+_KINDS = {"2": "2 processes", "2 apart": "2 that exchange nothing", "4": "4 processes"}
+_STEP_COLUMNS = ["link", "workers", "method", "a step, measured", "predicted"]
+_STEP_COLUMNS += ["bytes a step at the interface", "`payload`"]
 
 
-def arrays(collective: str) -> list[int]:
-    """Bytes of the float32 arrays that a collective of the compiled step returns."""
-    shapes = re.findall(r"f32\[([\d,]*)\]", collective)
-    return [4 * math.prod(int(size) for size in shape.split(",") if size) for shape in shapes]
+def report(stores: list[Store]) -> Report:
+    """Shows each part of each store in a section."""
+    sections = [section for store in stores for section in _sections(store, len(stores) > 1)]
+    return Report("Training over a slow link", _INTRODUCTION, _TERMS, sections)
 
 
-def exchange(collectives: list[str], workers: int, around: float) -> tuple[int, float]:
-    """(rounds, bytes from each worker) of a step, with so many bytes around each message of a gather."""
-    rounds, sent = 0, 0.0
-    for collective in collectives:
-        for size in arrays(collective):
-            if collective.startswith("all-gather"):
-                rounds, sent = (
-                    rounds + workers - 1,
-                    sent + (workers - 1) * (size / workers + around),
-                )
-            else:
-                rounds, sent = rounds + 2 * (workers - 1), sent + 2 * size * (workers - 1) / workers
-    return rounds, sent
+def _sections(store: Store, several: bool) -> list[Section]:
+    parts = {name: store.read(name) for name in store.names()}
+    found = {name: part["found"] for name, part in parts.items()}
+    label = store.directory.resolve().name
+    sections = []
+
+    def add(name: str, title: str, content: list[Any]) -> None:
+        if name in parts:
+            content = [*content, *_doubts(name, parts[name])]
+        full = f"{label}-{name}" if several else name
+        made = made_on(store.manifest) if not sections else ""
+        details = store.manifest if not sections else None
+        sections.append(Section(full, title, content, made, details))
+
+    if "link" in found:
+        add("link", "The link", [_link_table(found["link"])])
+    if "mlp" in found:
+        around = model.bytes_around(found["mlp"])
+        if "smollm2" in found:
+            add("smollm2", "135M parameters", _smollm2(found["smollm2"], around))
+        add("mlp", "MLP", _mlp(found["mlp"], around))
+    if "scaling" in found:
+        add("scaling", "Two cores against one", [_scaling_table(found["scaling"])])
+    if {"mlp", "smollm2", "updates"} <= found.keys():
+        add("updates", "Projected", _projection(found))
+    return sections
 
 
-def seconds(compute: float, rounds: float, sent: float, rate: float, delay: float) -> float:
-    return compute + 2 * delay * rounds + 8 * sent / rate
+def _doubts(name: str, part: dict[str, Any]) -> list[str]:
+    """What speaks against the figures of a part."""
+    note = f"Note on the part `{name}`: {part['note']}" if part["note"] else ""
+    return [*filter(None, [note, warning(part.get("busy")), unsteady(_ratios(name, part))])]
 
 
-def rate_factor(parameters: int, tangents: int) -> float:
-    """The rate that so many tangents in all allow, as a part of that of the gradient: 1 / (1 + n / (K W))."""
-    return 1 / (1 + parameters / tangents)
-
-
-def _found(record: dict, part: str) -> dict[str, Any]:
-    return record["parts"][part]["found"]
-
-
-def model(record: dict) -> dict[str, Any]:
-    """What the model says of each measured step, and of 64 and 4,096 workers."""
-    if not {"mlp", "smollm2", "updates"} <= record["parts"].keys():
-        return {}
-    mlp, smollm2, updates = (_found(record, part) for part in ("mlp", "smollm2", "updates"))
-    alone = mlp["2"]["100 Mbit/s, 50 ms"]["K = 1"]
-    around = alone["bytes"]["median"] - alone["payload"]
-    predicted = []
-    measured = [
-        ("mlp", w, where, found)
-        for w in ("2", "4")
-        for where, found in mlp[w].items()
-        if where != "apart"
-    ]
-    measured += [
-        ("smollm2", "2", where, found) for where, found in smollm2.items() if where != "apart"
-    ]
-    for workload, w, where, found in measured:
-        apart = (mlp[w] if workload == "mlp" else smollm2)["apart"]
-        for method, one in found.items():
-            compute = apart[method]["seconds"]["median"]
-            rounds, sent = exchange(one["collectives"], int(w), around)
-            in_all = seconds(compute, rounds, sent, *LINKS[where])
-            predicted.append(
-                {
-                    "workload": workload,
-                    "workers": int(w),
-                    "link": where,
-                    "method": method,
-                    "compute": compute,
-                }
-                | {
-                    "rounds": rounds,
-                    "bytes": sent,
-                    "seconds": in_all,
-                    "measured": one["seconds"]["median"],
-                }
-            )
-    projected = []
-    for workload, source in (("mlp", mlp["2"]), ("smollm2", smollm2)):
-        for w in WORKERS:
-            projected += _projected(workload, source, updates[workload], w, around)
-    return {"bytes_around_a_message": around, "predicted": predicted, "projected": projected}
-
-
-def _projected(
-    workload: str, source: dict, updates: dict, workers: int, around: float
-) -> list[dict]:
-    """A step on each link with so many workers, each with its own tangent: by a ring, and by doubling, log2 W rounds."""
-    ours, theirs = (source["unlimited"][method] for method in ("K = 1", "backprop"))
-    own = max(0.0, source["apart"]["K = 1"]["seconds"]["median"] - updates["1"]["median"])
-    known = [int(t) for t in updates if int(t) <= workers]
-    update = (
-        updates[str(max(known))]["median"] * workers / max(known)
-        if workers not in known
-        else updates[str(workers)]["median"]
-    )
-    update = updates["1"]["median"] if workers == 2 else update
-    found = []
-    for link, rate in RATES.items():
-        row = {
-            "workload": workload,
-            "workers": workers,
-            "link": link,
-            "parameters": ours["parameters"],
+def _ratios(name: str, part: dict[str, Any]) -> Mapping[str, dict[str, float]]:
+    """The times or ratios of a part that have to be steady, by what they are called."""
+    found = part["found"]
+    if name == "scaling":
+        return {
+            f"{workload}, {_KINDS[kind]}": one
+            for workload, figures in found.items()
+            for kind, one in figures["of_ideal"].items()
         }
-        row |= {"update": update, "update_measured": workers in known or workers == 2}
-        for name, compute, collectives in (
-            ("ours", own + update, ["all-gather " + f"f32[{workers},2]"]),
-            (
-                "backprop",
-                source["apart"]["backprop"]["seconds"]["median"],
-                theirs["collectives"][1:],
-            ),
-        ):
-            rounds, sent = exchange(collectives, workers, around)
-            doubling = math.ceil(math.log2(workers)) * (
-                1 if name == "ours" else 2
-            )  # arrays joined into one
-            row[name] = {
-                "compute": compute,
-                "ring": seconds(compute, rounds, sent, rate, DELAY),
-                # messages double in size, so there are but as many around them as rounds
-                "doubling": seconds(
-                    compute,
-                    doubling,
-                    sent - around * (rounds - doubling) if name == "ours" else sent,
-                    rate,
-                    DELAY,
-                ),
-            }
-        found.append(row)
-    return found
+    if name in ("smollm2", "mlp"):
+        groups = {"2": found} if name == "smollm2" else {w: found[w] for w in ("1", "2", "4")}
+        return {
+            f"{w} x {method} ({link})": one["seconds"]
+            for w, links in groups.items()
+            for link, methods in links.items()
+            for method, one in methods.items()
+        }
+    return {}
 
 
-def _seconds(value: float) -> str:
-    if value >= 1e5:
-        return f"{value / 86400:,.0f} days"
-    if value >= 100:
-        return f"{value:,.0f} s"
-    return (
-        f"{value:.1f} s"
-        if value >= 10
-        else f"{value:.2f} s"
-        if value >= 1
-        else f"{1e3 * value:.1f} ms"
-    )
-
-
-def _spread(found: dict) -> str:
-    return f"{_seconds(found['median'])} ({_seconds(found['low'])} to {_seconds(found['high'])}, n = {found['n']})"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
-
-
-def _predicted(record: dict, workload: str, workers: int, link: str, method: str) -> dict:
-    wanted = {"workload": workload, "workers": workers, "link": link, "method": method}
-    (one,) = [p for p in record["model"]["predicted"] if wanted.items() <= p.items()]
-    return one
-
-
-def step_rows(record: dict, workload: str, source: dict, workers: int) -> list[list[str]]:
-    rows = []
-    for link in (name for name in LINKS if name in source):
-        for method, one in source[link].items():
-            said = _predicted(record, workload, workers, link, method)["seconds"]
-            rows.append(
-                [
-                    link,
-                    str(workers),
-                    method,
-                    _spread(one["seconds"]),
-                    _seconds(said),
-                    f"{one['bytes']['median']:,.0f}",
-                    f"{one['payload']:,}",
-                ]
-            )
-    return rows
-
-
-def markdown(record: dict) -> str:
-    """The tables."""
-    blocks = []
-    if "link" in record["parts"]:
-        rows = [
-            [
-                name,
-                f"{1e3 * f['round_trip_seconds']:.2f} ms",
-                f"{f['bits_a_second'] / 1e6:,.1f} Mbit/s",
-                f"{f['queue_bytes']:,.0f}",
-            ]
-            for name, f in _found(record, "link").items()
-        ]
-        blocks += [
-            "**The link**, as a plain TCP connection finds it:",
-            _table(["link", "there and back", "rate", "queue, bytes"], rows),
-        ]
-    if record.get("model"):
-        mlp, smollm2 = _found(record, "mlp"), _found(record, "smollm2")
-        head = [
-            "link",
-            "workers",
-            "method",
-            "a step, measured",
-            "predicted",
-            "bytes a step at the interface",
-            "`payload`",
-        ]
-        limited = smollm2.get("100 Mbit/s, 50 ms")
-        if limited:
-            ours, theirs = (
-                limited[method]["seconds"]["median"] for method in ("K = 1", "backprop")
-            )
-            compute = smollm2["apart"]["backprop"]["seconds"]["median"]
-            _, sent = exchange(limited["backprop"]["collectives"][1:], 2, 0)
-            least = seconds(compute, 2, sent, *LINKS["100 Mbit/s, 50 ms"])
-            blocks.append(
-                "**135M parameters** (the shapes of SmolLM2, 4 x 64 tokens in all). Over 100 Mbit/s, 50 ms a step of ours is "
-                f"{theirs / ours:.0f} times as fast as backprop's. With an all-reduce that kept the line full from its first byte to its last, "
-                f"backprop would take {_seconds(least)}, and ours would be {least / ours:.0f} times as fast."
-            )
-        blocks.append(_table(head, step_rows(record, "smollm2", smollm2, 2)))
-        rows = [row for w in ("2", "4") for row in step_rows(record, "mlp", mlp[w], int(w))]
-        blocks += ["**MLP 784-1024-1024-10**, batch 64 in all:", _table(head, rows)]
-        blocks.append(
-            f"Gloo and TCP put {record['model']['bytes_around_a_message']:,.0f} bytes around the message of one round."
-        )
-    if "scaling" in record["parts"]:
-        kinds = {"2": "2 processes", "2 apart": "2 that exchange nothing", "4": "4 processes"}
-        rows = [
-            [
-                name,
-                _spread(f["seconds"]["1"]),
-                *(f"{_fraction(f['of_ideal'][kind])}" for kind in kinds),
-            ]
-            for name, f in _found(record, "scaling").items()
-        ]
-        blocks += [
-            "**Two cores against one**, the same batch; parts of the ideal, which is twice as fast:",
-            _table(["workload", "1 process", *kinds.values()], rows),
-        ]
-    if record.get("model"):
-        blocks += _projection_blocks(record)
-    for part, found in record["parts"].items():
-        if found["environment"]["note"]:
-            blocks.append(f"Note on the part `{part}`: {found['environment']['note']}")
-    return "\n\n".join(blocks) + "\n"
-
-
-def _fraction(found: dict) -> str:
-    return f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
-
-
-def _projection_blocks(record: dict) -> list[str]:
-    rows = []
-    for p in record["model"]["projected"]:
-        extrapolated = "" if p["update_measured"] else " (extrapolated)"
-        ours, theirs = p["ours"], p["backprop"]
-        rows.append(
-            [
-                TITLES[p["workload"]],
-                f"{p['workers']:,}",
-                p["link"],
-                _seconds(ours["compute"]) + extrapolated,
-            ]
-            + [
-                _seconds(x)
-                for x in (ours["ring"], ours["doubling"], theirs["ring"], theirs["doubling"])
-            ]
-            + [_seconds(ours["doubling"] / rate_factor(p["parameters"], p["workers"]))]
-        )
-    head = [
-        "workload",
-        "workers",
-        "link, 50 ms",
-        "ours: compute",
-        "ours, ring",
-        "ours, doubling",
-        "backprop, ring",
-        "backprop, doubling",
-        "ours, doubling, for the progress of a step of backprop",
-    ]
-    blocks = [
-        "**Projected**, each worker with a tangent of its own (K = 1, so K W = W):",
-        _table(head, rows),
-    ]
-    sizes = {p["workload"]: p["parameters"] for p in record["model"]["projected"]}
+def _link_table(found: dict[str, Any]) -> Table:
     rows = [
+        [
+            name,
+            f"{1e3 * f['round_trip_seconds']:.2f} ms",
+            f"{f['bits_a_second'] / 1e6:,.1f} Mbit/s",
+            f"{f['queue_bytes']:,.0f}",
+        ]
+        for name, f in found.items()
+    ]
+    columns = ["link", "there and back", "rate", "queue, bytes"]
+    return Table("The link, as a plain TCP connection finds it", columns, rows)
+
+
+def _smollm2(found: dict[str, Any], around: float) -> list[Any]:
+    said = []
+    if _MIDDLE in found:
+        ours, theirs = (found[_MIDDLE][m]["seconds"]["median"] for m in ("K = 1", "backprop"))
+        least = model.line_kept_full(found)
+        said.append(
+            f"Over {_MIDDLE} a step of ours is {theirs / ours:.0f} times as fast as backprop's. "
+            "With an all-reduce that kept the line full from its first byte to its last, backprop "
+            f"would take {duration(least)}, and ours would be {least / ours:.0f} times as fast."
+        )
+    title = "135M parameters (the shapes of SmolLM2), 4 x 64 tokens in all"
+    rows = _step_rows(found, 2, around)
+    return [*said, Table(title, _STEP_COLUMNS, rows, unbroken=3)]
+
+
+def _mlp(found: dict[str, Any], around: float) -> list[Any]:
+    rows = [row for w in (2, 4) for row in _step_rows(found[str(w)], w, around)]
+    table = Table("MLP 784-1024-1024-10, batch 64 in all", _STEP_COLUMNS, rows, unbroken=3)
+    return [table, f"Gloo and TCP put {around:,.0f} bytes around the message of one round."]
+
+
+def _step_rows(source: dict[str, Any], workers: int, around: float) -> list[list[str]]:
+    predicted = model.predicted(source, workers, around)
+    return [
+        [
+            link,
+            str(workers),
+            method,
+            spread(one["seconds"]),
+            duration(predicted[link, method]),
+            f"{one['bytes']['median']:,.0f}",
+            f"{one['payload']:,}",
+        ]
+        for link in LINKS
+        if link in source
+        for method, one in source[link].items()
+    ]
+
+
+def _scaling_table(found: dict[str, Any]) -> Table:
+    rows = [
+        [name, spread(f["seconds"]["1"]), *(quartiles(f["of_ideal"][kind]) for kind in _KINDS)]
+        for name, f in found.items()
+    ]
+    title = "The same batch; parts of the ideal, which is twice as fast as one process"
+    return Table(title, ["workload", "1 process", *_KINDS.values()], rows)
+
+
+def _projection(found: dict[str, Any]) -> list[Any]:
+    around, rows, sizes = model.bytes_around(found["mlp"]), [], {}
+    for workload, source in (("mlp", found["mlp"]["2"]), ("smollm2", found["smollm2"])):
+        for workers in WORKERS:
+            for p in model.projected(source, found["updates"][workload], workers, around):
+                sizes[workload] = p["parameters"]
+                rows.append(_projection_row(workload, p))
+    columns = ["workload", "workers", "link, 50 ms", "ours: compute", "ours, ring"]
+    columns += ["ours, doubling", "backprop, ring", "backprop, doubling"]
+    columns += ["ours, doubling, for the progress of a step of backprop"]
+    title = "Projected, each worker with a tangent of its own (K = 1, so K W = W)"
+    rates = [
         [
             f"{w:,}",
             str(k),
             f"{k * w:,}",
-            *(f"1/{1 / rate_factor(n, k * w):,.0f}" for n in sizes.values()),
+            *(f"1/{1 / model.rate_factor(n, k * w):,.0f}" for n in sizes.values()),
         ]
         for w in (1, *WORKERS)
         for k in (1, 64)
     ]
-    head = ["workers W", "tangents K", "K W", *(f"{n:,} parameters" for n in sizes.values())]
+    heads = ["workers W", "tangents K", "K W", *(f"{n:,} parameters" for n in sizes.values())]
+    rate_title = "The rate, as a part of what the gradient allows, 1 / (1 + n / (K W))"
+    return [Table(title, columns, rows), Table(rate_title, heads, rates)]
+
+
+def _projection_row(workload: str, p: dict[str, Any]) -> list[str]:
+    ours, theirs = p["ours"], p["backprop"]
+    extrapolated = "" if p["update_measured"] else " (extrapolated)"
+    times = (ours["ring"], ours["doubling"], theirs["ring"], theirs["doubling"])
+    progress = ours["doubling"] / model.rate_factor(p["parameters"], p["workers"])
     return [
-        *blocks,
-        "**The rate**, as a part of what the gradient allows, 1 / (1 + n / (K W)):",
-        _table(head, rows),
+        _TITLES[workload],
+        f"{p['workers']:,}",
+        p["link"],
+        duration(ours["compute"]) + extrapolated,
+        *map(duration, times),
+        duration(progress),
     ]
 
 
-def write_markdown(record: dict, page: Path) -> None:
-    """Writes the tables between the marks of a page."""
-    text = page.read_text() if page.exists() else ""
-    if BEGIN not in text or END not in text:
-        raise records.RecordError(
-            f"{page} lacks the marks {BEGIN} and {END}. Add them where the tables shall be."
-        )
-    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    records.write(page, f"{head}\n\n{markdown(record)}\n{tail}".encode())
+def duration(value: float) -> str:
+    """A time of microseconds to days, with its unit."""
+    if value >= 1e5:
+        return f"{value / 86400:,.0f} days"
+    if value >= 100:
+        return f"{value:,.0f} s"
+    if value >= 10:
+        return f"{value:.1f} s"
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
+
+
+def spread(found: dict[str, float]) -> str:
+    """A median time with its quartiles and the number of values."""
+    low, middle, high = (duration(found[k]) for k in ("low", "median", "high"))
+    return f"{middle} ({low} to {high}, n = {found['n']})"

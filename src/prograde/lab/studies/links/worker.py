@@ -1,6 +1,7 @@
-"""One worker of `links.py`: trains what it is told to, step by step, with the others, and says how long each step took.
+"""One worker of `prograde links`: trains what it is told to, and says how long each step took.
 
-It reads jobs from its standard input, one JSON object a line, and answers each with a line that begins with `@`, as Gloo prints there as well.
+It reads jobs from its standard input, one JSON object a line. It answers each with a line that
+begins with `@`, because Gloo prints to standard output as well.
 """
 
 import json
@@ -18,9 +19,9 @@ import numpy as np  # noqa: E402
 from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
 
 import prograde as pg  # noqa: E402
-from prograde.lab import workloads  # noqa: E402
+from prograde.lab.models.workloads import WORKLOADS  # noqa: E402
 
-RATE = 1e-6  # of the updates: small, so that a noisy step with thousands of parameters to a tangent does not diverge
+RATE = 1e-6  # of the updates: so small that a noisy step does not diverge
 
 
 def sent() -> int:
@@ -30,7 +31,7 @@ def sent() -> int:
 
 
 def settled() -> int:
-    """The same, when what is on its way has been acknowledged."""
+    """The same, after everything that is on its way has been acknowledged."""
     time.sleep(SETTINGS["settle"])
     return sent()
 
@@ -47,9 +48,8 @@ class Job:
         tangents: int,
         sizes: dict,
     ):
-        own = workloads.WORKLOADS[workload](
-            batch=batch // mesh.size, **sizes
-        )  # the loss of one worker's part
+        # the loss of one worker's part
+        own = WORKLOADS[workload](batch=batch // mesh.size, **sizes)
         self.estimator = (
             pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=tangents)
             if method == "weight"
@@ -83,8 +83,8 @@ class Job:
         self.count = 0
 
     def run(self, steps: int) -> dict:
-        """So many steps, each waited for: seconds and bytes."""
-        seconds, value, before = [], None, settled()
+        """Takes steps, waiting for each; returns seconds, bytes and the last loss."""
+        seconds, value, before = [], np.float32(np.nan), settled()
         for _ in range(steps):
             begin = time.perf_counter()
             self.params, value = self.step(self.params, np.int32(self.count), *self.batch)
@@ -94,9 +94,10 @@ class Job:
         return {"seconds": seconds, "bytes": (settled() - before) / steps, "loss": float(value)}
 
     def facts(self) -> dict:
+        """What the compiled step exchanges, and what `payload` says that it does."""
         collectives = re.findall(
             r"= (.*?) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)\(",
-            self.step.as_text(),
+            self.step.as_text() or "",
         )
         return {
             "parameters": sum(x.size for x in jax.tree.leaves(self.params)),
@@ -107,7 +108,10 @@ class Job:
 
 
 def update_seconds(workload: str, tangents: int, steps: int) -> list[float]:
-    """Seconds of an SGD update from so many tangents, whose derivatives are given; not those of the first, which starts cold."""
+    """Seconds of SGD updates from so many tangents, whose derivatives are given.
+
+    The first two updates are left out: they compile and start cold.
+    """
     estimator = pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=tangents)
 
     def update(params, index, derivatives):
@@ -116,7 +120,7 @@ def update_seconds(workload: str, tangents: int, steps: int) -> list[float]:
         )
         return jax.tree.map(lambda w, g: w - RATE * g, params, grads)
 
-    params, seconds = workloads.WORKLOADS[workload]().init(jax.random.key(0))[0], []
+    params, seconds = WORKLOADS[workload]().init(jax.random.key(0))[0], []
     compiled, derivatives = jax.jit(update, donate_argnums=0), np.ones((tangents, 1, 1), np.float32)
     for i in range(steps + 2):
         begin = time.perf_counter()
@@ -126,6 +130,7 @@ def update_seconds(workload: str, tangents: int, steps: int) -> list[float]:
 
 
 def main() -> None:
+    """Answers jobs until standard input ends."""
     if SETTINGS["processes"] > 1:
         pg.distributed.initialize(
             SETTINGS["coordinator"], SETTINGS["processes"], SETTINGS["process"], timeout=120

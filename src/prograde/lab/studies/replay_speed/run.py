@@ -1,99 +1,111 @@
-"""Trains the MLP with a replay log, makes the same parameters again from the log, and compares bits, time and size.
-
-`python benchmarks/replay.py --out records/replay.json`. Training and replaying take turns, a few hundred steps each, so that what
-disturbs the machine disturbs both. Writes a record, prints it.
-"""
+"""Trains with a replay log, and makes the same parameters again from the log."""
 
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 import prograde as pg
-from prograde.lab import costs, experiments, records
-from prograde.lab.train import Trainer
+from prograde.lab import models
+from prograde.lab.display import Display
+from prograde.lab.measure.timing import quartiles, ratio_quartiles, take_turns, timed
+from prograde.lab.models import workloads
+from prograde.lab.studies.replay_speed import LEAST_TURNS
+from prograde.lab.training.logged import LoggedTrainer
+from prograde.lab.training.schedules import Rate
+from prograde.lab.training.trainer import Trainer
+
+_RATE = Rate(1e-3)
+_EXAMPLES = 640  # ten batches
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """What to measure and where to write it."""
-
-    out: Path = Path("runs/bench/replay.json")
-    """The record."""
-    steps: int = 10_000
-    """Steps of the run."""
-    turn: int = 500
-    """Steps of a turn."""
-
-
-def timed(function):
-    begin = time.perf_counter()
-    result = jax.block_until_ready(function())
-    return result, time.perf_counter() - begin
-
-
-def main(arguments: Arguments) -> None:
-    experiment, data = experiments.EXPERIMENTS["mlp"], costs.synthetic_data()
-    estimator = experiments.METHODS["low-rank"]
-    assert isinstance(estimator, pg.SeededEstimator)
-    trainer = Trainer(experiment, estimator, data, mesh=jax.make_mesh((1,), ("workers",)))
-    in_scan = Trainer(experiment, estimator, data)
-    assert trainer.update is not None
-    trainer.warm_up(0)
-    base = trainer.start(0)[0]
-    scanned = in_scan.steps(in_scan.start(0), 1e-3, 0, in_scan.rows(0, 0, arguments.turn))[0]
-    seconds: dict[str, list[float]] = {"training": [], "training in one scan": [], "replay": []}
+def measure(steps: int, turn: int, display: Display) -> dict[str, Any]:
+    """Takes all figures: what the record holds."""
+    network, estimator = models.mlp(), pg.WeightPerturbation(pg.LowRank(rank=1))
+    data = jax.tree.map(np.asarray, workloads.mlp(_EXAMPLES).batch(jax.random.key(0)))
+    mesh = jax.make_mesh((1,), ("workers",))
+    logged = LoggedTrainer(network.init, network.loss, estimator, data, mesh)
+    base = logged.start(0)[0]
     with tempfile.TemporaryDirectory() as folder:
-        log = pg.replay.ReplayLog.create(Path(folder) / "run.log", base, trainer.update)
-        log.flush_every = arguments.turn
-        replayed = pg.replay.Update(estimator, trainer.update.optimizer)
-        state, again = trainer.update.init(base), replayed.init(base)
-        for first in range(0, arguments.steps, arguments.turn):
-            count = min(arguments.turn, arguments.steps - first)
-            rows = trainer.rows(0, first, count)
-            (state, _), spent = timed(
-                lambda: trainer.logged_steps(state, log, 1e-3, 0, first, rows)
-            )
-            seconds["training"].append(spent / count)
-            scanned, spent = timed(lambda: in_scan.steps(scanned, 1e-3, 0, rows)[0])
-            seconds["training in one scan"].append(spent / count)
-
-            def of_log(again=again, first=first, count=count):
-                for record in log.records[first : first + count]:
-                    numbers = int(record["step"]), int(record["seed"]), float(record["rate"])
-                    again = replayed(again, *numbers, record["derivatives"])
-                return again
-
-            again, spent = timed(of_log)
-            if first > 0:  # the first turn compiles
-                seconds["replay"].append(spent / count)
+        log = pg.replay.ReplayLog.create(Path(folder) / "run.log", base, logged.update)
+        log.flush_every = turn
+        training = Training(logged, log, base, turn)
+        scan = Scan(Trainer(network.init, network.loss, estimator, data), turn)
+        again = Replaying(pg.replay.Update(estimator, logged.update.optimizer), log, base, turn)
+        training.turn()  # replaying follows one turn behind, in whatever order they take turns
+        visits = {
+            "training": timed(lambda _: training.turn()),
+            "training in one scan": timed(lambda _: scan.turn()),
+            "replay": timed(lambda _: again.turn()),
+        }
+        rounds = steps // turn - LEAST_TURNS + 1
+        turns = take_turns(visits, rounds, display, f"{steps} steps", calls=1)
+        again.turn()
         log.close()
-        whole, spent = timed(
-            lambda: pg.replay.replay(pg.replay.ReplayLog.open(log.path), replayed, base)
-        )
-        size = log.path.stat().st_size
-    prints = [pg.replay.fingerprint(s) for s in (state, again, whole)]
-    record = {
-        "config": {name: str(value) for name, value in asdict(arguments).items()}
-        | {"estimator": repr(estimator)},
-        "environment": records.environment(),
+        begin = time.perf_counter()
+        whole = pg.replay.replay(pg.replay.ReplayLog.open(log.path), again.update, base)
+        jax.block_until_ready(whole)
+        seconds = time.perf_counter() - begin
+        log_bytes = log.path.stat().st_size
+    seconds_a_step = {name: [s / turn for s in found] for name, found in turns.seconds.items()}
+    prints = [pg.replay.fingerprint(s) for s in (training.state, again.state, whole)]
+    return {
+        "estimator": repr(estimator),
         "parameters": sum(int(np.size(x)) for x in jax.tree.leaves(base)),
-        "log_bytes": size,
+        "log_bytes": log_bytes,
         "parameter_bytes": sum(x.nbytes for x in jax.tree.leaves(base)),
-        "seconds_a_step": {name: costs.quartiles(values) for name, values in seconds.items()},
-        "replay_seconds": spent,
-        "replay_over_training": costs.quartiles(
-            [r / t for r, t in zip(seconds["replay"], seconds["training"][1:], strict=True)]
-        ),
+        "seconds_a_step": {name: quartiles(found) for name, found in seconds_a_step.items()},
+        "replay_seconds": seconds,
+        "replay_over_training": ratio_quartiles(turns.seconds["replay"], turns.seconds["training"]),
+        "busy": turns.busy,
         "same_bits": len(set(prints)) == 1,
     }
-    records.write_json(arguments.out, record)
-    print({name: value for name, value in record.items() if name != "environment"})
 
 
-if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+class Training:
+    """Training with a log, a turn at a time."""
+
+    def __init__(self, trainer: LoggedTrainer, log: pg.replay.ReplayLog, base: Any, turn: int):
+        self.trainer, self.log, self.size = trainer, log, turn
+        self.state, self.step = trainer.update.init(base), 0
+
+    def turn(self) -> Any:
+        """Takes the next steps."""
+        rows = self.trainer.rows(0, self.step, self.size)
+        self.state, _ = self.trainer.logged_steps(self.state, self.log, _RATE, 0, self.step, rows)
+        self.step += self.size
+        return self.state
+
+
+class Scan:
+    """Training without a log, a turn at a time, each turn in one scan."""
+
+    def __init__(self, trainer: Trainer, turn: int):
+        self.trainer, self.size = trainer, turn
+        self.carry, self.step = trainer.start(0), 0
+
+    def turn(self) -> Any:
+        """Takes the next steps."""
+        rows = self.trainer.rows(0, self.step, self.size)
+        self.carry, _, _ = self.trainer.steps(self.carry, _RATE, 0, rows)
+        self.step += self.size
+        return self.carry
+
+
+class Replaying:
+    """Making the parameters again from the log, a turn at a time."""
+
+    def __init__(self, update: pg.replay.Update, log: pg.replay.ReplayLog, base: Any, turn: int):
+        self.update, self.log, self.size = update, log, turn
+        self.state, self.step = update.init(base), 0
+
+    def turn(self) -> Any:
+        """Takes the next steps from the log."""
+        for record in self.log.records[self.step : self.step + self.size]:
+            numbers = int(record["step"]), int(record["seed"]), float(record["rate"])
+            self.state = self.update(self.state, *numbers, record["derivatives"])
+        self.step += self.size
+        return self.state

@@ -1,7 +1,7 @@
-"""What the benchmark measures: seven training losses, as plain JAX functions of plain parameters, each at one fixed shape.
+"""Training losses to measure the cost of: plain JAX functions of plain parameters, at fixed shapes.
 
-Cost is all that matters here, so parameters are random and data are made up. Sizes are arguments, so that tests can
-shrink what the benchmark runs at full size.
+Only cost matters here, so parameters and data are random. Sizes are arguments, so that tests can
+run small versions.
 """
 
 import math
@@ -24,13 +24,15 @@ Loss = Callable[..., tuple[Float[Array, ""], PyTree]]
 
 @dataclass(frozen=True)
 class Workload:
-    """Something to train.
+    """A loss to be trained.
 
-    `init(key) -> (params, state)`, where the state is what a step changes beside the parameters: the running statistics
-    of batch normalisation, or nothing; `batch(key) -> arrays`; `loss(params, state, *batch) -> (loss, state)`. Two more
-    forms of the same loss are for backprop alone: `checkpointed_loss`, whose blocks are recomputed in reverse mode, and,
-    where layers are scanned, `unrolled_loss`, which XLA reverses somewhat faster and compiles much slower. `sizes` are
-    the constructor's arguments, which another implementation of the same workload needs.
+    **Fields:** `init(key) -> (params, state)`: the state is what a step changes in addition to the
+    parameters, which are running statistics of batch normalisation, or nothing;
+    `batch(key) -> arrays`; `loss(params, state, *batch) -> (loss, state)`. Two more forms of the
+    same loss are for backprop alone: `checkpointed_loss`, whose blocks are recomputed in reverse
+    mode, and, where layers are scanned, `unrolled_loss`, which XLA reverses somewhat faster and
+    compiles much slower. `sizes`: the arguments of the constructor, which another implementation
+    of the same workload needs.
     """
 
     name: str
@@ -48,7 +50,10 @@ def _as_it_is(block: Callable) -> Callable:
 
 
 def _matrices(key: Key[Array, ""], shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Normal entries of variance 1/fan-in, for matrices, stacks of them and HWIO kernels; one draw, which compiles fast."""
+    """Draws normal entries of variance 1/fan-in for matrices, stacks of them and HWIO kernels.
+
+    It is one draw for all, which compiles fast.
+    """
     flat = jax.random.normal(key, (sum(map(math.prod, shapes.values())),))
     found, start = {}, 0
     for name, shape in shapes.items():
@@ -105,7 +110,7 @@ def mlp(batch: int = 64) -> Workload:
 
 
 def mlp_large_batch(batch: int = 512) -> Workload:
-    """The same at a batch where the matrix products outweigh the update."""
+    """The same MLP at a batch where the matrix products outweigh the update."""
     return _network("mlp-512", f"MLP 784-1024-1024-10, batch {batch}", models.mlp, batch)
 
 
@@ -148,9 +153,10 @@ def transformer(
     batch: int = 4,
     length: int = 128,
 ) -> Workload:
-    """A decoder as GPT-2 has it: pre-norm, learned positions, GELU; next-token cross-entropy.
+    """A decoder like GPT-2: pre-norm, learned positions, GELU; next-token cross-entropy.
 
-    Tokens are flattened to one axis: as matrices, XLA's products for the reverse pass take two thirds of the time.
+    Batch and time are flattened to one axis. With matrices, XLA's products for the reverse pass
+    take two thirds of the time that they take otherwise.
     """
 
     def init(key):
@@ -237,8 +243,8 @@ def smollm2(
 ) -> Workload:
     """The shapes of SmolLM2-135M with random weights, fine-tuned as a classifier by prompt.
 
-    The loss is the cross-entropy of one token after each prompt, as MeZO (arXiv 2305.17333) fine-tunes: the last position
-    alone meets the vocabulary.
+    The loss is the cross-entropy of one token after each prompt, as in MeZO (arXiv 2305.17333).
+    Only the last position is multiplied with the vocabulary.
     """
     head = width // queries
 
@@ -281,10 +287,8 @@ def smollm2(
         drawn = jax.random.randint(key, (batch, length + 1), 0, vocabulary)
         return drawn[:, :-1], drawn[:, -1]
 
-    sizes = dict(
-        layers=layers, width=width, queries=queries, keys=keys, inner=inner, vocabulary=vocabulary, batch=batch,
-        length=length,
-    )  # fmt: skip
+    sizes = dict(layers=layers, width=width, queries=queries, keys=keys, inner=inner)
+    sizes |= dict(vocabulary=vocabulary, batch=batch, length=length)
     title = f"SmolLM2-135M shapes, {batch} x {length} tokens, loss at the last position"
     losses = build(), build(jax.checkpoint), build(unroll=layers)
     return Workload("smollm2", title, sizes, init, tokens_and_labels, *losses)
@@ -296,7 +300,7 @@ _MOMENTUM = 0.1  # of the running statistics, as PyTorch counts it
 def _batch_norm(
     norm: dict[str, Array], running: dict[str, Array], x: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """Training mode: normalises by the statistics of the batch, and returns the running ones, moved towards them."""
+    """Normalises by the statistics of the batch; returns the running ones, moved towards them."""
     mean = jnp.mean(x, (0, 1, 2))
     var = jnp.mean(x * x, (0, 1, 2)) - mean * mean
     gain = norm["scale"] * lax.rsqrt(var + 1e-5)
@@ -318,7 +322,10 @@ def _conv(kernel: Array, x: Array, stride: int = 1) -> Array:
 
 
 def resnet(batch: int = 64, size: int = 32, width: int = 32, stages: int = 3) -> Workload:
-    """A residual network with batch normalisation in training mode: a stem, stages of two basic blocks, global mean."""
+    """A residual network: a stem, stages of two basic blocks, global mean.
+
+    Batch normalisation is in training mode.
+    """
     # name of a block -> (channels in, channels out, stride)
     blocks = {}
     for i in range(stages):
@@ -387,7 +394,8 @@ def resnet(batch: int = 64, size: int = 32, width: int = 32, stages: int = 3) ->
         )
 
     sizes = dict(batch=batch, size=size, width=width, stages=stages)
-    title = f"ResNet, {2 * stages} blocks with batch normalisation, {size} x {size} images, batch {batch}"
+    title = f"ResNet, {2 * stages} blocks with batch normalisation, {size} x {size} images"
+    title = f"{title}, batch {batch}"
     return Workload("resnet", title, sizes, init, images_and_labels, build(), build(jax.checkpoint))
 
 
