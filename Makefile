@@ -49,5 +49,5 @@ bench: setup
 	$(BIN)/prograde bench
 
 bench-basics: setup
-	$(BIN)/python benchmarks/basics.py
-	$(BIN)/python benchmarks/bounds.py
+	$(BIN)/prograde basics
+	$(BIN)/prograde bounds

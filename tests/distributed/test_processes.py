@@ -1,6 +1,5 @@
 """Real processes, Gloo between them: killed, restarted, started wrongly."""
 
-import json
 import os
 import random
 import signal
@@ -9,11 +8,13 @@ import subprocess
 import sys
 
 import pytest
-from kills import PROGRAM, STEPS, Group, finals, kill_at_random
 
 from prograde.distributed import StartError, initialize
-from prograde.lab.launch import free_port
+from prograde.lab.processes.launch import free_port
+from prograde.lab.studies.kills.group import PROGRAM, Group, begun_from, finals, kill_at_random
 from prograde.replay import ReplayLog
+
+STEPS = 200
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -26,10 +27,11 @@ def one_device_each():
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed")
-    assert Group(directory).wait(120) == 0
+    assert Group(directory, STEPS).wait(120) == 0
     return directory
 
 
+@pytest.mark.long
 def test_workers_end_with_the_same_parameters_and_the_same_log(undisturbed):
     first, second = finals(undisturbed)
     assert first == second
@@ -38,15 +40,18 @@ def test_workers_end_with_the_same_parameters_and_the_same_log(undisturbed):
     assert len(ReplayLog.open(undisturbed / "0" / "run.log")) == STEPS
 
 
+@pytest.mark.long
 def test_a_run_with_killed_workers_ends_as_one_without(undisturbed, tmp_path, seed):
-    flushed = [kill_at_random(tmp_path, random.Random(seed + i)).flushed for i in range(2)]
-    assert Group(tmp_path).wait(120) == 0
+    chances = [random.Random(seed + i) for i in range(2)]
+    flushed = [kill_at_random(tmp_path, STEPS, chance).flushed for chance in chances]
+    assert Group(tmp_path, STEPS).wait(120) == 0
     assert finals(tmp_path) == finals(undisturbed)
-    begun = json.loads((tmp_path / "0" / "start.json").read_text())["from"]
+    begun = begun_from(tmp_path)
     assert begun == flushed[-1] > 0  # no flushed step was lost
     assert (tmp_path / "1" / "run.log").read_bytes() == (undisturbed / "1" / "run.log").read_bytes()
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_all_and_says_how_to_go_on(tmp_path):
     command = [
         sys.executable,
@@ -71,13 +76,14 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(tmp_path):
     assert "Traceback" not in said
 
 
+@pytest.mark.long
 def test_a_worker_that_lost_everything_catches_up_from_the_log_of_another(undisturbed, tmp_path):
     (tmp_path / "1").mkdir()
     content = (undisturbed / "1" / "run.log").read_bytes()
     (tmp_path / "1" / "run.log").write_bytes(content[: len(content) - 1000])
-    assert Group(tmp_path).wait(120) == 0
+    assert Group(tmp_path, STEPS).wait(120) == 0
     assert finals(tmp_path) == finals(undisturbed)
-    assert json.loads((tmp_path / "0" / "start.json").read_text())["from"] > STEPS // 2
+    assert begun_from(tmp_path) > STEPS // 2
 
 
 def started(tmp_path, *workers):
@@ -98,6 +104,7 @@ def started(tmp_path, *workers):
     return [(process.communicate(timeout=90)[1], process.returncode) for process in processes]
 
 
+@pytest.mark.long
 def test_other_data_on_one_worker_is_refused_at_the_start(tmp_path):
     for said, status in started(tmp_path, (0, 2), (1, 2, "order=3")):
         assert status != 0
@@ -107,12 +114,14 @@ def test_other_data_on_one_worker_is_refused_at_the_start(tmp_path):
     assert not list(tmp_path.glob("*/run.log"))
 
 
+@pytest.mark.long
 def test_another_number_of_workers_is_refused_at_the_start(tmp_path):
     said = [text for text, status in started(tmp_path, (0, 2), (1, 3)) if status != 0]
     assert len(said) == 2
     assert any("number of processes is" in text and "3 on process 1" in text for text in said)
 
 
+@pytest.mark.long
 def test_who_waits_for_one_that_never_comes_says_so_and_ends(tmp_path):
     for number in (0, 1):
         ((said, status),) = started(tmp_path, (number, 2, "timeout=3"))
@@ -134,6 +143,7 @@ def test_an_address_that_is_taken_or_not_of_this_machine_is_refused(monkeypatch)
         initialize("127.0.0.1:12345", 2, 0)
 
 
+@pytest.mark.long
 def test_replicas_that_came_apart_stop_the_run(tmp_path):
     found = started(tmp_path, (0, 2), (1, 2, "spoil=25"))
     assert all(status != 0 for _, status in found)

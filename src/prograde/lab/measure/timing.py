@@ -4,10 +4,11 @@ What disturbs the machine disturbs all programs alike when they take turns round
 the median of the rounds' own ratios, not the ratio of the medians.
 """
 
+import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +115,16 @@ def calibrated(visit: Visit) -> int:
     return max(1, math.ceil(count * VISIT_SECONDS / seconds))
 
 
+def orders(names: list[str]) -> Iterator[list[str]]:
+    """Orders of the names without end, the same in every run. Each differs from the one before."""
+    chance, last = random.Random(0), []
+    while True:
+        order = chance.sample(names, len(names))
+        if order != last or len(names) < 2:
+            yield order
+        last = order
+
+
 def take_turns(
     visits: Mapping[str, Visit],
     rounds: int,
@@ -139,8 +150,8 @@ def take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in visits}
     with display.stage(f"{title}: {rounds} rounds", rounds * sum(expected.values())):
         watch = Others()
-        for i in range(rounds):
-            for name in random.Random(i).sample(list(visits), len(visits)):
+        for order in itertools.islice(orders(list(visits)), rounds):
+            for name in order:
                 time.sleep(SETTLE_SECONDS)
                 seconds[name].append(visits[name](counts[name]) / counts[name])
                 display.advance(expected[name], name)

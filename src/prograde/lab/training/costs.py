@@ -30,12 +30,13 @@ def step_seconds(
     """
     shared = [trainers["bare"].start(0)] if one_carry else None
     visits = {
-        name: _visit(trainer, shared or [trainer.start(0)]) for name, trainer in trainers.items()
+        name: training_visit(trainer, shared or [trainer.start(0)])
+        for name, trainer in trainers.items()
     }
     return take_turns(visits, rounds, display, title, steps).summary("bare")
 
 
-def _visit(trainer: Trainer, carry: list[Carry]) -> Visit:
+def training_visit(trainer: Trainer, carry: list[Carry]) -> Visit:
     """Takes steps at rate 0 from the carry in the list, and leaves the next one there."""
 
     def visit(count: int) -> float:

@@ -7,23 +7,21 @@ import tempfile
 import time
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 import prograde as pg
 from prograde.lab import models
+from prograde.lab.data import synthetic
 from prograde.lab.display import Display
 from prograde.lab.measure.timing import Others, Visit, take_turns, timed
-from prograde.lab.models import workloads
+from prograde.lab.training.costs import step_seconds, training_visit
 from prograde.lab.training.schedules import Rate
 from prograde.lab.training.trainer import Trainer
 
+METHODS = {"low-rank": pg.WeightPerturbation(pg.LowRank(rank=1)), "backprop": pg.Backprop()}
 _IMPORT_ROUNDS = 9
 _SCAN_STEPS = 20  # steps of a visit, inside one scan
 _LOOP_STEPS = 50  # steps of a visit, where the loop itself is timed
-_EXAMPLES = 640  # ten batches
-_ESTIMATORS = {"low-rank": pg.WeightPerturbation(pg.LowRank(rank=1)), "backprop": pg.Backprop()}
 
 
 def process_seconds(*command: str) -> float:
@@ -56,57 +54,36 @@ def beale(display: Display) -> dict[str, Any]:
 
 def mlp_step(rounds: int, display: Display) -> dict[str, Any]:
     """A full SGD step of the MLP at batch 64 over the bare forward pass, in the training loop."""
-    estimators = {"bare": None, **_ESTIMATORS}
-    visits = {
-        name: training_visit(mlp_trainer(estimator), _SCAN_STEPS)
-        for name, estimator in estimators.items()
-    }
-    return take_turns(visits, rounds, display, "mlp", calls=1).summary("bare")
-
-
-def mlp_trainer(estimator: pg.Estimator | None, in_scan: bool = True) -> Trainer:
-    """A trainer of the paper's MLP on random images. Only its cost matters."""
-    network = models.mlp()
-    data = jax.tree.map(np.asarray, workloads.mlp(_EXAMPLES).batch(jax.random.key(0)))
-    return Trainer(network.init, network.loss, estimator, data, in_scan=in_scan)
-
-
-def training_visit(trainer: Trainer, steps: int) -> Visit:
-    """A visit of so many steps in the training loop. A call is one step, whatever their number."""
-    rows, carry = trainer.rows(0, 0, steps), trainer.start(0)
-
-    def run(_: int) -> Any:
-        nonlocal carry
-        carry, losses, _visited = trainer.steps(carry, Rate(0.0), 0, rows)
-        return carry, losses
-
-    visit = timed(run)
-    return lambda count: visit(count) / steps
+    trainers = {name: _trainer(estimator) for name, estimator in {"bare": None, **METHODS}.items()}
+    return step_seconds(trainers, rounds, display, "mlp", _SCAN_STEPS)
 
 
 def loop(rounds: int, display: Display) -> dict[str, Any]:
     """A step in the training loop over a bare jitted step, dispatched alone on a given batch."""
     found = {}
-    for method, estimator in _ESTIMATORS.items():
-        visits = {
-            "loop": training_visit(mlp_trainer(estimator), _LOOP_STEPS),
-            "alone": _dispatched(mlp_trainer(estimator, in_scan=False), _LOOP_STEPS),
-        }
-        turns = take_turns(visits, rounds, display, f"training loop, {method}", calls=1)
+    for method, estimator in METHODS.items():
+        looped, alone = _trainer(estimator), _trainer(estimator, in_scan=False)
+        visits = {"loop": training_visit(looped, [looped.start(0)]), "alone": _dispatched(alone)}
+        turns = take_turns(visits, rounds, display, f"training loop, {method}", _LOOP_STEPS)
         found[method] = turns.summary("alone")["loop"]
     return found
 
 
-def _dispatched(trainer: Trainer, steps: int) -> Visit:
-    """A visit of so many steps, each dispatched by itself."""
-    ready = jnp.asarray(trainer.rows(0, 0, steps)[0])
+def _trainer(estimator: pg.Estimator | None, in_scan: bool = True) -> Trainer:
+    """A trainer of the paper's MLP on random images: only its cost matters."""
+    network = models.mlp()
+    return Trainer(network.init, network.loss, estimator, synthetic().train, in_scan=in_scan)
+
+
+def _dispatched(trainer: Trainer) -> Visit:
+    """A visit whose steps are dispatched one by one, on a batch that lies ready."""
+    ready = jnp.asarray(trainer.rows(0, 0, 1)[0])
     arguments, carry = trainer.arguments(Rate(0.0), 0), trainer.start(0)
 
-    def run(_: int) -> Any:
+    def steps(count: int) -> Any:
         nonlocal carry
-        for _ in range(steps):
+        for _ in range(count):
             carry, _ = trainer.program(carry, *arguments, ready)
         return carry
 
-    visit = timed(run)
-    return lambda count: visit(count) / steps
+    return timed(steps)

@@ -46,7 +46,11 @@ class Group:
 
     def wait(self, seconds: float) -> int | None:
         """Waits until all have ended; returns the status. Raises `TimeoutError` after `seconds`."""
-        self._thread.join(seconds)
+        try:
+            self._thread.join(seconds)
+        except BaseException:  # Ctrl-C leaves no process behind
+            self.kill_all()
+            raise
         if self._thread.is_alive():
             raise TimeoutError(f"the workers did not end within {seconds:g} s")
         return self.status

@@ -10,22 +10,21 @@ import numpy as np
 
 import prograde as pg
 from prograde.lab import models
+from prograde.lab.data import synthetic
 from prograde.lab.display import Display
 from prograde.lab.measure.timing import quartiles, ratio_quartiles, take_turns, timed
-from prograde.lab.models import workloads
 from prograde.lab.studies.replay_speed import LEAST_TURNS
 from prograde.lab.training.logged import LoggedTrainer
 from prograde.lab.training.schedules import Rate
 from prograde.lab.training.trainer import Trainer
 
 _RATE = Rate(1e-3)
-_EXAMPLES = 640  # ten batches
 
 
 def measure(steps: int, turn: int, display: Display) -> dict[str, Any]:
     """Takes all figures: what the record holds."""
     network, estimator = models.mlp(), pg.WeightPerturbation(pg.LowRank(rank=1))
-    data = jax.tree.map(np.asarray, workloads.mlp(_EXAMPLES).batch(jax.random.key(0)))
+    data = synthetic().train
     mesh = jax.make_mesh((1,), ("workers",))
     logged = LoggedTrainer(network.init, network.loss, estimator, data, mesh)
     base = logged.start(0)[0]
