@@ -251,7 +251,9 @@ def _program() -> list[str]:
     if sys.argv[0].endswith(".py"):
         return [sys.executable, "-m", "prograde.lab.cli"]
     found = shutil.which("prograde")
-    return ["prograde" if found and Path(found).samefile(sys.argv[0]) else sys.argv[0]]
+    called = Path(sys.argv[0])
+    is_found = found is not None and called.exists() and called.samefile(found)
+    return ["prograde" if is_found else sys.argv[0]]
 
 
 def _words(options: Any) -> list[str]:
