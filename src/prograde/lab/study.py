@@ -67,8 +67,8 @@ class Study(abc.ABC):
         """What the default directory of the records is called, after the date."""
         return self.name
 
-    def prepare(self) -> None:
-        """Sets this process up before JAX starts in it, its allocator say. Does nothing by default.
+    def prepare(self) -> None:  # noqa: B027, most studies need nothing
+        """Prepares this process before JAX starts in it: its allocator, for example.
 
         It is called for a run alone, and not to show records.
         """

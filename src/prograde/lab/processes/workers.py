@@ -14,11 +14,8 @@ from jax.sharding import Mesh
 
 import prograde as pg
 from prograde.lab import store
-<<<<<<< HEAD
 from prograde.lab.data import BATCH_SIZE
 from prograde.lab.study import UsageError
-=======
->>>>>>> 60755d5 (bench, basics, bounds, replay-speed, links and kills are studies; their records are directories)
 
 TIMEOUT = 60  # seconds to wait for the others
 
