@@ -39,7 +39,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from prograde.estimators import SeededEstimator
-from prograde.estimators._estimator import float_leaves
+from prograde.kit import float_leaves
 
 _MAGIC = b"prograde replay log 2\n"
 _DIGEST = 8  # bytes

@@ -1,5 +1,9 @@
 """What holds for every estimator, on every kind of parameters, under every transformation. A new estimator is one line here."""
 
+import ast
+import re
+from pathlib import Path
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -39,6 +43,25 @@ ESTIMATORS = [
     pg.ForwardJacobian(chunk=5),
     pg.Backprop(),
     pg.CheckpointedBackprop(),
+]
+PAGE = Path(__file__).parents[2] / "docs" / "add_an_estimator.md"
+
+
+def classes_on_the_page():
+    """What the page for authors imports and defines, as it stands. `tests/docs` runs all of it."""
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
+    tree, namespace = ast.parse(code), {}
+    kept = (ast.Import, ast.ImportFrom, ast.ClassDef)
+    tree.body = [statement for statement in tree.body if isinstance(statement, kept)]
+    exec(compile(tree, str(PAGE), "exec"), namespace)
+    return namespace
+
+
+AUTHORS = classes_on_the_page()
+ESTIMATORS += [
+    AUTHORS["OneSign"](),
+    AUTHORS["MeanOfMany"](),
+    pg.WeightPerturbation(AUTHORS["Uniform"](), 2),
 ]
 EXACT = (pg.ForwardJacobian, pg.Backprop, pg.CheckpointedBackprop)
 CONTAINERS = [
@@ -186,6 +209,7 @@ def test_shard_map_over_four_devices(estimator, key):
 
 @every_estimator
 def test_printed_compared_and_hashed(estimator):
-    rebuilt = eval(repr(estimator), {name: getattr(pg, name) for name in pg.__all__})
+    names = AUTHORS | {name: getattr(pg, name) for name in pg.__all__}
+    rebuilt = eval(repr(estimator), names)
     assert rebuilt == estimator
     assert hash(rebuilt) == hash(estimator)
