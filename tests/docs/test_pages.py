@@ -77,7 +77,9 @@ def test_readme_stream_stands_in_its_record():
     task = record("beyond/stream")["figures"]["tasks"]["copy"]
     loss = {name: min(run["trials"].values()) for name, run in task["methods"].items()}
     _, ours, reverse, _ = readme_row("stream")
-    assert ours == f"loss {loss['RTRL']:.3f} in {task['seconds']:.0f} s"
+    assert ours == (
+        f"loss {loss['RTRL']:.3f} in {task['seconds']:.0f} s (guessing: {task['guessing']:.2f})"
+    )
     assert reverse == (
         f"{loss['backprop 9']:.2f} with a window of 9 steps, {loss['backprop 33']:.2f} with 33"
     )
