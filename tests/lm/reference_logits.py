@@ -52,10 +52,15 @@ CONFIGS = {
 }
 
 
-
-
 def _tokens(stream, *shape):
-    return np.random.Philox(key=stream).random_raw(math.prod(shape)).astype(np.uint32).astype(int).reshape(shape) % 11
+    return (
+        np.random.Philox(key=stream)
+        .random_raw(math.prod(shape))
+        .astype(np.uint32)
+        .astype(int)
+        .reshape(shape)
+        % 11
+    )
 
 
 LONG_TOKENS, LONG_POSITIONS = _tokens(3, 2, 50), [12, 49]
@@ -88,8 +93,7 @@ SAVED = {
     | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 777.0},
     "window": _SAVED
     | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4},
-    "llama3 positions": _SAVED
-    | {"rope_scaling": _LLAMA3, "rope_theta": 5000.0, "head_dim": 8},
+    "llama3 positions": _SAVED | {"rope_scaling": _LLAMA3, "rope_theta": 5000.0, "head_dim": 8},
 }
 
 
