@@ -172,7 +172,7 @@ def _chunk(along: Callable[[Array], Any], n: int) -> int:
 
 
 def product(num: int, *inputs: Any) -> list[Array]:
-    """The tangents J v of the outputs, from Jacobians [n, *shape] and the tangents of the inputs."""
+    """The tangents J v of the outputs, from Jacobians [n, *shape] and tangents of the inputs."""
     jacobians, tangents = inputs[:num], inputs[num:]
     flat = [jnp.ravel(t) for t in tangents]
     dtype = jnp.result_type(*flat)

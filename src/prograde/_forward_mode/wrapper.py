@@ -53,7 +53,7 @@ def forward_mode(
 
     **Returns:** a function of the same arguments, after a key with an `estimator`.
 
-    **Bias and variance:** none: derivatives are exact. With an `estimator`, those of the estimator.
+    **Bias and variance:** none: derivatives are exact. With an `estimator`, those of its gradient.
 
     **Cost:** a derivative by n numbers takes n tangents, in one run or n / chunk runs, and keeps
     the Jacobian: n times the size of the output. A plain `jax.jvp` takes one tangent. Inputs that
@@ -73,7 +73,7 @@ def forward_mode(
         ...     far = lambda x: jnp.abs(x**3 - a) > 1e-5
         ...     return jax.lax.while_loop(far, lambda x: x - (x**3 - a) / (3 * x**2), a)
         >>> cube_root = pg.forward_mode(cube_root)
-        >>> print(jax.grad(cube_root)(8.0).round(4), jax.hessian(cube_root)(8.0).round(4))
+        >>> print(f"{jax.grad(cube_root)(8.0):.4f} {jax.hessian(cube_root)(8.0):.4f}")
         0.0833 -0.0069
     """
     if not callable(fun):
@@ -82,8 +82,8 @@ def forward_mode(
         check_whole("chunk", chunk)
     if estimator is not None and (chunk is not None or has_aux):
         raise ValueError(
-            f"estimator={estimator!r} with chunk={chunk!r} and has_aux={has_aux!r}: an estimator has "
-            "a chunk of its own, and the function must return a scalar alone."
+            f"estimator={estimator!r} with chunk={chunk!r} and has_aux={has_aux!r}: an estimator "
+            "has a chunk of its own, and the function must return a scalar alone."
         )
     allowed = None if argnums is None else tuple(np.atleast_1d(argnums).tolist())
 
@@ -148,7 +148,7 @@ def evaluate_estimated(
 
 
 def _is_moving(leaf: Any) -> bool:
-    """Whether a leaf is an input of the traced program. Concrete values without a derivative stay."""
+    """Whether a leaf is an input of the traced program. Other concrete values stay as they are."""
     if isinstance(leaf, jax.core.Tracer):
         dtype = leaf.dtype  # pyright: ignore[reportAttributeAccessIssue]
     elif isinstance(leaf, jax.Array | np.ndarray | float | complex | np.generic):
@@ -177,8 +177,8 @@ class _Output:
         if self.has_aux:
             if not isinstance(out, tuple) or len(out) != 2:
                 raise TypeError(
-                    f"has_aux=True, but the function returned {type(out).__name__}: a pair (output, "
-                    "aux) is needed."
+                    f"has_aux=True, but the function returned {type(out).__name__}: a pair "
+                    "(output, aux) is needed."
                 )
             main, aux = out
             out = main, jax.tree.map(lambda x: lax.stop_gradient(x) if _is_array(x) else x, aux)
@@ -231,8 +231,8 @@ def _refusing(name: str) -> Callable[[Any], Any]:
     def rule(primals, tangents):
         if not isinstance(tangents[0], SymbolicZero):
             raise TypeError(
-                f"forward_mode: a derivative by argument {name} is asked for, which `argnums` leaves "
-                "out. Add it to `argnums`."
+                f"forward_mode: a derivative by argument {name} is asked for, which `argnums` "
+                "leaves out. Add it to `argnums`."
             )
         return primals[0], tangents[0]
 
