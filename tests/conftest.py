@@ -7,7 +7,13 @@ import shutil
 import signal
 import tempfile
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Eight devices for tests of sharding. Two choices of code generator halve the time of compiling:
+# most programs here are small, run once, and cost only what their compilation costs.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # the processes that tests start compile the same programs again and again: one cache for all of them, and none left behind

@@ -7,6 +7,7 @@ loss, grads = grad_fn(key, params, batch)
 from prograde import diagnostics, distributed, online, replay
 from prograde._bounded import bounded_loops
 from prograde._check import CheckReport, check
+from prograde._forward_mode import forward_mode
 from prograde._inject import inject
 from prograde._value_and_grad import value_and_grad
 from prograde.estimators import (
@@ -69,6 +70,7 @@ __all__ = [
     "check",
     "diagnostics",
     "distributed",
+    "forward_mode",
     "inject",
     "online",
     "replay",

@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 from jaxtyping import Array
 
 from prograde._jaxprs import bind, equations, source
-from prograde.estimators._estimator import check_whole, pack, unpack
+from prograde.kit import check_whole, pack, unpack
 
 
 def bounded_loops(fun: Callable[..., Any], max_iterations: int) -> Callable[..., Any]:

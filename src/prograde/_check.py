@@ -14,9 +14,8 @@ from prograde._custom_vjp import describe, inline_custom_vjp, is_custom_vjp, rem
 from prograde._jaxprs import equations, multiply_adds, source
 from prograde._sites import leaves_of
 from prograde._structured import DenseFallback, Recorder, directional_derivative
-from prograde.estimators import Estimator, Guided, Scaled, WeightPerturbation
-from prograde.estimators._estimator import split_params
-from prograde.estimators._on_sites import SiteEstimator
+from prograde.estimators import Estimator, Guided, Scaled, SiteEstimator, WeightPerturbation
+from prograde.kit import Loss
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,8 @@ def check(
 
     def pieces(dynamic: PyTree) -> tuple[Callable, PyTree]:
         params, args = eqx.combine(dynamic, static)
-        return split_params(estimator.objective(fun, has_aux), params, args, has_aux)
+        loss = Loss(estimator.objective(fun, has_aux), params, args, has_aux)
+        return loss, loss.floats
 
     def alone(dynamic: PyTree) -> Any:
         f, floats = pieces(dynamic)
@@ -179,7 +179,8 @@ def check(
         while isinstance(wrapped, Scaled):
             within, params, _ = wrapped.coordinates(within, None, params, args, has_aux)
             wrapped = wrapped.estimator
-        return split_params(within, params, args, has_aux)
+        loss = Loss(within, params, args, has_aux)
+        return loss, loss.floats
 
     inner = estimator
     while isinstance(inner, Scaled):

@@ -19,6 +19,7 @@ for _prefix in (
     eqx.__path__[0],
     f"{_HERE}/_",
     f"{_HERE}/estimators",
+    f"{_HERE}/kit",
     f"{_HERE}/tangents",
 ):
     source_info_util.register_exclusion(_prefix)

@@ -35,8 +35,8 @@ from prograde._measured import (
     squared_mean_of,
     variance_of,
 )
-from prograde.estimators import Backprop, Estimator
-from prograde.estimators._estimator import check_key, check_positive, split_params, wide
+from prograde.estimators import Backprop
+from prograde.kit import Estimator, Loss, check_key, check_positive, wide
 
 __all__ = ["Diagnosis", "LeafDiagnosis", "Measured", "diagnose"]
 
@@ -271,7 +271,7 @@ def diagnose(
         )
     if state is None:
         state = estimator.init(fun, params, *args, has_aux=has_aux)
-    _, floats = split_params(estimator.objective(fun, has_aux), params, args, has_aux)
+    floats = Loss(estimator.objective(fun, has_aux), params, args, has_aux).floats
     measured = _measure(
         fun, estimator, reference, num_estimates, curvature, has_aux, key, state, params, args
     )
@@ -307,7 +307,7 @@ def _measure(
     fun, estimator, reference, num_estimates, curvature, has_aux, key, state, params, args
 ) -> tuple:
     objective = estimator.objective(fun, has_aux)
-    f, floats = split_params(objective, params, args, has_aux)
+    loss = Loss(objective, params, args, has_aux)
     key_reference, key_estimates = jax.random.split(key)
     exact = reference.estimate(objective, key_reference, None, params, *args, has_aux=has_aux)
     gradient = [wide(g) for g in jax.tree.leaves(exact.grads)]
@@ -320,7 +320,7 @@ def _measure(
             _products(a, b)
             for a, b in ((estimate, gradient), (estimate, estimate), (error, error), (error, total))
         ]
-        bent = _second_derivative(f, floats, grads) if curvature else jnp.zeros(())
+        bent = _second_derivative(loss, grads) if curvature else jnp.zeros(())
         return [t + e for t, e in zip(total, error, strict=True)], (*figures, bent)
 
     total, figures = lax.scan(
@@ -343,19 +343,17 @@ def _products(xs: list[Array], ys: list[Array]) -> Float[Array, " leaves"]:
     return jnp.stack([jnp.sum(x * y).astype(dtype) for x, y in zip(xs, ys, strict=True)])
 
 
-def _second_derivative(
-    f: Callable, floats: PyTree[Array], direction: PyTree[Array]
-) -> Float[Array, ""]:
+def _second_derivative(loss: Loss, direction: PyTree[Array]) -> Float[Array, ""]:
     """v^T H v: the second derivative of the mean loss along v, forward over forward."""
 
     def on_line(t):
-        moved = jax.tree.map(lambda w, v: w + t.astype(w.dtype) * v, floats, direction)
-        return jnp.mean(wide(f(moved)[0]))
+        moved = jax.tree.map(lambda w, v: w + t.astype(w.dtype) * v, loss.floats, direction)
+        return jnp.mean(wide(loss(moved)[0]))
 
     def slope(t):
         return jax.jvp(on_line, (t,), (jnp.ones_like(t),))[1]
 
-    zero = jnp.zeros((), wider(jnp.float32, *(w.dtype for w in jax.tree.leaves(floats))))
+    zero = jnp.zeros((), wider(jnp.float32, *(w.dtype for w in jax.tree.leaves(loss.floats))))
     return jax.jvp(slope, (zero,), (jnp.ones_like(zero),))[1]
 
 

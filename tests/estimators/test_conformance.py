@@ -1,11 +1,16 @@
 """What holds for every estimator, on every kind of parameters, under every transformation. A new estimator is one line here."""
 
+import ast
+import re
+from pathlib import Path
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import site_models
+from cases import combinations
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -40,6 +45,25 @@ ESTIMATORS = [
     pg.Backprop(),
     pg.CheckpointedBackprop(),
 ]
+PAGE = Path(__file__).parents[2] / "docs" / "add_an_estimator.md"
+
+
+def classes_on_the_page():
+    """What the page for authors imports and defines, as it stands. `tests/docs` runs all of it."""
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
+    tree, namespace = ast.parse(code), {}
+    kept = (ast.Import, ast.ImportFrom, ast.ClassDef)
+    tree.body = [statement for statement in tree.body if isinstance(statement, kept)]
+    exec(compile(tree, str(PAGE), "exec"), namespace)
+    return namespace
+
+
+AUTHORS = classes_on_the_page()
+ESTIMATORS += [
+    AUTHORS["OneSign"](),
+    AUTHORS["MeanOfMany"](),
+    pg.WeightPerturbation(AUTHORS["Uniform"](), 2),
+]
 EXACT = (pg.ForwardJacobian, pg.Backprop, pg.CheckpointedBackprop)
 CONTAINERS = [
     site_models.relu_mlp,
@@ -49,12 +73,25 @@ CONTAINERS = [
 ]
 
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
-every_container = pytest.mark.parametrize("model", CONTAINERS, ids=lambda m: m.__name__)
+
+
+def _a_container_for_each(model, estimator):
+    """Every estimator meets one container, and every container a quarter of the estimators."""
+    turn = next(i for i, e in enumerate(ESTIMATORS) if e is estimator)
+    return model is CONTAINERS[turn % len(CONTAINERS)]
+
+
+every_estimator_in_every_container = combinations(
+    _a_container_for_each, model=CONTAINERS, estimator=ESTIMATORS
+)
 
 
 def estimate(estimator, losses, key, params, *args, has_aux=False):
     state = estimator.init(losses, params, *args, has_aux=has_aux)
     return estimator.estimate(losses, key, state, params, *args, has_aux=has_aux)
+
+
+in_one_program = eqx.filter_jit(estimate)
 
 
 def equal(a, b, rtol=1e-4, atol=1e-5):
@@ -63,11 +100,10 @@ def equal(a, b, rtol=1e-4, atol=1e-5):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
 
 
-@every_estimator
-@every_container
+@every_estimator_in_every_container
 def test_value_structure_shapes_and_dtypes(model, estimator, key):
     params, losses, args = model(key)
-    result = eqx.filter_jit(estimate)(estimator, losses, key, params, *args)
+    result = in_one_program(estimator, losses, key, params, *args)
     expected, grads = eqx.filter_value_and_grad(lambda p: losses(p, *args).mean())(params)
     np.testing.assert_allclose(
         result.value, expected, rtol=1e-3 if isinstance(estimator, pg.CentralDifference) else 1e-5
@@ -87,13 +123,13 @@ def test_value_structure_shapes_and_dtypes(model, estimator, key):
 
 @every_estimator
 def test_transformations_agree(estimator, key):
-    """The same key gives the same estimate; `jit`, `vmap` over keys and `scan` over them give it as well."""
+    """A key gives one estimate: at once, in `jit`, and in `vmap` and `scan` over keys."""
     params, losses, args = site_models.relu_mlp(key)
     keys = jax.random.split(key, 3)
     of = lambda k: estimate(estimator, losses, k, params, *args)
-    one_by_one = [of(k) for k in keys]
+    one_by_one = [in_one_program(estimator, losses, k, params, *args) for k in keys]
     equal(of(keys[0]), one_by_one[0])
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *one_by_one)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *one_by_one)
     equal(jax.jit(jax.vmap(of))(keys), stacked)
     equal(lax.scan(lambda c, k: (c, of(k)), 0, keys)[1], stacked)
     if not isinstance(estimator, EXACT):
@@ -130,7 +166,7 @@ def test_auxiliary_output(estimator, key):
             "name": "mlp",
         }
 
-    result = estimate(estimator, with_aux, key, params, x, y, has_aux=True)
+    result = in_one_program(estimator, with_aux, key, params, x, y, has_aux=True)
     logits = result.aux["logits"].reshape(4, 8)  # groups have an axis of their own
     equal(
         logits, x @ params["w"], rtol=1e-2, atol=1e-2
@@ -147,7 +183,7 @@ def test_half_precision(estimator, key):
         with pytest.raises(ValueError, match=r"step=0.001, but parameters of dtype bfloat16"):
             estimate(estimator, losses, key, params, *args)
         return
-    result = estimate(estimator, losses, key, params, *args)
+    result = in_one_program(estimator, losses, key, params, *args)
     assert {g.dtype for g in jax.tree.leaves(result.grads)} == {jnp.dtype(jnp.bfloat16)}
     if result.directional is not None:
         assert result.directional.dtype == jnp.float32
@@ -176,7 +212,7 @@ def test_shard_map_over_four_devices(estimator, key):
     grads = sharded(params, x, y)
     for i in range(4):
         part = slice(2 * i, 2 * i + 2)
-        expected = estimate(
+        expected = in_one_program(
             estimator, losses, jax.random.fold_in(key, i), params, x[part], y[part]
         ).grads
         # a difference of two losses multiplies their rounding by 1 / step
@@ -186,6 +222,7 @@ def test_shard_map_over_four_devices(estimator, key):
 
 @every_estimator
 def test_printed_compared_and_hashed(estimator):
-    rebuilt = eval(repr(estimator), {name: getattr(pg, name) for name in pg.__all__})
+    names = AUTHORS | {name: getattr(pg, name) for name in pg.__all__}
+    rebuilt = eval(repr(estimator), names)
     assert rebuilt == estimator
     assert hash(rebuilt) == hash(estimator)

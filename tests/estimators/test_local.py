@@ -245,7 +245,7 @@ def test_what_is_not_counted_has_no_derivative(model, key):
     ):
         run = lambda shift, i=i: (
             program.run(
-                leaves, jnp.zeros(()), jax.random.key(0), estimator.noise._entries, {i: shift}
+                leaves, jnp.zeros(()), jax.random.key(0), estimator.noise.entries, {i: shift}
             ).losses
         )
         jacobians = jax.jacfwd(run)(jnp.zeros(site.noise.shape))
@@ -266,7 +266,7 @@ def test_what_is_counted_has_a_derivative(model, key):
     ):
         run = lambda shift, i=i: (
             program.run(
-                leaves, jnp.zeros(()), jax.random.key(0), estimator.noise._entries, {i: shift}
+                leaves, jnp.zeros(()), jax.random.key(0), estimator.noise.entries, {i: shift}
             ).losses
         )
         jacobians = jax.jacfwd(run)(jnp.zeros(site.noise.shape))
@@ -332,7 +332,7 @@ def test_groups_divide_the_variance(key):
     leaves = jax.tree.leaves(floats)
     records = estimator.shapes(program, floats)
     run = lambda shifts: program.run(
-        leaves, jnp.zeros(()), key, estimator.noise._entries, shifts
+        leaves, jnp.zeros(()), key, estimator.noise.entries, shifts
     ).losses[0]
     slopes = jax.jacrev(run)({i: jnp.zeros(r.noise.shape) for i, r in enumerate(records)})
     # of group g's loss, by everything that is perturbed

@@ -7,6 +7,7 @@ The weights are made from bits of Philox, whose stream numpy guarantees, and are
 
 import json
 import math
+import re
 import tempfile
 from pathlib import Path
 
@@ -48,6 +49,51 @@ CONFIGS = {
     "qwen2_biases": _TINY | {"model_type": "qwen2", "tie_word_embeddings": True},
     "mistral_wide_heads": _TINY | {"model_type": "mistral", "head_dim": 6, "sliding_window": None},
     "mistral_window": _TINY | {"model_type": "mistral", "sliding_window": 5},
+}
+
+
+def _tokens(stream, *shape):
+    return (
+        np.random.Philox(key=stream)
+        .random_raw(math.prod(shape))
+        .astype(np.uint32)
+        .astype(int)
+        .reshape(shape)
+        % 11
+    )
+
+
+LONG_TOKENS, LONG_POSITIONS = _tokens(3, 2, 50), [12, 49]
+PADDED_TOKENS, PADDED_VALID = _tokens(4, 2, 9), np.arange(9) >= np.array([[4], [0]])
+ROUNDED_TOKENS = _tokens(5, 8, 24)
+
+# what `lm.save` has to write as config.json, for changes of an architecture
+_SAVED = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 11,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "head_dim": 4,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-2,
+    "tie_word_embeddings": True,
+    "sliding_window": None,
+    "max_position_embeddings": 2048,
+    "hidden_act": "silu",
+}
+SAVED = {
+    "plain": _SAVED,
+    "untied": _SAVED | {"tie_word_embeddings": False, "head_dim": 6},
+    "biases": _SAVED
+    | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 777.0},
+    "window": _SAVED
+    | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4},
+    "llama3 positions": _SAVED | {"rope_scaling": _LLAMA3, "rope_theta": 5000.0, "head_dim": 8},
 }
 
 
@@ -124,24 +170,67 @@ def logits_by_transformers(directory, tokens, **options):
     return found.float().numpy(), trouble
 
 
+def rows(found):
+    """Seven digits of each number."""
+    return [[float(f"{x:.7g}") for x in row] for row in np.asarray(found).reshape(-1, 11)]
+
+
+def in_bfloat16(directory):
+    """Rounds the tensors of a directory to bfloat16."""
+    from safetensors.torch import load_file, save_file
+
+    path = directory / "model.safetensors"
+    rounded = {name: x.bfloat16() for name, x in load_file(path).items()}
+    save_file(rounded, path, metadata={"format": "pt"})
+
+
+def recorded(directory, config, bfloat16):
+    """What `transformers` makes of what `lm.save` writes."""
+    import torch
+
+    write(directory, config)
+    if bfloat16:
+        in_bfloat16(directory)
+    found, trouble = logits_by_transformers(directory, TOKENS)
+    assert not trouble, trouble
+    if not bfloat16:
+        return {"logits": rows(found[0, POSITIONS])}
+    wide, _ = logits_by_transformers(directory, ROUNDED_TOKENS)
+    narrow, _ = logits_by_transformers(directory, ROUNDED_TOKENS, dtype=torch.bfloat16)
+    rounding = float(np.sqrt(np.mean((narrow - wide) ** 2)))
+    return {"logits": rows(found[0, POSITIONS]), "rounding": float(f"{rounding:.4g}")}
+
+
 def main():
+    import torch
     import transformers
 
-    record = {"transformers": transformers.__version__, "logits": {}}
+    record = {"transformers": transformers.__version__, "torch": torch.__version__}
+    record |= {"logits": {}, "long": {}, "saved": {}}
     with tempfile.TemporaryDirectory() as temporary:
         for name, config in CONFIGS.items():
-            found, trouble = logits_by_transformers(write(Path(temporary) / name, config), TOKENS)
+            directory = write(Path(temporary) / name, config)
+            found, trouble = logits_by_transformers(directory, TOKENS)
             assert not trouble, trouble
-            record["logits"][name] = [
-                [float(f"{x:.7g}") for x in row] for row in found[0, POSITIONS].tolist()
-            ]
-    rows = ",\n".join(
-        f'    "{name}": [\n' + ",\n".join(f"      {json.dumps(row)}" for row in found) + "\n    ]"
-        for name, found in record["logits"].items()
-    )
-    RECORD.write_text(
-        f'{{\n  "transformers": "{record["transformers"]}",\n  "logits": {{\n{rows}\n  }}\n}}\n'
-    )
+            record["logits"][name] = rows(found[0, POSITIONS])
+            found, _ = logits_by_transformers(directory, LONG_TOKENS)
+            record["long"][name] = rows(found[:, LONG_POSITIONS])
+        mask = torch.asarray(PADDED_VALID.astype(int))
+        directory = Path(temporary) / "llama_groups"
+        found, _ = logits_by_transformers(directory, PADDED_TOKENS, attention_mask=mask)
+        record["padded"] = rows(found[PADDED_VALID])
+        for name, config in SAVED.items():
+            record["saved"][name] = {
+                dtype: recorded(Path(temporary) / f"{name} {dtype}", config, dtype == "bfloat16")
+                for dtype in ("float32", "bfloat16")
+            }
+    text = json.dumps(record, indent=1)
+    text = re.sub(r"\[\s+(-?[\d.e-]+(?:,\s+-?[\d.e-]+)*)\s+\]", _on_one_line, text)
+    RECORD.write_text(text + "\n")
+
+
+def _on_one_line(numbers):
+    return "[" + ", ".join(re.split(r",\s+", numbers[1])) + "]"
 
 
 if __name__ == "__main__":

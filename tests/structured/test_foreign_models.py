@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import LONG
 from comparisons import close, dense, floats, jit
 from foreign_models import (
     STATEFUL,
@@ -42,7 +43,11 @@ CASES = [
 
 each_case = pytest.mark.parametrize(
     ("model", "estimator"),
-    CASES,
+    # every model once; with a second distribution or number of chunks it is long
+    [
+        pytest.param(model, estimator, marks=LONG if any(model is m for m, _ in CASES[:i]) else ())
+        for i, (model, estimator) in enumerate(CASES)
+    ],
     ids=[f"{model.__name__}-{e.tangents}-{e.num_tangents}-{e.chunk}" for model, e in CASES],
 )
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import combinations
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -256,8 +257,13 @@ CONTROL_FLOW = {
 }
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("name", CONTROL_FLOW)
+# without `jit`, one of each kind of control flow
+WITHOUT_JIT = ("jit", "scan over the stack", "while_loop", "cond", "checkpoint", "vmap")
+
+
+@combinations(
+    lambda name, jit: jit or name in WITHOUT_JIT, name=list(CONTROL_FLOW), jit=[False, True]
+)
 def test_control_flow_keeps_the_factors(name, jit, key, x64):
     w, x = jnp.asarray(array(4, 6, 6)) / 2, jnp.asarray(array(4, 6))
     loss = lambda w: jnp.sum(jnp.sin(CONTROL_FLOW[name](w, x)))

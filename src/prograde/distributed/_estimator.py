@@ -22,7 +22,7 @@ from prograde.distributed._mesh import (
     of_the_compiler,
 )
 from prograde.estimators import Estimate, Estimator, SeededEstimator, Share
-from prograde.estimators._estimator import float_leaves, pack, unpack, wide
+from prograde.kit import float_leaves, pack, unpack, wide
 
 
 @dataclass(frozen=True)

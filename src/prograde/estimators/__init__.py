@@ -1,16 +1,16 @@
-"""Gradient estimators, one a file."""
+"""Gradient estimators, one a file. `prograde.kit` has the parts that they are built from."""
 
-from prograde.estimators._estimator import Estimate, Estimator
-from prograde.estimators._seeded import SeededEstimator, Share
-from prograde.estimators.activity import ActivityPerturbation
+from prograde.estimators.activity_perturbation import ActivityPerturbation
 from prograde.estimators.backprop import Backprop, CheckpointedBackprop
-from prograde.estimators.exact import ForwardJacobian
-from prograde.estimators.feedback import LearnedFeedback
+from prograde.estimators.central_difference import CentralDifference
+from prograde.estimators.forward_jacobian import ForwardJacobian
 from prograde.estimators.guided import Guided
-from prograde.estimators.local import LocalLosses, total_loss
+from prograde.estimators.learned_feedback import LearnedFeedback
+from prograde.estimators.local_losses import LocalLosses, total_loss
 from prograde.estimators.scaled import Scaled
-from prograde.estimators.spsa import CentralDifference
-from prograde.estimators.weight import WeightPerturbation
+from prograde.estimators.site_estimator import SiteEstimator
+from prograde.estimators.weight_perturbation import WeightPerturbation
+from prograde.kit import Estimate, Estimator, SeededEstimator, Share
 
 __all__ = [
     "ActivityPerturbation",
@@ -26,6 +26,7 @@ __all__ = [
     "Scaled",
     "SeededEstimator",
     "Share",
+    "SiteEstimator",
     "WeightPerturbation",
     "total_loss",
 ]

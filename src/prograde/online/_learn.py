@@ -10,7 +10,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from prograde.estimators._estimator import check_key, float_leaves
+from prograde.kit import check_key, float_leaves
 from prograde.online._learner import Carry, OnlineLearner
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from prograde.estimators._estimator import check_key, checked_floats, checked_loss, float_leaves
+from prograde.kit import check_key, checked_floats, checked_loss, float_leaves
 
 Step = Callable[[PyTree[Array], PyTree[Array]], tuple[tuple[Array, PyTree[Array]], PyTree[Array]]]
 
@@ -97,7 +97,7 @@ class OnlineLearner(abc.ABC):
         """One step: (memory, (loss, float state), the rest of the state, grads).
 
         `step(floats, state) -> ((loss, float state), rest)` is the cell and the loss at this input and target, as a function of the
-        float arrays of the parameters and of the state, as `estimators._estimator.float_leaves` takes them from those of `carry`.
+        float arrays of the parameters and of the state, as `kit.float_leaves` takes them from those of `carry`.
         """
 
     def init(

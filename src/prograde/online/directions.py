@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Int, Key, PyTree
 
 from prograde._structured import Tangent
-from prograde.estimators._estimator import check_positive, checked_floats
+from prograde.kit import check_positive, checked_floats
 from prograde.online._learner import OnlineLearner, one_step
 from prograde.tangents import Normal, TangentDistribution
 

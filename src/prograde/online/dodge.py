@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Key, PyTree
 
 from prograde._structured import directional_derivative, projected, weighted_sum
-from prograde.estimators._estimator import check_choice, check_whole, float_leaves, wide
+from prograde.kit import check_choice, check_whole, float_leaves, wide
 from prograde.online._learner import OnlineLearner, tree_differences
 from prograde.online.directions import PastWindow
 from prograde.tangents import Rademacher, TangentDistribution

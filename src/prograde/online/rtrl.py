@@ -9,8 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from prograde._jaxprs import multiply_adds
 from prograde._structured import coordinate_tangent, count, directional_derivative, from_coordinates
-from prograde.estimators._chunks import tangents_at_once
-from prograde.estimators._estimator import check_whole, float_leaves, wide
+from prograde.kit import check_whole, float_leaves, tangents_at_once, wide
 from prograde.online._learner import OnlineLearner
 
 

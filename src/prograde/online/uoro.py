@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from prograde.estimators._estimator import check_whole, float_leaves, wide
+from prograde.kit import check_whole, float_leaves, wide
 from prograde.online._learner import OnlineLearner
 
 

@@ -10,12 +10,14 @@ ones need a few per row and column.
 """
 
 from prograde.tangents._distribution import TangentDistribution
+from prograde.tangents._draw import threefry
 from prograde.tangents.factored import LowRank, Separable
-from prograde.tangents.independent import Normal, Rademacher, Sparse
+from prograde.tangents.independent import IndependentEntries, Normal, Rademacher, Sparse
 from prograde.tangents.joint import Basis, Orthogonal, Sphere
 
 __all__ = [
     "Basis",
+    "IndependentEntries",
     "LowRank",
     "Normal",
     "Orthogonal",
@@ -24,4 +26,5 @@ __all__ = [
     "Sparse",
     "Sphere",
     "TangentDistribution",
+    "threefry",
 ]

@@ -65,7 +65,7 @@ class _Factored(TangentDistribution):
             (w.shape if n is None else (sum(n), self.rank), w.dtype)
             for w, n in zip(leaves, sizes, strict=True)
         ]
-        drawn = draw(key, index, leaf_words(params), shapes, self.factors._entries)
+        drawn = draw(key, index, leaf_words(params), shapes, self.factors.entries)
         tangents = []
         for w, group_sizes, entries in zip(leaves, sizes, drawn, strict=True):
             if group_sizes is None:

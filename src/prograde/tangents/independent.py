@@ -16,22 +16,22 @@ from prograde.tangents._draw import draw, leaf_words, normal, signs
 
 
 @dataclass(frozen=True)
-class _IndependentEntries(TangentDistribution):
+class IndependentEntries(TangentDistribution):
     """Every entry drawn independently."""
 
     def sample(self, key, params, index=0, num_tangents=1):
         leaves, treedef = jax.tree.flatten(params)
         shapes = [(w.shape, w.dtype) for w in leaves]
-        drawn = draw(key, index, leaf_words(params), shapes, self._entries)
+        drawn = draw(key, index, leaf_words(params), shapes, self.entries)
         return treedef.unflatten(drawn)
 
     @staticmethod
     @abc.abstractmethod
-    def _entries(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Array: ...
+    def entries(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Array: ...
 
 
 @dataclass(frozen=True)
-class Normal(_IndependentEntries):
+class Normal(IndependentEntries):
     """Independent standard normal entries: the distribution of the paper.
 
     **Second moment:** E |g|^2 = (n + 2) |grad f|^2 for n parameters.
@@ -51,14 +51,14 @@ class Normal(_IndependentEntries):
         {'w': 8}
     """
 
-    _entries = staticmethod(normal)
+    entries = staticmethod(normal)
 
     def second_moment(self, params):
         return jax.tree.map(lambda _: count(params) + 2, params)
 
 
 @dataclass(frozen=True)
-class Rademacher(_IndependentEntries):
+class Rademacher(IndependentEntries):
     """Independent fair signs.
 
     **Second moment:** E |g|^2 = n |grad f|^2 for n parameters, the least of all distributions with independent entries.
@@ -75,14 +75,14 @@ class Rademacher(_IndependentEntries):
         True
     """
 
-    _entries = staticmethod(signs)
+    entries = staticmethod(signs)
 
     def second_moment(self, params):
         return jax.tree.map(lambda _: count(params), params)
 
 
 @dataclass(frozen=True)
-class Sparse(_IndependentEntries):
+class Sparse(IndependentEntries):
     """Independent entries that are zero but for a share `density` of them, which are +-1/sqrt(density).
 
     **Arguments:**
@@ -115,7 +115,7 @@ class Sparse(_IndependentEntries):
             )
 
     @property
-    def _entries(self):
+    def entries(self):
         return _sparse_signs(self.density)
 
     def second_moment(self, params):

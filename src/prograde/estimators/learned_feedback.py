@@ -12,18 +12,16 @@ from jaxtyping import Array, Int, PyTree
 
 from prograde._inject import varying_like
 from prograde._sites import Program, Site, sites
-from prograde.estimators._estimator import (
-    Estimate,
-    check_choice,
-    check_key,
-    check_positive,
-    check_whole,
-)
-from prograde.estimators._on_sites import Perturbed, SiteEstimator, as_value, by_example
+from prograde.estimators.site_estimator import Perturbed, SiteEstimator, as_value, by_example
+from prograde.kit import Estimate, check_choice, check_key, check_positive, check_whole
 
 
 class FeedbackState(eqx.Module):
-    """What `LearnedFeedback` carries from step to step: its matrices, `None` at sites without examples, and the number of the step."""
+    """What `LearnedFeedback` carries from step to step.
+
+    **Fields:** `feedback`, a matrix for each site, `None` at sites without examples; `step`, the
+    number of steps so far.
+    """
 
     feedback: list[Array | None]
     step: Int[Array, ""]

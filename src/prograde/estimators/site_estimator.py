@@ -1,4 +1,4 @@
-"""What estimators that perturb pre-activations have in common."""
+"""The base of estimators that perturb pre-activations."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,29 +10,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from prograde._custom_vjp import inline_custom_vjp
 from prograde._inject import varying_like
 from prograde._sites import Program, Reach, Run, Site, collect, reach_of, sites, with_cotangents
 from prograde._sites.records import Place, Record
-from prograde.estimators._estimator import (
-    Estimate,
-    Estimator,
-    check_choice,
-    check_whole,
-    split_params,
-    unpack,
-    wide,
-)
-from prograde.tangents import Normal, Rademacher
-from prograde.tangents._draw import threefry
+from prograde.kit import Estimate, Estimator, Loss, check_choice, check_whole, unpack, wide
+from prograde.tangents import Normal, Rademacher, threefry
 
 
 class Perturbed(eqx.Module):
-    """A run with all sites perturbed: what every estimator on sites starts from.
+    """A run with all sites perturbed, from which every estimator on sites starts.
 
-    `directional` has an array for each loss, [num_tangents, batch, ...], or [num_tangents, 1] for the loss of the whole batch. For
-    each exact site, by the number of its record, `errors` is the derivative of every example's loss by the value there, and
-    `at_exact` the derivative of that value along each tangent.
+    **Fields:**
+
+    - `value`, `aux`: the mean loss and the packed auxiliary output.
+    - `directional`: an array for each loss, [num_tangents, batch, ...], or [num_tangents, 1] for
+      the loss of the whole batch.
+    - `records`: what happened at each site.
+    - `errors`: for each exact site, by the number of its record, the derivative of every example's
+      loss by the value there.
+    - `at_exact`: the derivative of that value along each tangent.
     """
 
     value: Array
@@ -45,7 +41,11 @@ class Perturbed(eqx.Module):
 
 @dataclass(frozen=True)
 class SiteEstimator(Estimator):
-    """What estimators that perturb pre-activations have in common."""
+    """The base of estimators that perturb pre-activations; see `ActivityPerturbation`.
+
+    A subclass implements `estimate`: it makes the `program`, takes a `perturbed_run`, computes a
+    cotangent for each of the `hidden` sites, and returns `from_cotangents`.
+    """
 
     noise: Normal | Rademacher = field(default_factory=Rademacher)
     num_tangents: int = 1
@@ -57,7 +57,8 @@ class SiteEstimator(Estimator):
     def __post_init__(self):
         if not isinstance(self.noise, Normal | Rademacher):
             raise TypeError(
-                f"noise={self.noise!r}, but noise has independent entries: Rademacher() or Normal()."
+                f"noise={self.noise!r}, but noise needs independent entries: Rademacher() or "
+                "Normal()."
             )
         check_whole("num_tangents", self.num_tangents)
         check_choice("head", self.head, ("perturbed", "exact"))
@@ -68,24 +69,24 @@ class SiteEstimator(Estimator):
         self, fun: Any, params: PyTree, args: tuple[Any, ...], has_aux: bool
     ) -> tuple[Program, PyTree[Array]]:
         """The function as a program with sites, and the parameters it is differentiated by."""
-        _, floats = split_params(fun, params, args, has_aux)
+        floats = Loss(fun, params, args, has_aux).floats
 
         def of_args(floats: PyTree[Array], *args: Any) -> tuple[list[Array], PyTree]:
-            f, _ = split_params(fun, params, args, has_aux)
-            return self.losses((inline_custom_vjp(f) if self.custom_vjp == "inline" else f)(floats))
+            return self.losses(Loss(fun, params, args, has_aux, self.custom_vjp)(floats))
 
         loss = jax.eval_shape(lambda floats: of_args(floats, *args)[0][0], floats)
         if self.per_example and loss.ndim == 0:
             raise ValueError(
-                f"the function returned a scalar loss, but {type(self).__name__} weighs the perturbation of each example by that "
-                "example's own loss. Return the losses of all examples, [batch], without taking their mean (the estimator "
-                "takes it), or pass per_example=False."
+                f"the function returned a scalar loss, but {type(self).__name__} weights the "
+                "perturbation of each example by that example's own loss. Return the losses of all "
+                "examples, [batch], without taking their mean (the estimator takes it), or pass "
+                "per_example=False."
             )
         batch = loss.shape[0] if self.per_example and loss.shape[0] != 1 else None
         return Program(of_args, floats, args, batch), floats
 
     def losses(self, found: tuple[Array, PyTree]) -> tuple[list[Array], PyTree]:
-        """The losses that perturbations are weighed by, and the auxiliary output, of what the checked function returned."""
+        """(losses, aux): the losses that weight perturbations, from what the `Loss` returned."""
         loss, aux = found
         return [loss], aux
 
@@ -124,13 +125,14 @@ class SiteEstimator(Estimator):
                 at_exact,
             )
 
-        # the records are the same for all tangents but for the noise, which gets an axis for them
+        # all tangents have the same records but for the noise, which gets an axis for them
         each = jax.eval_shape(one_tangent, jnp.asarray(0))
-        axes = Perturbed(None, None, 0, _noise_axes(each.records), None, 0)  # pyright: ignore[reportArgumentType]
+        noise: Any = _noise_axes(each.records)
+        axes: Any = Perturbed(*(None, None, 0, noise, None, 0))  # pyright: ignore
         return jax.vmap(one_tangent, out_axes=axes)(jnp.arange(self.num_tangents))
 
     def plain_run(self, program: Program, floats: PyTree[Array], key: Any) -> Perturbed:
-        """The loss and its derivatives at the exact sites, without tangents. The noise in the records is not used."""
+        """The loss and its derivatives at the exact sites, without tangents or noise."""
         leaves = jax.tree.leaves(floats)
 
         def losses_of(shifts: dict[int, Array]) -> Any:
@@ -155,14 +157,12 @@ class SiteEstimator(Estimator):
     def _run(
         self, program: Program, leaves: list[Array], s: Array, key: Any, shifts: dict[int, Array]
     ) -> Run:
-        return program.run(
-            leaves, s, key, self.noise._entries, shifts, relative=self.scale == "rms"
-        )
+        return program.run(leaves, s, key, self.noise.entries, shifts, relative=self.scale == "rms")
 
     def _errors(
         self, program: Program, floats: PyTree[Array], exact: Mapping[int, int], losses_of: Any
     ) -> Any:
-        """The losses, their derivatives by the values at the exact sites, by reverse mode of what follows and nothing before."""
+        """(losses, errors, others): reverse mode of what follows the exact sites, no further."""
         records = self.shapes(program, floats)
         origin = [*jax.tree.leaves(floats), *program.arrays]
         values = {
@@ -177,12 +177,10 @@ class SiteEstimator(Estimator):
         return losses, pull(ones)[0], others
 
     def from_noise(self, site: Site, directional: Array) -> Array:
-        """1/(K B) sum_k d_k u_k: a site's cotangent of the mean loss, from directional derivatives [num_tangents, batch]."""
+        """1/(K B) sum_k d_k u_k, a site's cotangent of the mean loss; d is [num_tangents, batch]."""
         weights = site.per_example(directional)
-        return (
-            weighed(site, weights.reshape(len(weights), *(1,) * site.depth, *weights.shape[1:]))
-            / directional.shape[1]
-        )
+        weights = weights.reshape(len(weights), *(1,) * site.depth, *weights.shape[1:])
+        return weighted_noise(site, weights) / directional.shape[1]
 
     def from_cotangents(
         self,
@@ -192,7 +190,7 @@ class SiteEstimator(Estimator):
         cotangents: Sequence[Array],
         state: PyTree,
     ) -> Estimate:
-        """The estimate that follows from a cotangent of the mean loss at each site that is not exact."""
+        """The estimate, from a cotangent of the mean loss at each site that is not exact."""
         leaves, treedef = jax.tree.flatten(floats)
         remaining = iter(cotangents)
         known = {id(run.records[i]): error for i, error in run.errors.items()}
@@ -213,7 +211,7 @@ class SiteEstimator(Estimator):
         return [site for site in sites(run.records) if not any(site is other for other in exact)]
 
     def shapes(self, program: Program, floats: PyTree[Array]) -> tuple[Record, ...]:
-        """The records of a run, traced and not run; their noise has no axis for the tangents."""
+        """The records of a traced run; their noise has no axis for the tangents."""
         if program.shapes is not None:
             return program.shapes
         leaves = jax.tree.leaves(floats)
@@ -233,11 +231,11 @@ class SiteEstimator(Estimator):
 
     @property
     def num_exact(self) -> int:
-        """How many sites in a row, from the loss, have exact cotangents where the head is exact."""
+        """The number of sites in a row, from the loss, that an exact head makes exact."""
         return 1
 
     def exact(self, program: Program, floats: PyTree[Array]) -> dict[int, int]:
-        """Which records have exact cotangents, and how many sites in a row follow each: none follows a head."""
+        """The records with exact cotangents, and the number of sites in a row that follow each."""
         records = self.shapes(program, floats)
         reach = dict(
             zip((site.place for site in sites(records)), self.reach(program, floats), strict=True)
@@ -260,8 +258,9 @@ class SiteEstimator(Estimator):
         }
         if 0 not in found.values():
             raise ValueError(
-                "head='exact', but the last weight that acts on the examples is inside a loop or acts on all of them together, "
-                "so what follows it is no function of its output alone. Pass head='perturbed'."
+                "head='exact', but the last weight that acts on the examples is inside a loop or "
+                "acts on all of them together, so what follows it is no function of its output "
+                "alone. Pass head='perturbed'."
             )
         if missing := [rank for rank in range(self.num_exact) if rank not in found.values()]:
             why = f"the function has only {missing[0]}"
@@ -271,8 +270,11 @@ class SiteEstimator(Estimator):
         return found
 
 
-def weighed(site: Site, weights: Array) -> Array:
-    """1/K sum_k weights_k u_k / scale^2, for weights with the axes of the tangents, of loops and of the value, or 1 in their place."""
+def weighted_noise(site: Site, weights: Array) -> Array:
+    """1/K sum_k weights_k u_k / scale^2.
+
+    `weights` has the axes of the tangents, of loops and of the value, or size 1 in their place.
+    """
     noise = jnp.moveaxis(site.noise, site.depth, 0).astype(weights.dtype)
     if site.scale is not None:  # divided twice, for a square may be too small
         noise = noise / site.scale / site.scale
