@@ -19,12 +19,7 @@ named = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def record(name):
-    """The figures of a record, or all that a record of one file holds."""
-    found = ROOT / "records" / name / "figures.json"
-    if found.exists():
-        return json.loads(found.read_text())
-    whole = json.loads((ROOT / "records" / f"{name}.json").read_text())
-    return whole.get("figures", whole)
+    return json.loads((ROOT / "records" / f"{name}.json").read_text())
 
 
 def readme_row(case):
@@ -40,7 +35,7 @@ def python_blocks(page):
 
 
 def test_readme_while_loop_stands_in_its_record():
-    costs = record("beyond/newton")["costs"]
+    costs = record("beyond/newton/figures")["costs"]
     micros = {name: cost["seconds"]["median"] * 1e6 for name, cost in costs.items()}
     loops = [name for name in micros if "scan" in name or "checkpointed" in name]
     _, ours, reverse, _ = readme_row("while loop")
@@ -48,11 +43,11 @@ def test_readme_while_loop_stands_in_its_record():
     assert min(loops, key=micros.get) == "checkpointed while loop"
     assert f"{micros['checkpointed while loop']:.0f} µs in a checkpointed loop" in reverse
     assert f"({micros['implicit differentiation']:.0f} µs)" in README.read_text()
-    assert record("beyond/newton")["refused"].startswith("Reverse-mode differentiation")
+    assert record("beyond/newton/figures")["refused"].startswith("Reverse-mode differentiation")
 
 
 def test_readme_ode_fit_stands_in_its_record():
-    figures = record("beyond/ode")
+    figures = record("beyond/ode/figures")
     cells = [
         (figures["fit"]["seconds"][name][-1], figures["costs"][name]["temp_bytes"] / 1e3)
         for name in ("forward mode", "reverse mode, checkpoints")
@@ -64,7 +59,7 @@ def test_readme_ode_fit_stands_in_its_record():
 
 
 def test_readme_horizon_stands_in_its_record():
-    costs = record("beyond/horizon")["pendulum"]["one kernel"]["lengths"]["100000"]
+    costs = record("beyond/horizon/figures")["pendulum"]["one kernel"]["lengths"]["100000"]
     millis = {name: cost["seconds"]["median"] * 1e3 for name, cost in costs.items()}
     kb = {name: cost["temp_bytes"] / 1e3 for name, cost in costs.items()}
     checkpointed = min(("each step", "square root", "cube root", "equinox"), key=millis.get)
@@ -77,7 +72,7 @@ def test_readme_horizon_stands_in_its_record():
 
 
 def test_readme_stream_stands_in_its_record():
-    task = record("beyond/stream")["tasks"]["copy"]
+    task = record("beyond/stream/figures")["tasks"]["copy"]
     loss = {name: min(run["trials"].values()) for name, run in task["methods"].items()}
     _, ours, reverse, _ = readme_row("stream")
     assert ours == (
@@ -90,7 +85,8 @@ def test_readme_stream_stands_in_its_record():
 
 def test_readme_step_stands_in_its_record():
     over = {}
-    for name, model in record("bench")["models"].items():
+    for name in ("logreg", "mlp", "mlp-512", "cnn", "resnet", "transformer", "smollm2"):
+        model = record(f"bench/{name}")
         reverse = {method: cost for method, cost in model["methods"].items() if is_backprop(method)}
         fastest = min(reverse.values(), key=lambda cost: cost["ratio"]["median"])["rounds"]
         rounds = zip(model["methods"]["prograde-1"]["rounds"], fastest, strict=True)
@@ -109,7 +105,7 @@ def is_backprop(method):
 
 
 def test_readme_memory_stands_in_its_record():
-    model = record("bench")["models"]["smollm2"]
+    model = record("bench/smollm2")
     mb = {name: (cost["temp_bytes"] or 0) / 1e6 for name, cost in model["methods"].items()}
     fastest = min(
         ("backprop", "backprop-unrolled", "checkpointed"),
@@ -122,7 +118,7 @@ def test_readme_memory_stands_in_its_record():
 
 
 def test_readme_bytes_stand_in_their_record():
-    found = record("links")["parts"]["smollm2"]["found"]["100 Mbit/s, 50 ms"]
+    found = record("links/smollm2")["found"]["100 Mbit/s, 50 ms"]
     _, ours, reverse, _ = readme_row("bytes")
     seconds = {name: found[name]["seconds"]["median"] for name in found}
     sent = {name: found[name]["bytes"]["median"] for name in found}
@@ -218,8 +214,7 @@ def test_readme_fits_120_lines():
 @pytest.mark.parametrize("page", NARROW, ids=lambda page: page.name)
 def test_prose_fits_120_columns(page):
     """Tables, code, and what is generated between marks may be wider; so may a link that stands alone."""
-    marks = r"<!-- (\w+: begin|records:).*?<!-- (\w+: end|end of records) -->"
-    text = re.sub(marks, "", page.read_text(), flags=re.S)
+    text = re.sub(r"<!-- records:.*?<!-- end of records -->", "", page.read_text(), flags=re.S)
     text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     for line in text.splitlines():
         prose = not line.startswith(("|", "    ", "![", "<"))
