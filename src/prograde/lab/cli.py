@@ -167,6 +167,8 @@ def _study(plan: Any, records: Records, console: Console, errors: Console) -> No
         return
     if records.resume and records.out is None:
         raise UsageError("--resume needs --out DIR, the directory to continue.")
+    if getattr(plan, "distributed", False) and records.out is None:
+        raise UsageError("--distributed needs --out DIR, the same for all processes.")
     with _needs(plan.extra):
         plan.prepare()
         worker = plan.join()

@@ -117,8 +117,8 @@ class Trainer:
 
         Every epoch is a permutation of its own. Examples that do not fill a batch are left out.
         """
-        if not self.data:
-            return np.zeros((count, 0), np.int32)
+        if not self.data or not count:
+            return np.zeros((count, self._batch_size if self.data else 0), np.int32)
         examples, size = len(self.data[0]), self._batch_size
         per_epoch = examples // size
         steps = range(first, first + count)

@@ -84,7 +84,7 @@ def _draw(comparison: Comparison, canvas: Canvas) -> None:
         axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if narrow else (1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
-    legend_below(canvas, by_time, columns=6)
+    legend_below(canvas, by_time, columns=5)
 
 
 def _style(comparison: Comparison, result: Result) -> dict[str, Any]:
