@@ -97,7 +97,7 @@ def _main(arguments: list[str]) -> None:
         args=arguments[:cut],
         prog="prograde",
         description=_DESCRIPTION,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed),
     )
     _use_faster_convolutions()
     console, errors = Console(), Console(stderr=True)
@@ -153,11 +153,7 @@ def _study(plan: Any, records: Records, console: Console, errors: Console) -> No
     from prograde.lab.study import UsageError, directories
 
     if records.from_ is not None:
-        changed = [
-            f"--{f.name.replace('_', '-')}"
-            for f in dataclasses.fields(plan)
-            if f.default is not dataclasses.MISSING and getattr(plan, f.name) != f.default
-        ]
+        changed = [word for word in _words(plan)[1:] if word.startswith("--")]
         if changed or records.out is not None or records.resume:
             raise UsageError(
                 "--from DIR shows records and runs nothing. It takes no other option"
@@ -176,7 +172,7 @@ def _study(plan: Any, records: Records, console: Console, errors: Console) -> No
     out = records.out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{plan.label}"
     if worker:  # each process has records of its own, of the same numbers
         out, console = out / "workers" / str(worker), Console(quiet=True)
-    stores = store.claim(plan.name, directories(out, configs), records.resume)
+    stores = store.claim(plan.name, directories(out, configs), records.resume, plan.current)
     _say(console, f"Records go to {out}.")
     with _continued(plan, Records(out, resume=True), errors), _needs(plan.extra):
         plan.run(dict(zip(configs, stores, strict=True)), Display(console))

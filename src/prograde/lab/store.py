@@ -117,17 +117,26 @@ class Store:
         return self.directory / file
 
 
-def claim(study: str, configs: dict[Path, dict[str, Any]], resume: bool) -> list[Store]:
+Config = dict[str, Any]
+
+
+def claim(
+    study: str,
+    configs: dict[Path, Config],
+    resume: bool,
+    current: Callable[[Config], Config] = lambda config: config,
+) -> list[Store]:
     """Makes each directory the store of its configuration, or raises before anything is changed.
 
     A directory that holds records of the same configuration is continued with `resume`, and refused
-    without. One that holds anything else is refused. The stores are locked until this process
+    without. One that holds anything else is refused. `current` reads the configuration of older
+    records. The stores are locked until this process
     ends: a second process that claims one of them is refused.
     """
 
     def manifests() -> dict[Path, dict[str, Any]]:
         return {
-            directory: _manifest(study, directory, plain(config), resume)
+            directory: _manifest(study, directory, plain(config), resume, current)
             for directory, config in configs.items()
         }
 
@@ -156,7 +165,13 @@ def find(directories: Iterable[Path]) -> list[Store]:
     return found
 
 
-def _manifest(study: str, directory: Path, config: dict[str, Any], resume: bool) -> dict[str, Any]:
+def _manifest(
+    study: str,
+    directory: Path,
+    config: Config,
+    resume: bool,
+    current: Callable[[Config], Config],
+) -> dict[str, Any]:
     if not (directory / MANIFEST).exists():
         if directory.exists() and any(not path.match(".*") for path in directory.iterdir()):
             raise RecordError(
@@ -169,7 +184,7 @@ def _manifest(study: str, directory: Path, config: dict[str, Any], resume: bool)
             f"{directory} holds records of {there}, and this is {study}. Choose another --out; "
             "nothing was changed."
         )
-    if found := differences(manifest["config"], config):
+    if found := differences(current(manifest["config"]), config):
         raise RecordError(
             f"{directory} holds records of another configuration: {'; '.join(found)}. "
             "Choose another --out; nothing was changed."

