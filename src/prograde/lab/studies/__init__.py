@@ -17,6 +17,7 @@ STUDIES = {
     "links": "links.plan:Links",
     "kills": "kills.plan:Kills",
     "finetune": "finetune.plan:Finetune",
+    "finetune-methods": "finetune_methods.plan:FinetuneMethods",
 }
 
 

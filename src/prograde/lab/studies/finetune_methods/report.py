@@ -1,43 +1,63 @@
-"""Tables and figure of docs/finetune.md from the records: `python benchmarks/finetune_page.py` writes them between the marks of the page."""
+"""The report of `prograde finetune-methods`, from records alone."""
 
-import io
 import statistics
-from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 
-from prograde.lab import figures, records
+from prograde.lab.measure.timing import ratio_quartiles
+from prograde.lab.report import Figure, Report, Section, Table
+from prograde.lab.report.figures import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, YELLOW
+from prograde.lab.report.words import made_on, megabytes, warning
+from prograde.lab.store import Store
+from prograde.lab.studies.finetune_methods.methods import CURVES, OURS, STEPS
 
-ROOT = Path(__file__).parents[1]
-PAGE, PICTURE = ROOT / "docs" / "finetune.md", ROOT / "docs" / "finetune.svg"
-BEGIN, END = "<!-- {}: begin, written by benchmarks/finetune_page.py -->", "<!-- {}: end -->"
-_COLOURS = {
-    "forward gradient, last norm, K = 32": "#D55E00",
-    "the same with all 2,878 examples": "#E69F00",
-    "MeZO, last norm, K = 32": "#CC79A7",
-    "backprop, last norm": "#56B4E9",
-    "backprop, all weights": "#0072B2",
-    "backprop, LoRA": "#000000",
-    "forward gradient, layers 12 to 28": "#009E73",
-    "MeZO (rank one), layers 12 to 28": "#7F3C8D",
-    "forward gradient, LOZO factors": "#8B6F47",
-}
+_INTRODUCTION = (
+    "Methods of fine-tuning SmolLM2-135M: what a step costs, and what a run of a minute reaches."
+)
+_TERMS = (
+    "The methods take turns, and a ratio is the median of the rounds' own ratios. The memory of each "
+    "is measured in a process of its own. XLA temp is what a step needs in addition to weights and "
+    "data. Figures of runs are the mean over seeds, with the least and the greatest."
+)
+_COLOURS = dict(
+    zip(
+        CURVES,
+        (ORANGE, YELLOW, PINK, SKY, BLUE, BLACK, GREEN, "#7F3C8D", "#8B6F47"),
+        strict=True,
+    )
+)
+FORWARD = "bare forward"
 
 
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+def report(stores: list[Store]) -> Report:
+    """Shows each part in a section."""
+    sections = {"steps": _steps, "curves": _curves}
+    return Report(
+        "Methods of fine-tuning",
+        _INTRODUCTION,
+        _TERMS,
+        [sections[store.config["part"]](store) for store in stores],
+    )
 
 
-def steps_table(record: dict[str, Any]) -> str:
-    inference = record["memory"]["inference"]["peak_rss"]
-    rows = [["inference", "1", "", f"{inference / 1e6:,.0f}", "1"]]
-    for name, ratio in record["over_forward"].items():
-        peak = record["memory"][name]["peak_rss"]
-        temp = f"{record['temp_bytes'][name] / 1e6:,.0f}"
-        rows.append([name, f"{ratio:.2f}", temp, f"{peak / 1e6:,.0f}", f"{peak / inference:.2f}"])
+def ratios(store: Store) -> dict[str, float]:
+    """Median ratios of a step: of each method to a forward pass, and of ours to the others."""
+    seconds = store.read("times")["seconds"]
+    ratio = lambda a, b: ratio_quartiles(seconds[a], seconds[b])["median"]  # noqa: E731
+    found = {name: ratio(name, FORWARD) for name in STEPS}
+    return found | {f"ours / {name}": ratio(OURS, name) for name in STEPS if name != OURS}
+
+
+def _steps(store: Store) -> Section:
+    memory, times, found = store.read("memory"), store.read("times"), ratios(store)
+    inference = memory["inference"]["peak_rss"]
+    rows = [["inference", "1", "", megabytes(inference), "1"]]
+    for name in STEPS:
+        peak = memory[name]["peak_rss"]
+        over = "" if peak is None else f"{peak / inference:.2f}"
+        temp = megabytes(times["temp_bytes"][name])
+        rows.append([name, f"{found[name]:.2f}", temp, megabytes(peak), over])
     columns = [
         "step on all weights, 4 × 64 tokens",
         "time over a forward pass",
@@ -45,105 +65,78 @@ def steps_table(record: dict[str, Any]) -> str:
         "peak RSS, MB",
         "over inference",
     ]
-    return markdown(columns, rows)
+    ours = memory[OURS]["peak_rss"] / inference
+    said = (
+        f"A step of one direction takes {found['ours / backprop']:.2f} of backprop's time, "
+        f"{found['ours / MeZO']:.2f} of MeZO's and {found['ours / MeZO, rank-one directions']:.2f} "
+        f"of MeZO's with our rank-one directions, and {ours:.2f} of the memory of inference."
+    )
+    content = [Table("Time and memory of a step", columns, rows, 1), said]
+    content += [text for text in (warning(times.get("busy")),) if text]
+    return Section("steps", "What a step costs", content, made_on(store.manifest), store.manifest)
 
 
-def spread(values: list[float], form: str) -> str:
-    """Mean, and the least and the greatest."""
-    if len(values) == 1:
-        return form.format(values[0]) + " (one run)"
-    return f"{form.format(statistics.mean(values))} ({form.format(min(values))} to {form.format(max(values))})"
+def _runs(store: Store) -> list[dict[str, Any]]:
+    """The runs, in the order of the methods and seeds."""
+    runs = [store.read(name) for name in store.names("runs")]
+    return sorted(runs, key=lambda run: (list(CURVES).index(run["method"]), run["seed"]))
 
 
-def curves_table(record: dict[str, Any]) -> str:
-    zero = record["zero_shot"].values()
+def _curves(store: Store) -> Section:
+    zero = [store.read(name) for name in store.names("zero-shot")]
+    runs = _runs(store)
     rows = []
     for title, key in (("zero-shot", "raw"), ("label bias repaired", "calibrated")):
-        found = [z[key] for z in zero]
-        figures_ = [[f[name] for f in found] for name in ("accuracy", "loss", "auc")]
-        rows.append([title, "", "", *_figures(figures_)])
-    for method in record["config"]["methods"]:
-        runs = [run for run in record["runs"] if run["method"] == method]
-        if not runs:
+        rows.append([title, "", "", *_figures([figures[key] for figures in zero])])
+    for method in CURVES:
+        mine = [run for run in runs if run["method"] == method]
+        if not mine:
             continue
-        last = [run["curve"][-1] for run in runs]
-        figures_ = [[point[name] for point in last] for name in ("accuracy", "loss", "auc")]
-        steps = spread([point["step"] for point in last], "{:.0f}").split(" (")[0]
-        seconds = spread([point["seconds"] for point in last], "{:.0f}").split(" (")[0]
-        rows.append([f"{method} ({runs[0]['trained']:,})", steps, seconds, *_figures(figures_)])
-    return markdown(
-        ["method (numbers trained)", "steps", "seconds", "test accuracy, %", "loss", "AUC"], rows
+        last = [run["curve"][-1] for run in mine]
+        steps, seconds = (
+            f"{statistics.mean(point[name] for point in last):.0f}" for name in ("step", "seconds")
+        )
+        rows.append([f"{method} ({mine[0]['trained']:,})", steps, seconds, *_figures(last)])
+    columns = ["method (numbers trained)", "steps", "seconds", "test accuracy, %", "loss", "AUC"]
+    picture = Figure(
+        "curves",
+        "Training loss and held-out accuracy against time",
+        lambda canvas: draw(runs, {str(i): figures for i, figures in enumerate(zero)}, canvas),
     )
+    content = [Table("What the methods reach", columns, rows, 1), picture]
+    return Section("curves", "What a run reaches", content, made_on(store.manifest), store.manifest)
 
 
-def _figures(found: list[list[float]]) -> list[str]:
-    accuracy, loss, auc = found
+def _figures(points: list[dict[str, Any]]) -> list[str]:
     return [
-        spread([100 * x for x in accuracy], "{:.1f}"),
-        spread(loss, "{:.3f}"),
-        spread(auc, "{:.3f}"),
+        _spread([100 * point["accuracy"] for point in points], ".1f"),
+        _spread([point["loss"] for point in points], ".3f"),
+        _spread([point["auc"] for point in points], ".3f"),
     ]
 
 
-def draw(record: dict[str, Any]) -> str:
-    """Training loss and held-out accuracy against the seconds of steps."""
-    with rc_context(figures._RC):
-        fig = Figure(figsize=(9, 4.2), layout="constrained")
-        left, right = fig.subplots(1, 2)
-        for run in record["runs"]:
-            colour = _COLOURS[run["method"]]
-            label = run["method"] if run["seed"] == 0 else None
-            seconds = [point["seconds"] for point in run["curve"]]
-            left.plot(
-                seconds,
-                [p["train_loss"] for p in run["curve"]],
-                color=colour,
-                label=label,
-                linewidth=1,
-                marker=".",
-            )
-            start = record["zero_shot"][str(run["seed"])]["calibrated"]["accuracy"]
-            held_out = [(0.1, start)] + [
-                (p["seconds"], p["accuracy"]) for p in run["curve"] if "accuracy" in p
-            ]
-            right.plot(
-                [s for s, _ in held_out],
-                [100 * a for _, a in held_out],
-                color=colour,
-                linewidth=1,
-                marker=".",
-            )
-        left.set(xscale="log", xlabel="seconds of steps", ylabel="training loss")
-        right.set(xscale="log", xlabel="seconds of steps", ylabel="held-out accuracy, %")
-        fig.legend(
-            *left.get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=3,
-            frameon=False,
-            fontsize=8,
-        )
-        buffer = io.StringIO()
-        fig.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+def _spread(values: list[float], form: str) -> str:
+    """The mean, and the least and the greatest."""
+    if len(values) == 1:
+        return f"{values[0]:{form}} (one run)"
+    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def between(page: str, name: str, content: str) -> str:
-    begin, end = BEGIN.format(name), END.format(name)
-    head, rest = page.split(begin)
-    return f"{head}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
-
-
-def written(page: str) -> str:
-    """The page with what the records say."""
-    page = between(
-        page, "steps", steps_table(records.read_json(ROOT / "records" / "finetune-steps.json"))
-    )
-    return between(
-        page, "curves", curves_table(records.read_json(ROOT / "records" / "finetune-curves.json"))
-    )
-
-
-if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text()))
-    PICTURE.write_text(draw(records.read_json(ROOT / "records" / "finetune-curves.json")))
+def draw(runs: list[dict[str, Any]], zero: dict[str, Any], canvas: Canvas) -> None:
+    """Draws training loss and held-out accuracy against the seconds of steps."""
+    canvas.set_size_inches(9, 4.2)
+    left, right = canvas.subplots(1, 2)
+    for run in runs:
+        colour = _COLOURS[run["method"]]
+        label = run["method"] if run["seed"] == 0 else None
+        curve, style = run["curve"], {"color": colour, "linewidth": 1, "marker": "."}
+        seconds = [point["seconds"] for point in curve]
+        left.plot(seconds, [point["train_loss"] for point in curve], label=label, **style)
+        tested = [point for point in curve if "accuracy" in point]
+        start = zero[str(run["seed"])]["calibrated"]["accuracy"]
+        accuracy = [100 * a for a in (start, *(point["accuracy"] for point in tested))]
+        right.plot([0.1, *(point["seconds"] for point in tested)], accuracy, **style)
+    left.set(xscale="log", xlabel="seconds of steps", ylabel="training loss")
+    right.set(xscale="log", xlabel="seconds of steps", ylabel="held-out accuracy, %")
+    handles, labels = left.get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
