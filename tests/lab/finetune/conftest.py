@@ -24,7 +24,7 @@ WORDS = {"no": "n", "yes": "y"}
 def _rows(count=32):
     """Different texts with the labels no and yes in turn."""
     rng = np.random.default_rng(0)
-    pools = ("rain mud grey cold storm".split(), "sun warm blue clear mild".split())
+    pools = (["rain", "mud", "grey", "cold", "storm"], ["sun", "warm", "blue", "clear", "mild"])
     return [
         (" ".join(rng.choice(pools[i % 2], 3)) + f" {i}", ("no", "yes")[i % 2])
         for i in range(count)

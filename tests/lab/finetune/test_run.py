@@ -1,534 +1,479 @@
-"""Fine-tuning from files to files: what is trained, what is refused, and that stopped, replayed and uninterrupted runs are the same."""
+"""Runs from files to files: stopped, replayed and uninterrupted runs are the same.
 
-import csv
+Which rows reach which step, which parameters are kept, and what is said before and after.
+"""
+
 import dataclasses
 import io
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from prograde.lab.finetune import ESTIMATORS, TRAIN, Plan, Tuning, calibration, figures_of
-from prograde.lab.finetune_run import Job
 from rich.console import Console
 
 import prograde as pg
 from prograde import lm
-from prograde.lab import finetune_report, finetune_run, records, texts
+from prograde.lab.commands.report import report_of
 from prograde.lab.data import DataError
 from prograde.lab.display import Display
+from prograde.lab.report import page, terminal
+from prograde.lab.store import RecordError, Store, claim
+from prograde.lab.studies.finetune import examples, search, steps
+from prograde.lab.studies.finetune import run as running
+from prograde.lab.studies.finetune.plan import Data, Finetune, Model, Plan
+from prograde.lab.studies.finetune.replaying import replay
+from prograde.lab.studies.finetune.tuning import Tuning
+from prograde.lab.study import UsageError
 
-TINY = lm.Architecture(
-    vocab_size=256, width=32, num_layers=3, num_heads=4, num_kv_heads=2, hidden=48
-)
-WORDS = {"no": "n", "yes": "y"}
-ROWS = [
-    ("it rains and rains", "no"),
-    ("the sun is out", "yes"),
-    ("mud", "no"),
-    ("a blue sky all day long", "yes"),
-] * 8
 TOKENS = tuple(lm.byte_tokenizer().token_to_id(letter) for letter in "ny")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return lm.Decoder.create(jax.random.key(1), TINY)
+def stop_at(monkeypatch, step, method="apply"):
+    """Presses Ctrl-C before a step."""
+    real = getattr(Tuning, method)
+
+    def stopping(self, now, *rest, **named):
+        if now == step:
+            raise KeyboardInterrupt
+        return real(self, now, *rest, **named)
+
+    monkeypatch.setattr(Tuning, method, stopping)
 
 
-@pytest.fixture(scope="module")
-def directory(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    lm.save(path, model, lm.byte_tokenizer())
-    return path
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "weather.csv"
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *ROWS])
-    return path
-
-
-@pytest.fixture(scope="module")
-def examples():
-    return texts.examples(ROWS, WORDS, BYTES, "{text} =>", 24, first_token=True)
-
-
-BYTES = lm.byte_tokenizer()
-
-
-def copied(model):
-    return jax.tree.map(jnp.array, model)
-
-
-def plan_of(examples, **settings):
-    return Plan(
-        label_tokens=tuple(int(i) for i in examples.label_tokens), batch_size=8, steps=6, **settings
-    )
-
-
-def trained(plan, model, examples, steps=6):
-    tuning = Tuning(plan, copied(model))
-    data = tuning.prepare(examples)
-    for step, rows in enumerate(tuning.order(len(examples), 0, steps)):
-        batch = tuple(x[rows] for x in data)
-        if tuning.update is not None:
-            tuning.apply(step, tuning.derivatives(step, batch)[1])
-        else:
-            tuning.step(step, batch)
-    return tuning, data
-
-
-def quiet():
-    return Display(Console(file=io.StringIO()))
-
-
-PARTS = {
-    "norm": {},
-    "norms": {"layers": (1, 3)},
-    "attention": {"layers": (1, 2)},
-    "matrices": {"layers": (0, 2)},
-    "all": {},
-    "lora": {"layers": (1, 3)},
-    "readout": {"layers": (2, 3)},
-    "subspace": {"layers": (0, 3), "refresh": 2},
-}
-
-
-def test_every_choice_is_tested():
-    assert PARTS.keys() == TRAIN.keys()
-
-
-@pytest.mark.parametrize("train", PARTS)
-def test_only_what_is_trained_changes(train, model, examples):
-    tuning, _ = trained(
-        plan_of(examples, train=train, rate=0.01, tangents=2, **PARTS[train]), model, examples
-    )
-    after = tuning.model
-    assert np.isfinite(float(jnp.sum(after.norm)))
-    changed = set()
-    before = model.joined().segments[0]
-    # products are merged, and segments joined, to compare them with the model as it was
-    whole = after.segments
-    first = 0
-    for blocks in whole:
-        for field in dataclasses.fields(blocks):
-            value, old = getattr(blocks, field.name), getattr(before, field.name)
-            if old is None:
-                continue
-            if isinstance(value, lm.LowRankUpdate):
-                value = value.base + value.down @ value.up
-            differs = np.asarray(
-                jnp.any(
-                    value != old[first : first + blocks.count], axis=tuple(range(1, value.ndim))
-                )
-            )
-            changed |= {(field.name, first + int(i)) for i in np.flatnonzero(differs)}
-        first += blocks.count
-    changed |= {("last norm", 0)} if bool(jnp.any(after.norm != model.norm)) else set()
-    changed |= {("embedding", 0)} if bool(jnp.any(after.embedding != model.embedding)) else set()
-    matrices = ("query", "key", "value", "output", "gate", "up", "down")
-    norms = ("attention_norm", "feed_norm")
-    layers = range(*PARTS[train].get("layers", (0, 3)))
-    wanted = {
-        "norm": {("last norm", 0)},
-        "norms": {("last norm", 0)} | {(n, i) for n in norms for i in layers},
-        "attention": {(n, i) for n in matrices[:4] for i in layers},
-        "matrices": {(n, i) for n in matrices for i in layers},
-        "all": {("last norm", 0), ("embedding", 0)}
-        | {(n, i) for n in matrices + norms for i in layers},
-        "lora": {(n, i) for n in matrices for i in layers},
-        "readout": {("last norm", 0)} | {(n, i) for n in ("output", "down") for i in layers},
-        "subspace": {(n, i) for n in matrices for i in layers},
-    }[train]
-    assert changed == wanted
-
-
-@pytest.mark.parametrize("train", ["norm", "norms", "readout", "lora"])
-def test_states_before_the_trained_layers_change_nothing(train, model, examples):
-    plan = plan_of(examples, train=train, **({"layers": (1, 3)} if train != "norm" else {}))
-    tuning = Tuning(plan, model)
-    data = tuning.prepare(examples)
-    assert tuning.prefix
-    found = tuning.logits(data)
-    wanted = [
-        model.logits(model(jnp.asarray(t[v])[None])[:, -1], np.asarray(TOKENS))[0]
-        for t, v in zip(examples.tokens, examples.valid, strict=True)
-    ]
-    if train in ("lora", "readout"):  # their products are zero at first
-        assert not any(bool(jnp.any(b.down.down @ b.down.up)) for b in tuning.model.segments[1:])
-    np.testing.assert_allclose(found, np.asarray(wanted), rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_estimators_agree_on_the_gradient_to_their_noise(estimator, model, examples):
-    """With one number trained in each direction there is nothing left to chance: the projection on the gradient is right."""
-    plan = plan_of(
-        examples,
-        train="norm",
-        estimator=estimator,
-        tangents=1 if "back" in estimator or "ch" in estimator else 64,
-    )
-    tuning = Tuning(plan, model)
-    data = tuple(x[:8] for x in tuning.prepare(examples))
-    fun = tuning._fun(tuning.frozen)
-    grads = jax.grad(lambda p: jnp.mean(fun(p, *data)))(tuning.state.params).norm
-    found = tuning.estimator.estimate(fun, jax.random.key(0), None, tuning.state.params, *data)
-    cosine = (
-        jnp.vdot(found.grads.norm, grads)
-        / jnp.linalg.norm(found.grads.norm)
-        / jnp.linalg.norm(grads)
-    )
-    # 64 tangents for 32 numbers: a random vector has a cosine above 0.7 with a probability of 1e-6
-    assert cosine > (0.999 if estimator in ("backprop", "checkpointed") else 0.7)
-
-
-def test_lozo_merges_and_redraws(model, examples):
-    plan = plan_of(
-        examples, train="subspace", layers=(0, 3), refresh=2, rate=0.1, rank=2, optimizer="momentum"
-    )
-    tuning, data = trained(plan, model, examples, steps=2)
-    before, logits = jax.tree.map(np.array, tuning.model.segments[0].gate), tuning.logits(data)
-    rows = next(iter(tuning.order(len(examples), 2, 1)))
-    derivatives = jnp.zeros((1, 1, 1))
-    tuning.apply(2, derivatives)
-    after = tuning.model.segments[0].gate
-    assert not jnp.any(after.down)
-    assert bool(jnp.any(after.up != before.up))
-    np.testing.assert_allclose(after.base, before.base + before.down @ before.up, atol=1e-6)
-    np.testing.assert_allclose(tuning.logits(data), logits, atol=1e-5)
-    assert len(rows) == 8
-
-
-def test_readout_directions_are_those_in_which_labels_differ(model, examples):
-    tuning = Tuning(plan_of(examples, train="readout", layers=(2, 3)), model)
-    up = np.asarray(tuning.model.segments[-1].down.up[0])
-    difference = np.asarray(model.embedding[TOKENS[1]] - model.embedding[TOKENS[0]])
-    assert up.shape == (1, 32)
-    assert abs(float(up[0] @ difference) / np.linalg.norm(difference)) == pytest.approx(1, abs=1e-5)
-
-
-def test_next_token_loss_is_that_of_all_logits(model):
-    tokens = np.random.default_rng(0).integers(0, 256, (3, 9)).astype(np.int32)
-    tuning = Tuning(Plan(train="norms", batch_size=3), model)
-    data = tuning.prepare(texts.Windows(tokens, ()))
-    figures = tuning.evaluate(data)
-    logits = model.logits(model(jnp.asarray(tokens[:, :-1])))
-    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1)
-    assert figures["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
-    assert figures["accuracy"] == pytest.approx(float((logits.argmax(-1) == tokens[:, 1:]).mean()))
-
-
-def test_auc_is_the_share_of_pairs_in_order():
-    rng = np.random.default_rng(0)
-    margin, labels = rng.integers(0, 5, 40).astype(float), rng.integers(0, 2, 40)
-    pairs = margin[labels == 1][:, None] - margin[labels == 0][None]
-    wanted = (pairs > 0).mean() + (pairs == 0).mean() / 2
-    assert figures_of(np.stack([0 * margin, margin], 1), labels)["auc"] == pytest.approx(wanted)
-
-
-def test_calibration_finds_the_least_loss_and_leaves_the_auc():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 400)
-    logits = np.stack([np.zeros(400), labels + rng.normal(size=400) + 3.0], 1).astype(np.float32)
-    offsets = calibration(logits, labels)
-    at = lambda delta: figures_of(logits + np.asarray(offsets) + [0, delta], labels)
-    assert at(0)["loss"] < min(at(0.05)["loss"], at(-0.05)["loss"])
-    assert at(0)["auc"] == figures_of(logits, labels)["auc"]
-    assert sum(offsets) == pytest.approx(0, abs=1e-5)
-
-
-def job_of(directory, table, **settings):
-    given = {
-        "template": "{text} =>",
-        "labels": WORDS,
-        "first_token": True,
-        "held_out": 8,
-        "max_length": 24,
-    }
-    given |= {"keep_last": True}
-    return Job(str(directory), table, **(given | settings))
+def without_times(points):
+    return [{k: v for k, v in p.items() if k not in ("seconds", "rss")} for p in points]
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "options"),
     [
-        {"train": "norm", "tangents": 4},
-        {"train": "subspace", "refresh": 2},
-        {"train": "norm", "estimator": "backprop"},
+        ({"train": "norm", "tangents": 4}, {"keep_last": False}),
+        ({"train": "subspace", "refresh": 2}, {}),
+        ({"train": "norm", "estimator": "backprop"}, {"keep_last": False}),
     ],
 )
-def test_a_stopped_run_goes_on_to_the_same_bits(settings, directory, table, tmp_path, monkeypatch):
-    plan = Plan(batch_size=8, steps=12, rate=0.01, **settings)
-    finetune_run.run(job_of(directory, table), plan, tmp_path / "whole", False, quiet())
-    monkeypatch.setattr(finetune_run, "POINTS", 4)
-    stop_at = [7]
-    real = Tuning.apply if settings.get("estimator") != "backprop" else Tuning.step
-
-    def stopping(self, step, *rest, **named):
-        if step == stop_at[0]:
-            raise KeyboardInterrupt
-        return real(self, step, *rest, **named)
-
-    monkeypatch.setattr(Tuning, real.__name__, stopping)
-    with pytest.raises(KeyboardInterrupt):
-        finetune_run.run(job_of(directory, table), plan, tmp_path / "stopped", False, quiet())
-    stop_at[0] = -1
-    with pytest.raises(records.RecordError, match="--resume"):
-        finetune_run.run(job_of(directory, table), plan, tmp_path / "stopped", False, quiet())
-    finetune_run.run(job_of(directory, table), plan, tmp_path / "stopped", True, quiet())
-    last = [
-        records.read_lines(tmp_path / name / finetune_run.CURVE)[-1]
-        for name in ("whole", "stopped")
-    ]
-    assert last[0]["loss"] == last[1]["loss"]
-    if settings.get("estimator") != "backprop":
-        logs = [
-            pg.replay.ReplayLog.open(tmp_path / name / finetune_run.LOG)
-            for name in ("whole", "stopped")
-        ]
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    settings, options, study_of, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(running, "POINTS", 4)
+    study = study_of({"steps": 12, **settings}, **options)
+    whole = run(study, tmp_path / "whole")
+    backward = settings.get("estimator") == "backprop"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, "step" if backward else "apply")
+        with pytest.raises(KeyboardInterrupt):
+            run(study, tmp_path / "stopped")
+    with pytest.raises(RecordError, match="--resume"):
+        run(study, tmp_path / "stopped")
+    stopped = run(study, tmp_path / "stopped", resume=True)
+    found, wanted = (without_times(s.read_lines("curve")) for s in (stopped, whole))
+    assert found == wanted
+    assert [point["step"] for point in found] == [0, 3, 6, 9, 12]
+    if not backward:
+        logs = [pg.replay.ReplayLog.open(s.path("replay.log")) for s in (whole, stopped)]
         assert logs[0].digest(12) == logs[1].digest(12)
-    again = records.read_json(tmp_path / "whole" / finetune_run.SUMMARY)
-    assert again["before"] != again["after"]
+    assert whole.read("summary")["before"] != whole.read("summary")["after"]
+    again = run(study, tmp_path / "stopped", resume=True)  # nothing is left to do
+    assert again.read_lines("curve") == stopped.read_lines("curve")
 
 
-@pytest.mark.parametrize("train", ["norm", "matrices", "lora", "subspace"])
-def test_replay_makes_the_same_bits_without_the_data(train, directory, table, tmp_path):
-    plan = Plan(train=train, batch_size=8, steps=9, rate=0.01, refresh=4)
-    kept = {}
-    finetune_run.run(job_of(directory, table), plan, tmp_path / "run", False, quiet())
-    log = tmp_path / "run" / finetune_run.LOG
-    finetune_run.replay(str(directory), log, tmp_path / "out", None, quiet())
+@pytest.mark.parametrize(
+    "train",
+    [
+        "norm",
+        pytest.param("matrices", marks=pytest.mark.long),
+        pytest.param("lora", marks=pytest.mark.long),
+        "subspace",
+    ],
+)
+def test_replay_makes_the_same_bits_without_the_data(
+    train, study_of, run, directory, display, tmp_path
+):
+    study = study_of({"train": train, "steps": 9, "refresh": 4})
+    store = run(study, tmp_path / "run")
+    log, summary = store.path("replay.log"), store.read("summary")
+    replay(str(directory), log, tmp_path / "out", None, display)
     model, _ = lm.load(directory)
-    after, _ = lm.load(tmp_path / "out")
+    after, tokenizer = lm.load(tmp_path / "out")
     assert pg.replay.fingerprint(after) != pg.replay.fingerprint(model)
-    summary = records.read_json(tmp_path / "run" / finetune_run.SUMMARY)
     # the replayed weights answer as the run's last ones did
-    job = job_of(directory, table)
-    tokenizer = lm.byte_tokenizer()
-    held_out = finetune_run.read(job, 0, tokenizer).held_out
-    fresh = Tuning(
-        Plan(train="norm", label_tokens=TOKENS, offsets=tuple(summary["label_offsets"])), after
-    )
+    offsets = tuple(summary["label_offsets"])
+    plan = Plan(train="norm", batch_size=8, label_tokens=TOKENS, offsets=offsets)
+    fresh = Tuning(plan, after)
+    held_out = examples.read(study.resolved().data, 0, tokenizer).held_out
     found = fresh.evaluate(fresh.prepare(held_out))
     assert found["loss"] == pytest.approx(summary["final"]["loss"], rel=1e-5)
-    # and the same log gives the same bits
-    finetune_run.replay(str(directory), log, tmp_path / "again.safetensors", None, quiet())
-    assert (tmp_path / "again.safetensors").read_bytes() == (
-        tmp_path / "out" / "model.safetensors"
-    ).read_bytes()
-    finetune_run.replay(str(directory), log, tmp_path / "none", 0, quiet())
+    # the same log gives the same bits
+    replay(str(directory), log, tmp_path / "again.safetensors", None, display)
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again.safetensors").read_bytes() == weights
+    replay(str(directory), log, tmp_path / "none", 0, display)
     kept = lm.load(tmp_path / "none")[0]
     np.testing.assert_array_equal(kept.segments[0].gate, model.segments[0].gate)
 
 
-def test_what_is_kept_is_the_least_validation_loss(directory, table, tmp_path, monkeypatch):
-    """A rate that is too large makes it worse after a while; what comes out, and what a replay gives, is from before."""
-    job = job_of(directory, table, keep_last=False)
-    plan = Plan(train="norm", batch_size=8, steps=200, rate=0.3, decay=False)
-    run, stopped = tmp_path / "run", tmp_path / "stopped"
-    finetune_run.run(job, plan, run, False, quiet())
-    summary, curve = (
-        records.read_json(run / finetune_run.SUMMARY),
-        records.read_lines(run / finetune_run.CURVE),
+def test_validation_and_held_out_rows_reach_no_step(study_of, run, tmp_path, monkeypatch):
+    """Steps, trials and repeats see training rows; points see held-out and validation rows."""
+    seen = {"steps": set(), "evaluated": []}
+    derivatives, evaluate = Tuning.derivatives, Tuning.evaluate
+    rows_of = lambda data: {x.tobytes() for x in np.asarray(data[0])}
+
+    def watched(self, step, batch):
+        seen["steps"] |= rows_of(batch)
+        return derivatives(self, step, batch)
+
+    def watched_evaluate(self, data):
+        seen["evaluated"].append(frozenset(rows_of(data)))
+        return evaluate(self, data)
+
+    monkeypatch.setattr(Tuning, "derivatives", watched)
+    monkeypatch.setattr(Tuning, "evaluate", watched_evaluate)
+    study = study_of(
+        {"train": "norm", "steps": 30, "rate": None}, keep_last=False, rates="search", repeats=1
     )
+    store = run(study, tmp_path / "run")
+    monkeypatch.setattr(Tuning, "evaluate", evaluate)
+    plan = dataclasses.replace(study.resolved().plan, label_tokens=TOKENS)
+    model, tokenizer = lm.load(study.model.model)
+    tuning = Tuning(plan, model)
+    data = examples.read(study.resolved().data, 0, tokenizer)
+    parts = steps.Parts.split(tuning.prepare(data.train), tuning.prepare(data.held_out), 4)
+    assert store.read("summary")["examples"] == {"training": 20, "validation": 4, "held_out": 8}
+    train, validation, held_out = map(rows_of, (parts.train, parts.validation, parts.held_out))
+    assert (len(train), len(validation), len(held_out)) == (20, 4, 8)
+    assert len(train | validation | held_out) == 32
+    assert seen["steps"] == train  # all of them, and nothing else
+    assert set(seen["evaluated"]) == {frozenset(validation), frozenset(held_out)}
+    # the search looks at the validation part alone: before its first point only zero-shot figures
+    # are taken on held-out rows
+    trials = len(search.FACTORS) * 5 * 2
+    assert seen["evaluated"][: 1 + trials].count(frozenset(held_out)) == 1
+
+
+def test_texts_in_both_tables_are_not_trained_on(rows, study_of, run, tmp_path):
+    other = tmp_path / "other.csv"
+    other.write_text("text,label\n" + "".join(f"{t},{label}\n" for t, label in rows[:6]))
+    study = study_of({"train": "norm", "steps": 2}, {"held_out_data": other, "held_out": None})
+    summary = run(study, tmp_path / "run").read("summary")
+    assert summary["examples"] == {"training": 26, "validation": 0, "held_out": 6}
+
+
+POINTS = [9.0, 5.0, 4.0, 6.0, 7.0, 4.0, 8.0, 9.0, 8.0, 7.0, 6.0]
+
+
+@pytest.mark.parametrize(("patience", "ends"), [(1, 3), (2, 4), (3, 5), (5, 7), (6, 8), (99, None)])
+def test_a_run_ends_when_patience_has_run_out(patience, ends, monkeypatch):
+    """The best point is the third; as many points without a better one end the run."""
+    monkeypatch.setattr(steps, "PATIENCE", patience)
+    task = steps.Steps(None, steps.Parts((), (np.zeros(1),), ()))
+    points = [{"step": i, "validation_loss": loss} for i, loss in enumerate(POINTS)]
+    over = [task.over(points[: i + 1]) for i in range(len(points))]
+    assert (over.index(True) if True in over else None) == ends
+    assert task.kept(points) is points[2]
+    points[4]["validation_loss"] = float("nan")  # is never the best
+    assert task.kept(points) is points[2]
+    assert steps.Steps(None, steps.Parts((), None, ())).kept(points) is points[-1]
+    assert not steps.Steps(None, steps.Parts((), None, ())).over(points)
+
+
+def test_patience_is_six_of_twenty_points():
+    assert (steps.PATIENCE, steps.POINTS) == (6, 20)
+
+
+def test_what_is_kept_is_the_least_validation_loss(
+    study_of, run, directory, display, tmp_path, monkeypatch
+):
+    """A rate that is too large makes it worse; what is kept, and replayed, is from before."""
+    plan = {"train": "norm", "tangents": 1, "steps": 200, "rate": 0.3, "constant_rate": True}
+    study = study_of(plan, keep_last=False)
+    store = run(study, tmp_path / "run")
+    summary, curve = store.read("summary"), store.read_lines("curve")
     losses = [point["validation_loss"] for point in curve]
-    assert summary["final"] == curve[int(np.argmin(losses))]
-    assert len(curve) - 1 - int(np.argmin(losses)) == 6  # and it ended there
-    finetune_run.replay(str(directory), run, tmp_path / "out", None, quiet())
+    best = int(np.argmin(losses))
+    assert summary["final"] == curve[best]
+    assert best < len(curve) - 1
+    replay(str(directory), tmp_path / "run", tmp_path / "out", None, display)
     after, tokenizer = lm.load(tmp_path / "out")
-    fresh = Tuning(
-        Plan(train="norm", label_tokens=TOKENS, offsets=tuple(summary["label_offsets"])), after
-    )
-    found = fresh.evaluate(fresh.prepare(finetune_run.read(job, 0, tokenizer).held_out))
+    offsets = tuple(summary["label_offsets"])
+    fresh = Tuning(Plan(train="norm", batch_size=8, label_tokens=TOKENS, offsets=offsets), after)
+    held_out = examples.read(study.resolved().data, 0, tokenizer).held_out
+    found = fresh.evaluate(fresh.prepare(held_out))
     assert found["loss"] == pytest.approx(summary["final"]["loss"], rel=1e-5)
 
-    real, stop_at = Tuning.apply, curve[-1]["step"] - 3
 
-    def stopping(self, step, *rest):
-        if step == stop_at:
+@pytest.mark.parametrize(
+    ("losses", "wanted"),
+    [
+        ([3.0, 2.0, 1.0, 4.0], 0.03),
+        ([3.0, None, float("nan"), 2.9], 0.09),
+        ([1.0, 1.0, 1.0, 1.0], 0.01 / 3),
+        ([None] * 4, 0.01 / 30),
+    ],
+)
+def test_the_rate_of_least_validation_loss_is_taken(losses, wanted):
+    rates = [0.01 / 3, 0.01, 0.03, 0.09]
+    trials = [{"rate": r, "loss": x} for r, x in zip(rates, losses, strict=True)]
+    assert search.best_rate(trials, 0.03) == pytest.approx(wanted)
+
+
+def test_a_search_is_recorded_and_continued(study_of, run, tmp_path, monkeypatch):
+    study = study_of({"train": "norm", "steps": 8, "rate": None}, keep_last=False)
+    store = run(study, tmp_path / "run")
+    found = store.read("rates")
+    rates = [trial["rate"] for trial in found["trials"]]
+    assert rates == [0.00333, 0.01, 0.03, 0.09]
+    assert found["steps"] == 8
+    assert found["seed"] == 1_000_000
+    assert store.read("summary")["rate"] == search.best_rate(found["trials"], 0.03)
+    header = pg.replay.ReplayLog.open(store.path("replay.log")).header
+    assert header["config"]["plan"]["rate"] == store.read("summary")["rate"]
+    # stopped after two trials, it goes on to the same record
+    begun = {"n": 0}
+    real = search.begin_again
+
+    def stopping(*arguments):
+        begun["n"] += 1
+        if begun["n"] == 3:
             raise KeyboardInterrupt
-        return real(self, step, *rest)
+        return real(*arguments)
 
-    monkeypatch.setattr(Tuning, "apply", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        finetune_run.run(job, plan, stopped, False, quiet())
-    monkeypatch.setattr(Tuning, "apply", real)
-    finetune_run.run(job, plan, stopped, True, quiet())
-    again = records.read_json(stopped / finetune_run.SUMMARY)
-    assert again["after"] == summary["after"]
-    assert again["final"]["step"] == summary["final"]["step"]
-    finetune_run.run(job, plan, stopped, True, quiet())  # of a run that ended nothing changes
-    assert records.read_json(stopped / finetune_run.SUMMARY)["after"] == summary["after"]
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "begin_again", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(study, tmp_path / "stopped")
+    assert len(Store(tmp_path / "stopped").read("rates")["trials"]) == 2
+    assert run(study, tmp_path / "stopped", resume=True).read("rates") == found
 
 
-def test_replay_refuses_what_does_not_fit(directory, table, tmp_path):
-    finetune_run.run(
-        job_of(directory, table),
-        Plan(train="norm", batch_size=8, steps=3),
-        tmp_path / "run",
-        False,
-        quiet(),
-    )
-    log = tmp_path / "run" / finetune_run.LOG
-    other = tmp_path / "other"
-    lm.save(other, lm.Decoder.create(jax.random.key(2), TINY), lm.byte_tokenizer())
-    with pytest.raises(pg.replay.LogError, match="fingerprint"):
-        finetune_run.replay(str(other), log, tmp_path / "out", None, quiet())
-    with pytest.raises(pg.replay.LogError, match="holds 3"):
-        finetune_run.replay(str(directory), log, tmp_path / "out", 4, quiet())
-    with pytest.raises(pg.replay.LogError, match="exists"):
-        finetune_run.replay(str(directory), log, other, None, quiet())
+def test_a_rate_is_given_or_searched_or_the_default(study_of, run, tmp_path):
+    for options, searched in (({"rates": "default"}, False), ({"keep_last": True}, False)):
+        study = study_of(
+            {"train": "norm", "steps": 2, "rate": None}, **{"keep_last": False, **options}
+        )
+        store = run(study, tmp_path / f"{options}")
+        assert ("rates" in store) == searched
+        assert store.read("summary")["rate"] == 0.03
+    study = study_of({"train": "norm", "steps": 2, "rate": 0.1}, rates="search")
+    with pytest.raises(UsageError, match="--rates search"):
+        study.configs()
+
+
+def test_further_seeds_have_the_same_split_and_start(study_of, run, tmp_path):
+    study = study_of({"train": "norm", "steps": 6}, repeats=2)
+    store = run(study, tmp_path / "run")
+    repeats = store.read("repeats")
+    assert [run["seed"] for run in repeats] == [1, 2]
+    final = store.read("summary")["final"]
+    assert len({final["loss"], *(run["loss"] for run in repeats)}) == 3
+    text = said(report_of([store]))
+    assert "The seed is 0." in text
+    values = [final["loss"], *(run["loss"] for run in repeats)]
+    assert f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" in text
+    assert "standard error of the accuracy" in text
+
+
+def said(report):
+    """What a terminal shows of a report."""
+    console = Console(file=io.StringIO(), width=200)
+    terminal.print_report(report, console)
+    return console.file.getvalue()
+
+
+def test_examples_that_changed_are_shown_first(study_of, run, tmp_path):
+    plan = {"train": "all", "estimator": "backprop", "steps": 30, "rate": 0.01}
+    store = run(study_of(plan, {"held_out": 16}), tmp_path / "run")
+    summary = store.read("summary")
+    changed = [
+        np.argmax(a) != np.argmax(b)
+        for a, b in zip(summary["before"], summary["after"], strict=True)
+    ]
+    assert len(changed) == 8
+    counts = summary["changed"]
+    assert counts["examples"] == 16
+    assert 0 < counts["all"] == counts["to_right"] + counts["to_wrong"]
+    assert changed == [True] * min(8, counts["all"]) + [False] * max(0, 8 - counts["all"])
+    assert f"{counts['all']} of 16 answers changed" in said(report_of([store]))
+
+
+def test_data_is_never_markup(rows, directory, run, tmp_path):
+    """Brackets and control characters in texts, labels and paths are shown as they are."""
+    path = tmp_path / "we[/b]ather\x1b[31m.csv"
+    evil = [(f"[/b]{text} \x1b[31m\x1b]0;x\x07", f"[{label}]") for text, label in rows]
+    path.write_text("text,label\n" + "".join(f"{t},{label}\n" for t, label in evil))
+    data = Data(data=path, labels=("[no]=n", "[yes]=y"), held_out=8, max_length=60)
+    study = Finetune(
+        Model(str(directory)), data, Plan(train="norm", batch_size=8, steps=2, rate=0.1),
+        keep_last=True, repeats=0,
+    )  # fmt: skip
+    store = run(study, tmp_path / "run")
+    text = said(report_of([store]))
+    assert not {"\x1b", "\x07"} & set(text)
+    assert all(shown in text for shown in ("[/b]", "[no]", "\\x1b[31m"))
+    html = page.write(report_of([store]), tmp_path / "report.html").read_text()
+    assert "[/b]" in html
+    console = Console(file=io.StringIO(), force_terminal=False)
+    broken = tmp_path / "broken.csv"
+    broken.write_text("text,label\n" + "".join(f"{t},[/b]\x1b[31m\n" for t, _ in evil))
+    with pytest.raises(DataError) as error:
+        dataclasses.replace(study, data=dataclasses.replace(data, data=broken)).configs()
+    terminal.say(console, str(error.value))
+    assert "\x1b" not in console.file.getvalue()
+
+
+def test_replay_refuses_what_does_not_fit(study_of, run, directory, display, tmp_path):
+    store = run(study_of({"train": "norm", "steps": 3}), tmp_path / "run")
+    log, other = store.path("replay.log"), tmp_path / "other"
+    architecture = lm.load(directory)[0].architecture
+    lm.save(other, lm.Decoder.create(jax.random.key(2), architecture), lm.byte_tokenizer())
+    altered = tmp_path / "altered.log"
     content = bytearray(log.read_bytes())
     content[len(content) // 2] ^= 1
-    (tmp_path / "altered.log").write_bytes(content)
-    with pytest.raises(pg.replay.LogError):
-        finetune_run.replay(
-            str(directory), tmp_path / "altered.log", tmp_path / "out", None, quiet()
-        )
-    assert not (tmp_path / "out").exists()
+    altered.write_bytes(content)
+    out = tmp_path / "out"
+    for base, path, where, count, message in (
+        (other, log, out, None, "fingerprint"),
+        (directory, log, out, 4, "holds 3"),
+        (directory, log, other, None, "exists"),
+        (directory, log, tmp_path / "tuned.pt", None, "safetensors"),
+        (directory, altered, out, None, "altered"),
+        (tmp_path / "none", log, out, None, "does not exist"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            replay(str(base), path, where, count, display)
+        assert where.exists() == (where == other)
 
 
-def test_a_version_that_may_draw_otherwise_is_refused(directory, table, tmp_path, monkeypatch):
-    finetune_run.run(
-        job_of(directory, table),
-        Plan(train="norm", batch_size=8, steps=3),
-        tmp_path / "run",
-        False,
-        quiet(),
-    )
+def test_a_version_that_may_draw_otherwise_is_refused(
+    study_of, run, directory, display, tmp_path, monkeypatch
+):
+    store = run(study_of({"train": "norm", "steps": 3}), tmp_path / "run")
     monkeypatch.setattr(pg, "__version__", "99.0")
-    with pytest.raises(pg.replay.LogError, match=r"99\.0"):
-        finetune_run.replay(
-            str(directory), tmp_path / "run" / finetune_run.LOG, tmp_path / "out", None, quiet()
-        )
+    with pytest.raises(UsageError, match=r"99\.0"):
+        replay(str(directory), store.path("replay.log"), tmp_path / "out", None, display)
 
 
-def test_the_log_of_a_fine_tune_is_small(directory, table, tmp_path):
-    plan = Plan(train="norm", batch_size=8, steps=1000)
-    finetune_run.run(job_of(directory, table), plan, tmp_path / "run", False, quiet())
-    assert (tmp_path / "run" / finetune_run.LOG).stat().st_size <= 10_240
+def test_the_log_is_as_large_as_it_was_said(study_of, run, tmp_path):
+    study = study_of({"train": "norm", "steps": 1000, "tangents": 1})
+    console = Console(file=io.StringIO(), width=300)
+    configs = study.configs()
+    claim("finetune", {tmp_path / "run": configs["."]}, False)
+    study.run({".": Store(tmp_path / "run")}, Display(console))
+    told = re.search(r"The log takes about ([\d.]+)\s(\w+)\.", console.file.getvalue())
+    size = (tmp_path / "run" / "replay.log").stat().st_size
+    assert size <= 16_000
+    assert float(told[1]) * {"kB": 1e3, "MB": 1e6, "B": 1}[told[2]] == pytest.approx(size, rel=0.5)
+    assert "computed once, in about" in console.file.getvalue()
 
 
-def test_too_little_memory_is_said_before_anything_is_run(directory, table, tmp_path):
-    job = job_of(directory, table, memory_limit=0.001)
-    with pytest.raises(finetune_run.MemoryLimitError, match="--batch-size"):
-        finetune_run.run(
-            job, Plan(train="norm", batch_size=8, steps=3), tmp_path / "run", False, quiet()
-        )
-    assert not (tmp_path / "run" / finetune_run.LOG).exists()
+def test_too_little_memory_is_said_before_anything_is_run(study_of, run, tmp_path):
+    with pytest.raises(running.MemoryLimitError, match="--batch-size"):
+        run(study_of({"train": "norm", "steps": 3}, memory_limit=0.001), tmp_path / "run")
+    assert not (tmp_path / "run" / "replay.log").exists()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_its_records(directory, table, tmp_path):
-    plan = Plan(train="norm", optimizer="sgd", batch_size=8, steps=40, rate=3e38, decay=False)
-    with pytest.raises(finetune_run.DivergedError, match="--rate"):
-        finetune_run.run(job_of(directory, table), plan, tmp_path / "run", False, quiet())
-    assert records.read_lines(tmp_path / "run" / finetune_run.CURVE)[0]["step"] == 0
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_its_records(study_of, run, tmp_path):
+    plan = {"train": "norm", "optimizer": "sgd", "steps": 40, "rate": 3e38, "constant_rate": True}
+    with pytest.raises(running.DivergedError, match="--rate"):
+        run(study_of(plan), tmp_path / "run")
+    assert Store(tmp_path / "run").read_lines("curve")[0]["step"] == 0
 
 
-def test_plain_text_is_learned(directory, tmp_path):
+def test_plain_text_is_learned(directory, run, tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("abcdefghij" * 80)
-    job = Job(str(directory), path, max_length=10, held_out=4, calibrate=False)
+    data = Data(data=path, max_length=10, held_out=4)
     plan = Plan(train="all", estimator="backprop", batch_size=8, steps=60, rate=0.01)
-    finetune_run.run(job, plan, tmp_path / "run", False, quiet())
-    curve = records.read_lines(tmp_path / "run" / finetune_run.CURVE)
+    store = run(Finetune(Model(str(directory)), data, plan), tmp_path / "run")
+    curve = store.read_lines("curve")
     assert curve[-1]["loss"] < curve[0]["loss"] / 2
-    again, _ = lm.load(finetune_run.exported(tmp_path / "run"))
-    assert again.architecture.num_layers == 3
-    page = finetune_report.build(tmp_path / "run").read_text()
-    assert "perplexity" in page
+    assert lm.load(store.path("model"))[0].architecture.num_layers == 3
+    assert "perplexity" in said(report_of([store]))
 
 
 @pytest.mark.parametrize(
     ("content", "settings", "message"),
     [
-        ("text,label\n", {}, "no examples"),
         ("text,label\na,no\nb,no\n", {}, "Two labels"),
         ("text,label\na,no\nb,maybe\n", {}, "'maybe'"),
-        ("words,label\na,no\nb,yes\n", {}, "'words'"),
-        (
-            "text,label\n" + "a,no\nb,yes\n" * 8,
-            {"labels": {"no": "never", "yes": "y"}, "first_token": False},
-            "--first-token",
-        ),
-        ("text,label\n" + "a,no\nb,yes\n" * 8, {"labels": {"no": "n", "yes": "no"}}, "same token"),
-        ("text,label\n" + "a,no\nb,yes\n" * 8, {"template": "no place"}, "{text}"),
-        ("text,label\n" + "a,no\nb,yes\n" * 8, {"max_length": 3}, "--max-length"),
+        ("text,label\n" + "a,no\nb,yes\n" * 8, {"labels": ("no=never", "yes=y")}, "5 tokens"),
+        ("text,label\n" + "a,no\nb,yes\n" * 8, {"labels": ("no=n", "yes=n")}, "same token"),
+        ("text,label\na,no\nb,yes\n", {"template": "no place"}, r"\{text\}"),
+        ("text,label\na,no\nb,yes\n", {"held_out": 0}, "--held-out 0"),
+        ("text,label\na,no\nb,yes\n", {"labels": ("no", "yes=y")}, "LABEL="),
     ],
 )
-def test_bad_tables_are_refused(content, settings, message, directory, tmp_path):
+def test_bad_data_are_refused_before_anything_is_claimed(
+    content, settings, message, study_of, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(lm, "load", None)  # the model is not read
     path = tmp_path / "bad.csv"
     path.write_text(content)
-    job = job_of(directory, path, **settings)
-    with pytest.raises(DataError, match=message.replace("{", r"\{")):
-        finetune_run.read(job, 0, lm.byte_tokenizer())
+    with pytest.raises((DataError, UsageError), match=message):
+        study_of({"train": "norm", "steps": 3}, {"data": path, **settings}).configs()
 
 
-def test_long_texts_are_cut_and_counted(directory, tmp_path):
-    path = tmp_path / "long.jsonl"
-    rows = [
-        {"text": "x" * 50 if i < 3 else "short", "label": ("no", "yes")[i % 2]} for i in range(8)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    job = job_of(directory, path, held_out=2)
-    data = finetune_run.read(job, 0, lm.byte_tokenizer())
-    assert sum(int(note.split(": ")[1].split(" of ")[0]) for note in data.notes) == 3
-    assert data.train.tokens.shape[1] <= 24
-    assert (data.train.tokens[:, -3:] == lm.byte_tokenizer().encode(" =>").ids).sum() in range(
-        0, 3 * 6 + 1
-    )
+@pytest.mark.parametrize(
+    ("plan", "options", "message"),
+    [
+        ({"groups": 3}, {}, "--groups 3 does not divide"),
+        ({"rate": -1.0}, {}, "--rate -1: a positive"),
+        ({"rate": float("nan")}, {}, "--rate nan"),
+        ({"minutes": 0.0}, {}, "--minutes 0"),
+        ({"tangents": 0}, {}, "--tangents 0: at least 1"),
+        ({"seed": -1}, {}, "--seed -1"),
+        ({"layers": "12"}, {}, "FIRST-LAST"),
+        ({"groups": 2, "estimator": "mezo"}, {}, "only weight has groups"),
+        ({"train": "all", "rate": None}, {"rates": "search"}, "--rates search needs"),
+        ({"train": "all"}, {"repeats": 2}, "--repeats 2 needs"),
+        ({}, {"memory_limit": 0.0}, "--memory-limit 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(plan, options, message, study_of):
+    with pytest.raises((UsageError, ValueError), match=message):
+        study_of(plan, **options).configs()
 
 
-def test_plans_say_what_is_wrong(model, examples):
-    for settings, message in (
-        ({"train": "nothing"}, "norm"),
-        ({"groups": 3, "batch_size": 8}, "divide"),
-        ({"rate": -1.0}, "positive"),
-        ({"tangents": 0}, "at least 1"),
+def test_missing_files_are_noticed_first(study_of, tmp_path):
+    study = study_of({"train": "norm"})
+    for changed, message in (
+        (dataclasses.replace(study, model=Model(str(tmp_path / "no"))), "no does not exist"),
+        (dataclasses.replace(study, data=Data(data=tmp_path / "a.csv")), "a.csv does not exist"),
+        (dataclasses.replace(study, data=Data(data=tmp_path)), "is no file"),
+        (Finetune(), "needs a model and examples"),
     ):
-        with pytest.raises(ValueError, match=message):
-            Plan(**settings)
-    with pytest.raises(ValueError, match="layers"):
-        Tuning(plan_of(examples, train="norms", layers=(2, 9)), model)
+        with pytest.raises((DataError, UsageError), match=message):
+            changed.configs()
+
+
+def test_what_is_fetched_is_said_first(study_of, monkeypatch, display):
+    """The first run with smollm2 says what it fetches, and how much."""
+    study = dataclasses.replace(study_of({"train": "norm"}), model=Model("smollm2"))
+
+    def missing(fetch=True):
+        assert "93 MB" in display.console.file.getvalue() or not fetch
+        raise lm.ModelError("not there")
+
+    monkeypatch.setattr(lm, "smollm2", missing)
+    study.configs()
+    with pytest.raises(UsageError, match="not there"):
+        running._read_examples(study, display)
+    assert "SmolLM2-135M-Instruct" in display.console.file.getvalue()
+
+
+def test_layers_that_are_not_there_are_refused(model, plan_of):
+    with pytest.raises(ValueError, match="0 to 2"):
+        Tuning(plan_of(train="norms", layers="2-8"), model)
     with pytest.raises(ValueError, match="readout"):
         Tuning(Plan(train="readout"), model)
-
-
-@pytest.mark.parametrize("train", ["norm", "lora", "readout"])
-def test_quantized_matrices_stay_quantized(train, examples):
-    gguf = pytest.importorskip("gguf")
-    model = lm.Decoder.create(jax.random.key(3), dataclasses.replace(TINY, width=32, hidden=64))
-
-    def quantized(stack):
-        data = [gguf.quantize(np.asarray(w.T), gguf.GGMLQuantizationType.Q8_0) for w in stack]
-        return lm.Quantized.from_gguf(np.stack(data), "Q8_0")
-
-    names = ("query", "key", "value", "output", "gate", "up", "down")
-    blocks = model.segments[0]
-    blocks = eqx.tree_at(
-        lambda b: [getattr(b, n) for n in names],
-        blocks,
-        [quantized(getattr(blocks, n)) for n in names],
-    )
-    model = eqx.tree_at(lambda m: m.segments[0], model, blocks)
-    tuning, data = trained(plan_of(examples, train=train, rate=0.01), model, examples)
-    assert np.isfinite(tuning.evaluate(data)["loss"])
-    kept = [x for x in jax.tree.leaves(tuning.model) if x.dtype == jnp.uint8]
-    assert sum(x.size for x in kept) == sum(
-        x.size for x in jax.tree.leaves(blocks) if x.dtype == jnp.uint8
-    )
-    for refused in ("matrices", "subspace"):
-        with pytest.raises(ValueError, match="quantized"):
-            Tuning(plan_of(examples, train=refused), model)
+    with pytest.raises(ValueError, match="all layers"):
+        Tuning(plan_of(train="all", layers="1-2"), model)
 
 
 def command(*words, **settings):
@@ -540,108 +485,60 @@ def command(*words, **settings):
     )
 
 
+OPTIONS = ["--template", "{text} =>", "--labels", "no=n", "yes=y", "--held-out", "8"]
+OPTIONS += ["--max-length", "24", "--batch-size", "8"]
+
+
+@pytest.mark.long
 def test_the_command_from_files_to_files(directory, table, tmp_path):
-    options = [
-        "--template",
-        "{text} =>",
-        "--labels",
-        "no=n",
-        "yes=y",
-        "--first-token",
-        "--held-out",
-        8,
-        "--max-length",
-        24,
-    ]
     out = tmp_path / "run"
-    done = command(
-        "finetune",
-        "--model",
-        directory,
-        "--data",
-        table,
-        *options,
-        "--steps",
-        30,
-        "--out",
-        out,
-        "--batch-size",
-        8,
-    )
+    given = ["finetune", "--model", directory, "--data", table, *OPTIONS]
+    done = command(*given, "--steps", 30, "--out", out)
     assert done.returncode == 0, done.stderr
     for words in (
         "Zero-shot",
         "label bias repaired",
         "Held-out examples",
         "Report:",
-        "prograde replay",
+        "rates tried",
     ):
         assert words in done.stdout
     assert "<svg" in (out / "report.html").read_text()
-    shown = command("inspect", out)
-    assert "30 steps" in shown.stdout
-    done = command("replay", directory, out, "-o", tmp_path / "tuned.safetensors")
+    assert "30 steps" in command("inspect", out).stdout
+    again = re.search(r"prograde (replay [^\n]*)", done.stdout)[1]
+    done = command(*shlex.split(again))  # the command that the report names
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "tuned.safetensors").exists()
-    done = command(
-        "finetune",
-        "--model",
-        directory,
-        "--data",
-        table,
-        *options,
-        "--train",
-        "readout",
-        "--layers",
-        "last-9",
-    )
+    assert lm.load(f"{out}-tuned")[0].architecture.num_layers == 3
+    done = command(*given, "--train", "readout", "--layers", "last-9")
     assert done.returncode == 2
-    assert "layers" in done.stderr
+    assert "--layers last-9" in done.stderr
     done = command("finetune", "--model", tmp_path / "none", "--data", table)
     assert done.returncode == 2
     assert "does not exist" in done.stderr
+    done = command("finetune", "--from", out)
+    assert done.returncode == 0, done.stderr
+    assert "Held-out figures" in done.stdout
 
 
+@pytest.mark.long
 def test_ctrl_c_keeps_the_run_and_says_how_to_go_on(directory, table, tmp_path):
     out = tmp_path / "run"
-    words = [
-        "--template",
-        "{text} =>",
-        "--labels",
-        "no=n",
-        "yes=y",
-        "--held-out",
-        "8",
-        "--max-length",
-        "24",
-        "--batch-size",
-        "8",
-    ]
-    words = [
-        "finetune",
-        "--model",
-        str(directory),
-        "--data",
-        str(table),
-        *words,
-        "--steps",
-        "100000",
-        "--out",
-        str(out),
-    ]
+    words = ["finetune", "--model", directory, "--data", table, *OPTIONS]
+    words += ["--steps", 100_000, "--rate", 0.01, "--out", out]
     process = subprocess.Popen(
-        [sys.executable, "-m", "prograde.lab.cli", *words],
+        [sys.executable, "-m", "prograde.lab.cli", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while not (out / finetune_run.LOG).exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while not (out / "replay.log").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "--resume" in errors
-    log = pg.replay.ReplayLog.open(out / finetune_run.LOG)
-    assert len(log) > 0
+    assert len(pg.replay.ReplayLog.open(out / "replay.log")) > 0
+    assert "--template '{text} =>' --labels no=n yes=y" in errors
+    assert json.loads((out / "manifest.json").read_text())["study"] == "finetune"

@@ -18,8 +18,8 @@ PARTS = ("steps", "curves")
 class FinetuneMethods(Study):
     """Compare methods of fine-tuning SmolLM2-135M: time and memory of a step, and what they reach.
 
-    - prograde finetune-methods steps: all weights, 4 x 64 tokens. The methods take turns; the memory
-      of each is measured in a process of its own
+    - prograde finetune-methods steps: all weights, 4 x 64 tokens. The methods take turns; the
+      memory of each is measured in a process of its own
     - prograde finetune-methods curves --data movie_snippets.tsv: sentiment of short snippets, 1,000
       training examples, the methods at given rates, three seeds
     """

@@ -16,9 +16,9 @@ _INTRODUCTION = (
     "Methods of fine-tuning SmolLM2-135M: what a step costs, and what a run of a minute reaches."
 )
 _TERMS = (
-    "The methods take turns, and a ratio is the median of the rounds' own ratios. The memory of each "
-    "is measured in a process of its own. XLA temp is what a step needs in addition to weights and "
-    "data. Figures of runs are the mean over seeds, with the least and the greatest."
+    "The methods take turns, and a ratio is the median of the rounds' own ratios. The memory of "
+    "each is measured in a process of its own. XLA temp is what a step needs in addition to "
+    "weights and data. Figures of runs are the mean over seeds, with the least and the greatest."
 )
 _COLOURS = dict(
     zip(
