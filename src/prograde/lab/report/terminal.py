@@ -29,7 +29,8 @@ def print_report(report: Report, console: Console) -> None:
             if isinstance(part, Table):
                 print_table(part, console)
             elif not isinstance(part, Figure):
-                console.print(Text(visible(part)))
+                for line in part.split("\n"):  # what is indented is a command, to be pasted
+                    console.print(Text(visible(line)), soft_wrap=line.startswith("    "))
         console.print()
 
 

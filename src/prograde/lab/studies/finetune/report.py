@@ -197,5 +197,5 @@ def _files(study: Finetune, store: Store, summary: dict[str, Any]) -> str:
         out = Path(f"{store.directory}-tuned")
         words = ["prograde", "replay", study.model.model, log, "--steps", kept, "-o", out]
         again = shlex.join(map(str, words))
-        return f"Log: {log}. The weights, wherever the model is: {again}"
+        return f"Log: {log}. The weights, wherever the model is:\n    {again}"
     return f"Weights: {exported}" if exported.exists() else ""

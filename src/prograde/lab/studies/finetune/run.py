@@ -178,8 +178,11 @@ def _before(
     logits = tuning.logits(parts.held_out)
     talk(f"Zero-shot: {in_words(summary['zero_shot'])}")
     if not study.no_calibration:
-        some = tuple(x[:_CALIBRATED_ON] for x in parts.train)
-        tuning.calibrate(calibration(tuning.logits(some), some[2]))
+        offsets = summary.get("label_offsets")  # of a run that is continued, on any machine
+        if offsets is None:
+            some = tuple(x[:_CALIBRATED_ON] for x in parts.train)
+            offsets = calibration(tuning.logits(some), some[2])
+        tuning.calibrate(tuple(offsets))
         summary["calibrated"] = figures_of(tuning.logits(parts.held_out), parts.held_out[2])
         talk(
             f"with its label bias repaired: {in_words(summary['calibrated'])}   "
