@@ -10,14 +10,14 @@ STUDIES = {
     "reproduce": "reproduce.plan:Reproduce",
     "compare": "compare.plan:Compare",
     "beyond": "beyond.plan:Beyond",
+    "finetune": "finetune.plan:Finetune",
     "bench": "bench.plan:Bench",
     "basics": "basics.plan:Basics",
     "bounds": "bounds.plan:Bounds",
     "replay-speed": "replay_speed.plan:ReplaySpeed",
+    "finetune-methods": "finetune_methods.plan:FinetuneMethods",
     "links": "links.plan:Links",
     "kills": "kills.plan:Kills",
-    "finetune": "finetune.plan:Finetune",
-    "finetune-methods": "finetune_methods.plan:FinetuneMethods",
 }
 
 
