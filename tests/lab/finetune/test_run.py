@@ -304,7 +304,7 @@ def test_examples_that_changed_are_shown_first(study_of, run, tmp_path):
 
 def test_data_is_never_markup(rows, directory, run, tmp_path):
     """Brackets and control characters in texts, labels and paths are shown as they are."""
-    path = tmp_path / "we[/b]ather\x1b[31m.csv"
+    path = tmp_path / "we[red]ather\x1b[31m.csv"
     evil = [(f"[/b]{text} \x1b[31m\x1b]0;x\x07", f"[{label}]") for text, label in rows]
     path.write_text("text,label\n" + "".join(f"{t},{label}\n" for t, label in evil))
     data = Data(data=path, labels=("[no]=n", "[yes]=y"), held_out=8, max_length=60)
@@ -348,6 +348,77 @@ def test_replay_refuses_what_does_not_fit(study_of, run, directory, display, tmp
         with pytest.raises(UsageError, match=message):
             replay(str(base), path, where, count, display)
         assert where.exists() == (where == other)
+
+
+def test_a_replay_of_less_than_all_must_be_asked_for(
+    study_of, run, directory, display, tmp_path, monkeypatch
+):
+    """A torn log, one of a run that was stopped, and the whole one."""
+    store = run(study_of({"train": "norm", "steps": 6}), tmp_path / "run")
+    log = store.path("replay.log")
+    whole = pg.replay.ReplayLog.open(log)
+    assert (len(whole), whole.planned, whole.finished) == (6, 6, True)
+    assert 6 in whole.fingerprints
+    torn = tmp_path / "torn.log"
+    torn.write_bytes(log.read_bytes()[:-90])
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="add --partial"):
+        replay(str(directory), torn, out, None, display)
+    assert not out.exists()
+    held = len(pg.replay.ReplayLog.open(torn, partial=True))
+    replay(str(directory), torn, out, None, display, partial=True)
+    replay(str(directory), log, tmp_path / "first", held, display)
+    assert weights(out) == weights(tmp_path / "first")
+    stop_at(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        run(study_of({"train": "norm", "steps": 6}), tmp_path / "stopped")
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match=r"of 6 planned steps.* --partial"):
+        replay(str(directory), tmp_path / "stopped", tmp_path / "no", None, display)
+
+
+def weights(directory):
+    return (directory / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("train", ["norm", pytest.param("subspace", marks=pytest.mark.long)])
+def test_a_replay_with_another_update_is_noticed(
+    train, study_of, run, directory, display, tmp_path, monkeypatch
+):
+    """The optimizer of the run is not that of the replay: the fingerprints differ."""
+    from prograde.lab.studies.finetune import tuning
+
+    store = run(study_of({"train": train, "steps": 3, "refresh": 2}), tmp_path / "run")
+    monkeypatch.setitem(tuning.OPTIMIZERS, "adam", tuning.OPTIMIZERS["sgd"])
+    with pytest.raises(UsageError, match="--no-verify"):
+        replay(str(directory), store.path("replay.log"), tmp_path / "out", None, display)
+    assert not (tmp_path / "out").exists()
+    other = tmp_path / "other"
+    replay(str(directory), store.path("replay.log"), other, None, display, verify=False)
+    assert other.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_inspect_says_what_is_lost(damage, study_of, run, tmp_path):
+    """5 bytes cut off, or a bit turned in the last block: exit status 1, and how many are whole."""
+    from prograde.lab.commands.inspect import Inspect
+
+    store = run(study_of({"train": "norm", "steps": 6}), tmp_path / "run")
+    log = store.path("replay.log")
+    shown = lambda: Console(file=io.StringIO(), width=200)
+    console, errors = shown(), shown()
+    assert Inspect(tmp_path / "run")(console, errors, ()) == 0
+    assert "6 steps of 6 planned; the run was over" in console.file.getvalue()
+    content = bytearray(log.read_bytes())
+    if damage == "cut":
+        content = content[:-5]
+    else:
+        content[-30] ^= 1
+    log.write_bytes(content)
+    console, errors = shown(), shown()
+    assert Inspect(log)(console, errors, ()) == 1
+    assert "of 6 planned" in console.file.getvalue()
+    assert str(log) in errors.file.getvalue()
 
 
 def test_a_version_that_may_draw_otherwise_is_refused(

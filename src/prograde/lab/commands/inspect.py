@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show what a replay log holds, and verify it."""
+    """Show what a replay log holds, and verify it. Ends with 1 if the log is damaged."""
 
     log: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LOG")]
     """A replay.log, or the directory of a run."""
@@ -29,16 +29,20 @@ class Inspect:
 
         path = self.log / "replay.log" if self.log.is_dir() else self.log
         try:
-            log = ReplayLog.open(path)
+            log = ReplayLog.open(path, partial=True)
         except LogError as error:
             raise UsageError(str(error)) from None
         header = {name: value for name, value in log.header.items() if name != "config"}
         for name, value in (header | log.header["config"]).items():
             say(console, f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
-        say(console, f"size: {path.stat().st_size:,} bytes, {len(log):,} steps")
+        planned = "" if log.planned is None else f" of {log.planned:,} planned"
+        over = "; the run was over" if log.finished else ""
+        say(console, f"size: {path.stat().st_size:,} bytes, {len(log):,} steps{planned}{over}")
         if len(log):
             print_table(steps_table(log), console)
-        return 0
+        if log.damage:
+            say(errors, f"prograde: {log.damage}")
+        return int(bool(log.damage))
 
 
 def steps_table(log: "ReplayLog") -> "Table":

@@ -25,6 +25,11 @@ class Replay:
     """Where the weights go: a directory that `transformers` loads, or the weights alone."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Replay only the first N steps. Default: the steps that the run kept, or the whole log."""
+    partial: bool = False
+    """Replay a log that is damaged, or of a run that is not over, up to where it is whole."""
+    no_verify: bool = False
+    """Do not compare the weights with the fingerprints in the log: on another machine, or with
+    other versions, they are the same to rounding only."""
 
     def __call__(self, console: "Console", errors: "Console", rest: tuple[str, ...]) -> int:
         """Loads, replays, saves."""
@@ -35,6 +40,8 @@ class Replay:
         with _needs("lm"):
             from prograde.lab.studies.finetune.replaying import replay
 
-            replay(self.base, self.log, self.out, self.steps, Display(console))
+            show = Display(console)
+            whole = not self.no_verify
+            replay(self.base, self.log, self.out, self.steps, show, self.partial, whole)
         say(console, f"Weights: {self.out}")
         return 0

@@ -265,19 +265,24 @@ def _train(
     task = Steps(tuning, parts, log, on_steps)
 
     def save(progress: loop.Progress, end: loop.End | None) -> None:
-        task.look(progress.points)
+        points = progress.points
+        task.look(points)
         if log is not None:
             log.flush()
+            if task.holds_fingerprints and tuning.thin and task.kept(points) is points[-1]:
+                log.record_parameters(tuning.changed)
         elif end is None or end.status != "diverged":
             state = {"state": tuning.state, "step": np.asarray(progress.step), "best": task.best}
             save_state(store.path(STATE), state)
-        store.write_lines("curve", progress.points)
+        store.write_lines("curve", points)
 
     with log if log is not None else contextlib.nullcontext():
         _continue(task, log, store, curve, progress, display)
         with display.stage("training", steps):
             display.reach(progress.step)
             end = loop.follow(task, steps, POINTS, progress, save, task.over)
+        if log is not None and task.holds_fingerprints and end.status != "diverged":
+            log.finish(tuning.changed)
     if end.status == "diverged":
         raise DivergedError(
             f"the loss at step {end.step + 1} is not finite. Try a smaller --rate than "
@@ -336,7 +341,9 @@ def _seconds(points: list[loop.Point], step: int) -> float:
 def _log(tuning: Tuning, path: Path, config: dict[str, Any]) -> pg.replay.ReplayLog:
     assert tuning.update is not None
     if not path.exists():
-        return pg.replay.ReplayLog.create(path, tuning.state.params, tuning.update, config)
+        return pg.replay.ReplayLog.create(
+            path, tuning.state.params, tuning.update, config, steps=tuning.plan.steps
+        )
     log = pg.replay.ReplayLog.open(path, append=True)
     found = differences(_same_run(log.header["config"]), _same_run(json.loads(json.dumps(config))))
     if found:

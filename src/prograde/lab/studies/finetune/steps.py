@@ -60,6 +60,11 @@ class Steps(loop.Task):
         self.best: PyTree | None = None
         self.since: list[float] = []  # losses since the last point, in an earlier process
 
+    @property
+    def holds_fingerprints(self) -> bool:
+        """Whether the log has a place for fingerprints of the parameters. Older ones have none."""
+        return self.log is not None and "optimizer" in self.log.header
+
     def steps(self, first: int, count: int) -> Float[np.ndarray, " count"]:
         """Takes steps. Returns early if a loss is not finite."""
         tuning, train = self.tuning, self.parts.train

@@ -139,6 +139,11 @@ class Tuning:
         whole = eqx.combine(self.state.params, self.frozen[0])
         return eqx.tree_at(lambda m: m.segments, whole, (*self.prefix, *whole.segments))
 
+    @property
+    def changed(self) -> PyTree:
+        """All arrays that steps change: a log holds their fingerprint."""
+        return self.state.params if self.thin else self.model
+
     # data
 
     def prepare(
