@@ -1,4 +1,4 @@
-"""README and docs: what they claim stands in the records, what they show runs, and everything is found."""
+"""README and docs: claims stand in the records, code runs, and every page and command is found."""
 
 import json
 import re
@@ -136,7 +136,7 @@ def test_readme_bytes_stand_in_their_record():
 
 
 def test_readme_runs_on_what_a_plain_install_brings():
-    """The blocks run in one process in which nothing that only an extra installs can be imported."""
+    """The blocks run in a process that can import nothing that only an extra installs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = {
         re.match(r"[\w-]+", requirement)[0].replace("-", "_")
@@ -162,7 +162,7 @@ def test_code_on_the_pages_runs(page):
 
 
 def targets(page):
-    """Relative links of a page, to pages and pictures, and whether each is a file of the project."""
+    """The files that a page links to: pages and pictures."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
@@ -217,7 +217,7 @@ def test_readme_fits_120_lines():
 
 @pytest.mark.parametrize("page", NARROW, ids=lambda page: page.name)
 def test_prose_fits_120_columns(page):
-    """Tables, code, and what is generated between marks may be wider; so may a link that stands alone."""
+    """Tables, code, pictures, and what is generated between marks may be wider."""
     marks = r"<!-- (\w+: begin|records:).*?<!-- (\w+: end|end of records) -->"
     text = re.sub(marks, "", page.read_text(), flags=re.S)
     text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)

@@ -1,4 +1,4 @@
-"""What holds for the project as a whole: layering, public names, and that everything in the docs runs."""
+"""What holds for the project as a whole: layers, public names, docstrings that run, versions."""
 
 import ast
 import doctest
