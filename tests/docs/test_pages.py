@@ -142,7 +142,7 @@ def test_readme_runs_on_what_a_plain_install_brings():
         re.match(r"[\w-]+", requirement)[0].replace("-", "_")
         for requirements in project["optional-dependencies"].values()
         for requirement in requirements
-    } - {"prograde", "scipy", "rich"}  # jax itself needs scipy, and quax needs rich
+    } - {"prograde", "scipy"}  # jax itself needs scipy
     assert "optax" in extras
     hidden = f"import sys; sys.modules.update(dict.fromkeys({sorted(extras)}))\n"
     code = hidden + "\n".join(python_blocks(README))

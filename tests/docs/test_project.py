@@ -36,9 +36,7 @@ def imports(path):
 
 
 def test_core_does_not_import_the_lab_or_models_or_what_only_they_need():
-    allowed = {"jax", "jaxtyping", "equinox", "quax", "numpy", "prograde"} | set(
-        sys.stdlib_module_names
-    )
+    allowed = {"jax", "jaxtyping", "equinox", "numpy", "prograde"} | set(sys.stdlib_module_names)
     for path in SOURCE.rglob("*.py"):
         if not {"lab", "lm"} & set(path.parts):
             framework = FRAMEWORKS.get(path.relative_to(SOURCE).as_posix(), set())

@@ -123,4 +123,4 @@ def test_the_manifest_says_what_a_number_depends_on(tmp_path):
         "xla_flags",
     }
     assert wanted <= set(environment)
-    assert {"jax", "jaxlib", "quax", "prograde", "python"} <= set(environment["versions"])
+    assert {"jax", "jaxlib", "equinox", "prograde", "python"} <= set(environment["versions"])

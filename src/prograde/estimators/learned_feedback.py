@@ -153,7 +153,7 @@ class LearnedFeedback(SiteEstimator):
         hidden = self.hidden(run)
         error = self._at_heads(program, floats, run, list(run.errors.values()), 0)
         cotangents = [
-            jnp.zeros_like(site.noise)
+            jnp.zeros_like(site.perturbation)
             if feedback is None
             else as_value(self._guess(site, feedback, error), site) / len(error)
             for site, feedback in zip(hidden, state.feedback, strict=True)
@@ -180,7 +180,7 @@ class LearnedFeedback(SiteEstimator):
             guess = None
             if feedback is not None:
                 guess = self._guess(site, feedback, error)
-                noise = by_example(site.noise, site, site.depth + 1).astype(feedback.dtype)
+                noise = by_example(site.perturbation, site, site.depth + 1).astype(feedback.dtype)
                 felt = noise * _gain(site)[..., None, :, :]
                 residual = residual - jnp.einsum(
                     "luo,lkbu->kbo", _flat_loops(feedback, 2), _flat_loops(felt, 3)
@@ -197,7 +197,7 @@ class LearnedFeedback(SiteEstimator):
         for site, feedback, guess in zip(hidden, state.feedback, guesses, strict=True):
             cotangent = None
             if feedback is not None:
-                noise = by_example(site.noise, site, site.depth + 1).astype(feedback.dtype)
+                noise = by_example(site.perturbation, site, site.depth + 1).astype(feedback.dtype)
                 felt = noise * _gain(site)[..., None, :, :]
                 correlation = (
                     jnp.einsum("kbo,...kbu->...uo", residual, felt) / residual[..., 0].size
@@ -246,11 +246,11 @@ class LearnedFeedback(SiteEstimator):
         heads = [records[i] for i, rank in ranks.items() if rank == 0]
         hidden = [site for site in sites(records) if not any(site is records[i] for i in ranks)]
         batch = program.batch or 1
-        outputs = sum(head.noise.size // batch for head in heads if isinstance(head, Site))
+        outputs = sum(head.perturbation.size // batch for head in heads if isinstance(head, Site))
         whole = lambda site: program.batch is not None and site.axis is None  # noqa: E731
-        units = lambda site: math.prod(site.noise.shape[site.depth :]) // batch  # noqa: E731
+        units = lambda site: math.prod(site.perturbation.shape[site.depth :]) // batch  # noqa: E731
         return [
-            None if whole(site) else (*site.noise.shape[: site.depth], units(site), outputs)
+            None if whole(site) else (*site.perturbation.shape[: site.depth], units(site), outputs)
             for site in hidden
         ]
 

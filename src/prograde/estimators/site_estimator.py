@@ -11,7 +11,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from prograde._inject import varying_like
-from prograde._sites import Program, Reach, Run, Site, collect, reach_of, sites, with_cotangents
+from prograde._sites import (
+    Program,
+    Reach,
+    Run,
+    Site,
+    collect,
+    reach_of,
+    sites,
+    tangent_axes,
+    with_cotangents,
+)
 from prograde._sites.records import Place, Record
 from prograde.kit import Estimate, Estimator, Loss, check_choice, check_whole, unpack, wide
 from prograde.tangents import Normal, Rademacher, threefry
@@ -127,7 +137,7 @@ class SiteEstimator(Estimator):
 
         # all tangents have the same records but for the noise, which gets an axis for them
         each = jax.eval_shape(one_tangent, jnp.asarray(0))
-        noise: Any = _noise_axes(each.records)
+        noise: Any = tangent_axes(each.records)
         axes: Any = Perturbed(*(None, None, 0, noise, None, 0))  # pyright: ignore
         return jax.vmap(one_tangent, out_axes=axes)(jnp.arange(self.num_tangents))
 
@@ -166,7 +176,9 @@ class SiteEstimator(Estimator):
         records = self.shapes(program, floats)
         origin = [*jax.tree.leaves(floats), *program.arrays]
         values = {
-            i: site.noise for i, site in enumerate(records) if i in exact and isinstance(site, Site)
+            i: site.perturbation
+            for i, site in enumerate(records)
+            if i in exact and isinstance(site, Site)
         }
         zeros = {
             i: varying_like(jnp.zeros(value.shape, value.dtype), *origin)
@@ -275,7 +287,7 @@ def weighted_noise(site: Site, weights: Array) -> Array:
 
     `weights` has the axes of the tangents, of loops and of the value, or size 1 in their place.
     """
-    noise = jnp.moveaxis(site.noise, site.depth, 0).astype(weights.dtype)
+    noise = jnp.moveaxis(site.perturbation, site.depth, 0).astype(weights.dtype)
     if site.scale is not None:  # divided twice, for a square may be too small
         noise = noise / site.scale / site.scale
     return jnp.mean(weights * noise, axis=0)
@@ -288,13 +300,6 @@ def _mean(losses: Sequence[Array]) -> Array:
     return total
 
 
-def _noise_axes(records: Sequence[Record]) -> Any:
-    """The `out_axes` of records under `vmap` over tangents."""
-    nothing = jax.tree.map(lambda _: None, tuple(records))
-    depths = [site.depth for site in sites(records)]
-    return with_cotangents(nothing, depths)  # pyright: ignore[reportArgumentType]
-
-
 def by_example(x: Array, site: Site, lead: int) -> Array:
     """A value of a site, after `lead` other axes, as [..., batch, units]."""
     if site.axis is None:
@@ -305,7 +310,7 @@ def by_example(x: Array, site: Site, lead: int) -> Array:
 
 def as_value(x: Array, site: Site) -> Array:
     """Undoes `by_example` for [*loops, batch, units]."""
-    shape = site.noise.shape[site.noise.ndim - site.ndim :]
+    shape = site.perturbation.shape[site.perturbation.ndim - site.ndim :]
     if site.axis is None:
         return x.reshape(*x.shape[: site.depth], *shape)
     rest = shape[: site.axis] + shape[site.axis + 1 :]

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
-from prograde._jaxprs import live_bytes
+from prograde._costs import live_bytes
 
 _CHUNK_BYTES = 2**28  # memory for the tangents of a chunk, unless the parameters take more
 

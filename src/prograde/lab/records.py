@@ -153,7 +153,7 @@ def environment() -> dict[str, Any]:
             "python": platform.python_version(),
             **{
                 name: metadata.version(name)
-                for name in ("prograde", "jax", "jaxlib", "equinox", "quax", "optax", "numpy")
+                for name in ("prograde", "jax", "jaxlib", "equinox", "optax", "numpy")
             },
         },
         "device": str(jax.devices()[0].device_kind),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from prograde._jaxprs import multiply_adds
+from prograde._costs import multiply_adds
 from prograde._structured import coordinate_tangent, count, directional_derivative, from_coordinates
 from prograde.kit import check_whole, float_leaves, tangents_at_once, wide
 from prograde.online._learner import OnlineLearner
