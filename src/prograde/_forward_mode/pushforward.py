@@ -27,8 +27,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 from jaxtyping import Array
 
-from prograde._custom_vjp import run_forward
 from prograde._costs import live_bytes
+from prograde._custom_vjp import run_forward
 
 MAX_INPUTS = 20_000
 _CHUNK_BYTES = 2**28  # of intermediate values, that all tangents of a chunk may take together
