@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
@@ -125,12 +124,12 @@ class CentralDifference(SeededEstimator):
         run = self._runs(Loss(fun, params, args, has_aux), key)
         count = share.of_tangents(self.num_tangents)
 
-        def one_tangent(index):
-            value, aux, _, numbers = run(index)
-            return value, aux, numbers
+        def one_tangent(_, indices):
+            value, aux, _, numbers = run(indices[0])
+            return None, None, jax.tree.map(lambda x: x[None], (value, aux, numbers))
 
-        indices = share.tangent * count + jnp.arange(count, dtype=jnp.int32)
-        value, aux, numbers = lax.map(one_tangent, indices)
+        _, _, found = in_chunks(one_tangent, None, count, 1, share.tangent * count)
+        value, aux, numbers = found
         return jnp.mean(value), unpack(jax.tree.map(lambda x: x[-1], aux)), numbers[:, None]
 
     def gradient(self, key, params, derivatives):

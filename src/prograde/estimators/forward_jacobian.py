@@ -22,7 +22,8 @@ class ForwardJacobian(Estimator):
     **Arguments:**
 
     - `chunk`: the number of tangents, of all n, that run through the function together. `None`
-      takes as many as fit into the memory of the parameters, or into 256 MiB where that is more.
+      chooses as `WeightPerturbation` does. A loop that saves its outputs for a loss that follows
+      holds them for each tangent: put the loss into the loop where you can.
     - `custom_vjp`: as in `WeightPerturbation`.
 
     **Bias and variance:** none.

@@ -23,7 +23,16 @@ from prograde._sites import (
     with_cotangents,
 )
 from prograde._sites.records import Place, Record
-from prograde.kit import Estimate, Estimator, Loss, check_choice, check_whole, unpack, wide
+from prograde.kit import (
+    Estimate,
+    Estimator,
+    Loss,
+    check_choice,
+    check_whole,
+    unpack,
+    warn_of_tangents,
+    wide,
+)
 from prograde.tangents import Normal, Rademacher, threefry
 
 
@@ -189,7 +198,7 @@ class SiteEstimator(Estimator):
         return losses, pull(ones)[0], others
 
     def from_noise(self, site: Site, directional: Array) -> Array:
-        """1/(K B) sum_k d_k u_k, a site's cotangent of the mean loss; d is [num_tangents, batch]."""
+        """1/(K B) sum_k d_k u_k, a site's cotangent of the mean loss, for d [tangents, batch]."""
         weights = site.per_example(directional)
         weights = weights.reshape(len(weights), *(1,) * site.depth, *weights.shape[1:])
         return weighted_noise(site, weights) / directional.shape[1]
@@ -215,6 +224,7 @@ class SiteEstimator(Estimator):
         directional = sum(jnp.sum(d, axis=tuple(range(2, d.ndim))) for d in run.directional)
         assert isinstance(directional, jax.Array)  # there is a loss
         directional = directional if program.batch is not None else directional[:, 0]
+        warn_of_tangents(run.value, directional)
         return Estimate(run.value, unpack(run.aux), treedef.unflatten(grads), directional, state)
 
     def hidden(self, run: Perturbed) -> list[Site]:
