@@ -17,6 +17,8 @@ from prograde._measured import distance_of
 from prograde.diagnostics import Measured, diagnose
 from prograde.testing import assert_mean, required_samples
 
+pytestmark = pytest.mark.optimised
+
 LIMIT = NormalDist().inv_cdf(
     1 - 0.5e-6
 )  # standard errors that a right figure exceeds once in a million

@@ -15,6 +15,8 @@ from prograde.distributed import StartError, initialize
 from prograde.lab.launch import free_port
 from prograde.replay import ReplayLog
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_device_each():
