@@ -36,10 +36,18 @@ from prograde._measured import (
     squared_mean_of,
     variance_of,
 )
+from prograde._nonfinite import NonFinite, first_nonfinite
 from prograde.estimators import Backprop
 from prograde.kit import Estimator, Loss, check_key, check_positive, wide
 
-__all__ = ["Diagnosis", "LeafDiagnosis", "Measured", "diagnose"]
+__all__ = [
+    "Diagnosis",
+    "LeafDiagnosis",
+    "Measured",
+    "NonFinite",
+    "diagnose",
+    "first_nonfinite",
+]
 
 _LEAST_ESTIMATES = 8  # fewer give no useful standard errors
 _DETECTED = 4.0  # standard errors
