@@ -159,7 +159,7 @@ def warn_of_tangents(value: Array, derivatives: PyTree[Array]) -> None:
             f"the loss is finite, {float(value):.4g}, but {wrong} of {total} derivatives are not. "
             "Look for an infinite slope times zero, such as sqrt at 0, which forward mode makes "
             "NaN where reverse mode may not; for a rule that custom_vjp='inline' left aside; or "
-            "for an overflow of the dtype. jax.debug_nans(True) finds the operation.",
+            "for an overflow of the dtype. diagnostics.first_nonfinite names the operation.",
             RuntimeWarning,
             stacklevel=3,
         )
