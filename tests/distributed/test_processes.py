@@ -83,7 +83,7 @@ def test_a_worker_that_lost_everything_catches_up_from_the_log_of_another(undist
 
 
 def started(tmp_path, *workers):
-    """Processes with their own numbers, counts and options: the exit statuses and what they said."""
+    """Processes with numbers, counts and options of their own: exit statuses and outputs."""
     address = f"127.0.0.1:{free_port()}"
     processes = []
     for number, count, *options in workers:

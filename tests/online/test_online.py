@@ -1,4 +1,4 @@
-"""Online learners against backpropagation through time, which they replace, and against each other."""
+"""Online learners give what backpropagation through time gives, in every way they can be used."""
 
 import io
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ def assert_close(a, b, rtol):
 @pytest.mark.parametrize("batch", [(), (3,)], ids=["one stream", "three streams"])
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_rtrl_equals_backprop_through_time(key, batch, chunk):
-    """One stream takes the route over the Jacobian of the state, several take a tangent for each parameter."""
+    """One stream goes by the Jacobian of the state, several by a tangent for each parameter."""
     with jax.enable_x64(True):
         params, state, inputs, targets = problem(key, batch, dtype=jnp.float64)
         found, carry = sum_of_gradients(
@@ -167,7 +167,7 @@ def test_a_guess_by_truncated_backprop_is_the_gradient_of_the_past_window(key):
 
 @pytest.mark.parametrize("length", [1e-5, 1.0, 1e5])
 def test_a_projection_onto_a_guess_reaches_the_gradient_that_lies_in_its_span(key, length):
-    """A direction function that returns the true gradient of the window that comes, of any length, and rubbish: that gradient."""
+    """The directions are the true gradient of the coming window, of any length, and rubbish."""
     params, state, inputs, targets = problem(key)
     gradient = jax.grad(through_time)(params, state, inputs, targets)
     directions = lambda key, past: jax.tree.map(
@@ -194,7 +194,7 @@ def test_momentum_is_the_running_mean_of_the_estimates(key):
 
 @dataclass(frozen=True)
 class Online(pg.Estimator):
-    """The sum of a learner's gradients over a stream, as an estimator of the gradient of the sum of the losses."""
+    """The sum of a learner's gradients over a stream estimates that of the sum of the losses."""
 
     learner: pg.online.OnlineLearner
 
@@ -213,16 +213,17 @@ class Online(pg.Estimator):
     ids=["UORO", "UORO with 4 products", "DODGE"],
 )
 def test_unbiased(key, learner):
-    """The projection on the gradient to 5 %, and every coordinate; false-fail and false-pass rates 1e-6."""
+    """The projection on the gradient to 5 %, and each coordinate; error rates 1e-6 each."""
     params, state, inputs, targets = problem(key, units=2)
     arguments = (params, state, inputs[:5], targets[:5])
     assert_unbiased(Online(learner), through_time, jax.random.fold_in(key, 1), *arguments)
 
 
 def influence_balancing(units=23, positive=10):
-    """The task on which truncated backpropagation has the wrong sign (arXiv 1702.05043, section 5.1), and its exact gradient.
+    """The task on which truncated backprop has the wrong sign (arXiv 1702.05043, section 5.1).
 
-    s <- A s + theta (1, .., 1, -1, .., -1), A with 1/2 on the diagonal and above; loss (s_1 - 1)^2 / 2. At rest
+    s <- A s + theta (1, .., 1, -1, .., -1), with 1/2 on the diagonal of A and above. The loss is
+    (s_1 - 1)^2 / 2. At rest
     s_1 = 2 (positive - negative) theta.
     """
     a = 0.5 * (jnp.eye(units) + jnp.eye(units, k=1))
@@ -247,7 +248,7 @@ def test_influence_balancing_is_learned_where_truncated_backprop_has_the_wrong_s
     carry, _, losses = learn(online, optimizer, key, carry, optimizer.init(theta), stream, stream)
     assert float(jnp.mean(losses[-100:])) < 1e-2
     assert float(carry.params) == pytest.approx(1 / gain, abs=0.02)
-    # at rest with theta = 0.5 the loss falls where theta does, but ten steps back are not enough to see it
+    # at rest with theta = 0.5 the loss falls where theta does; ten steps back do not show it
     rest = lax.scan(lambda s, x: (cell(theta, s, x)[0], None), jnp.zeros(23), stream[:200])[0]
     truncated = jax.grad(
         lambda th: loss(lax.scan(lambda s, x: cell(th, s, x), rest, stream[:10])[1][-1], 0.0)
@@ -471,7 +472,7 @@ def test_bfloat16_cells_are_learned_in_bfloat16(key, learner):
 
 
 def test_uoro_forgets_with_the_state(key):
-    """After a reset no derivative goes back, and no noise of what there was before is left: the next gradient is the exact one."""
+    """After a reset no derivative and no noise goes back: the next gradient is exact."""
 
     def cell(params, state, x):
         following, output = gru(params, state, x)
@@ -531,3 +532,80 @@ def test_a_step_promotes_nothing(key, learner):
     params, state, inputs, targets = problem(key)
     carry = learner.init(params, state, inputs[0], targets[0])
     jax.eval_shape(learner.step, key, carry, inputs[0], targets[0])
+
+
+def test_a_memory_that_is_too_large_is_refused_before_it_is_allocated():
+    """2.4 million parameters and 4,096 states: 39 GB for RTRL, 10 MB for one product of UORO."""
+    cell = lambda w, s, x: (jnp.tanh(w[0] * s), s)
+    params, state = jnp.zeros((600, 4000)), jnp.zeros(4096)
+    with pytest.raises(
+        ValueError,
+        match=r"of RTRL for 2,400,000 parameters and a state of 4,096 numbers takes 39\.3 GB, and "
+        r"max_bytes=8589934592 allows 8\.6\. .*DODGE with K tangents, or UORO with K products",
+    ):
+        RTRL(cell, squared).init(params, state)
+    with pytest.raises(ValueError, match=r"of UORO .* takes 14\.4 GB.*lower it"):
+        UORO(cell, squared, num_products=1500).init(params, state)
+    with pytest.raises(ValueError, match=r"of DODGE .* takes 14\.4 GB.*lower num_tangents"):
+        DODGE(cell, squared, 5, pg.Normal(), num_tangents=1500).init(params, state)
+    small = dict(max_bytes=40_000)
+    RTRL(cell, squared, **small).init(jnp.zeros((5, 20)), jnp.zeros(100))
+    with pytest.raises(ValueError, match=r"takes 0\.0 GB, and max_bytes=39999"):
+        RTRL(cell, squared, max_bytes=39_999).init(jnp.zeros((5, 20)), jnp.zeros(100))
+    with pytest.raises(ValueError, match="max_bytes=0"):
+        RTRL(cell, squared, max_bytes=0).init(params, state)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [(UORO, RTRL), (RTRL, UORO), (RTRL, "DODGE"), ("DODGE", UORO), ("window", "DODGE")],
+    ids=str,
+)
+def test_a_carry_of_another_learner_is_refused(key, theirs, ours):
+    params, state, inputs, targets = problem(key)
+    make = {
+        RTRL: RTRL(gru, squared),
+        UORO: UORO(gru, squared),
+        "DODGE": DODGE(gru, squared, window=7, num_tangents=2),
+        "window": DODGE(gru, squared, window=7, directions=Momentum(), num_tangents=2),
+    }
+    carry = make[theirs].init(params, state, inputs[0], targets[0])
+    optimizer = optax.sgd(0.1)
+    message = rf"the carry is not one of this {type(make[ours]).__name__}: of its memory, its str"
+    with pytest.raises(ValueError, match=message):
+        make[ours].step(key, carry, inputs[0], targets[0])
+    with pytest.raises(ValueError, match=message):
+        learn(make[ours], optimizer, key, carry, optimizer.init(params), inputs, targets)
+
+
+def test_other_arguments_of_learning_are_refused_by_name(key):
+    params, state, inputs, targets = problem(key)
+    learner, optimizer = RTRL(gru, squared), optax.adam(0.1)
+    carry, opt_state = learner.init(params, state), optimizer.init(params)
+    more = DODGE(gru, squared, window=4, num_tangents=3).init(params, state)
+    with pytest.raises(ValueError, match=r"DODGE: of its memory, .*float32\[2, .*float32\[3, "):
+        DODGE(gru, squared, window=4, num_tangents=2).step(key, more, inputs[0], targets[0])
+    with pytest.raises(TypeError, match="carry is dict, but what init or the last step gave"):
+        learner.step(key, params, inputs[0], targets[0])  # pyright: ignore
+    call = lambda **changes: learn(
+        **{
+            "learner": learner,
+            "optimizer": optimizer,
+            "key": key,
+            "carry": carry,
+            "opt_state": opt_state,
+            "inputs": inputs,
+            "targets": targets,
+            **changes,
+        }
+    )
+    with pytest.raises(TypeError, match=r"an online learner is needed, such as RTRL\(cell, loss"):
+        call(learner=gru)
+    with pytest.raises(TypeError, match=r"such as optax.sgd\(0.1\)"):
+        call(optimizer=0.1)
+    with pytest.raises(TypeError, match="carry is tuple"):
+        call(carry=(params, state))
+    with pytest.raises(ValueError, match="opt_state is not that of the optimizer"):
+        call(opt_state=optax.sgd(0.1).init(params))
+    with pytest.raises(ValueError, match=r"opt_state is not .*float32\[15\] and is float32\[3\]"):
+        call(opt_state=optimizer.init(params | {"b": params["b"][:3]}))
