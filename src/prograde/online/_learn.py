@@ -94,7 +94,6 @@ def learn(
         >>> print(carry.params.round(2))
         0.7
     """
-    _check_arguments(learner, optimizer, carry, opt_state)
     check_key(key)
     lengths = {np.shape(x)[:1] for x in jax.tree.leaves((inputs, targets))}
     if len(lengths) != 1 or () in lengths:
@@ -106,6 +105,7 @@ def learn(
     (length,) = lengths.pop()
     if length == 0:
         raise ValueError("inputs and targets have no steps, but at least one is needed.")
+    _check_arguments(learner, optimizer, carry, opt_state)
     arguments = (learner, optimizer, key, carry, opt_state, inputs, targets)
     _, sound, after, opt_after, losses = _steps(*arguments, jnp.asarray(length, jnp.int32), False)
     if isinstance(sound, Tracer) or sound:
