@@ -249,11 +249,11 @@ def test_what_cannot_be_shared_is_refused_by_name(key, problem):
         Distributed(pg.WeightPerturbation(), mesh, data="workers", tangents="workers")
     with pytest.raises(TypeError, match="an estimator is needed"):
         Distributed("backprop", mesh)  # pyright: ignore
-    with pytest.raises(ValueError, match="num_tangents=6, but they are shared by 4 workers"):
+    with pytest.raises(ValueError, match="num_tangents=6, but 4 workers share them"):
         Distributed(pg.WeightPerturbation(num_tangents=6), mesh, tangents="workers").estimate(
             loss, key, None, params, x, y
         )
-    with pytest.raises(ValueError, match="num_groups=2, but the batch is cut among 4 workers"):
+    with pytest.raises(ValueError, match="num_groups=2, but 4 workers share the batch"):
         Distributed(pg.WeightPerturbation(num_groups=2), mesh, data="workers").estimate(
             loss, key, None, params, x, y
         )
