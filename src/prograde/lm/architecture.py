@@ -75,7 +75,9 @@ class Architecture:
         sizes = "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "hidden"
         for name in (*sizes, "context"):
             if type(value := getattr(self, name)) is not int or value < 1:
-                raise ModelError(f"{name}={value!r}, but a whole number of at least 1 is needed.")
+                raise ModelError(
+                    f"{name}={value!r}, but a whole number, an int, of at least 1 is needed."
+                )
         if self.head_size == 0:
             if self.width % self.num_heads:
                 raise ModelError(
