@@ -33,8 +33,7 @@ class Quantized(eqx.Module):
         >>> import numpy as np
         >>> from gguf import GGMLQuantizationType, quantize
         >>> from prograde.lm import Quantized
-        >>> w = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
-        >>> # w is [outputs, inputs], as in a file; the matrix is [inputs, outputs]
+        >>> w = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)  # 4 outputs
         >>> q = Quantized.from_gguf(quantize(w, GGMLQuantizationType.Q8_0), "Q8_0")
         >>> bool(abs(np.asarray(q.dense()) - w.T).max() < 0.02)
         True
