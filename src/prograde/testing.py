@@ -105,8 +105,8 @@ def assert_mean(
     deviations = samples.std(axis=0, ddof=1).reshape(-1)
     targets = np.broadcast_to(np.asarray(expected, np.float64), samples.shape[1:]).reshape(-1)
     false_fail = false_fail / means.size
-    limit = NormalDist().inv_cdf(1 - false_fail / 2)
     needed = required_samples(float(deviations.max()), effect, false_fail, false_pass)
+    limit = NormalDist().inv_cdf(1 - false_fail / 2)
     if len(samples) < needed:
         raise AssertionError(
             f"{len(samples)} samples cannot notice an error of {effect:g} at these rates: {needed} "

@@ -61,7 +61,9 @@ class CentralDifference(SeededEstimator):
     The weights of 1.5-SPSA depend on v, so that E[g] is a preconditioned gradient, whose size is
     not that of the gradient.
 
-    **Variance:** that of `WeightPerturbation`, plus that of rounding: about (eps |f| / h)^2 n.
+    **Variance:** that of `WeightPerturbation`, plus that of rounding: about (eps |f| / h)^2 n. In
+    few bits, weights much larger than h / eps are moved further than the others, and add to the
+    variance as if they were scaled: see `Scaled`.
 
     **Cost:** 2 K runs of the function (2 K + 1 for 1.5-SPSA), each on a moved copy of the
     parameters, and three draws of each tangent, which is drawn from the key each time and never

@@ -248,9 +248,9 @@ class WeightPerturbation(SeededEstimator):
         if self.combine == "projection":
             return 1.0
         num_tangents = self.num_tangents * self.num_groups
-        if self.combine == "mean":
-            return 1 / num_tangents
         sizes = [w.size for w in jax.tree.leaves(floats)]
+        if self.combine == "mean" or not any(sizes):
+            return 1 / num_tangents
         moments = jax.tree.leaves(self.tangents.second_moment_of_mean(floats, num_tangents))
         return sum(sizes) / sum(c * n for c, n in zip(moments, sizes, strict=True)) / num_tangents
 

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from prograde._custom_vjp import inline_custom_vjp
-from prograde._structured import Tangent, directional_derivative, is_structured
+from prograde._structured import Tangent, directional_derivative
 from prograde.kit._estimator import Estimate
 from prograde.kit._trees import checked_floats, pack, unpack, wide
 
@@ -110,15 +110,7 @@ class Loss:
         or [batch] where the loss is given per example. Outside of `jit` the function may branch on
         the values of arrays that have no tangent; structured tangents are then formed.
         """
-        along = lambda v: directional_derivative(self._of_floats, self.floats, v)  # noqa: E731
-        try:
-            value, directional, aux = along(tangents)
-        except jax.errors.ConcretizationTypeError:
-            leaves = jax.tree.leaves(tangents, is_leaf=is_structured)
-            if not any(map(is_structured, leaves)):
-                raise
-            dense = lambda v: v.dense() if is_structured(v) else v  # noqa: E731
-            value, directional, aux = along(jax.tree.map(dense, tangents, is_leaf=is_structured))
+        value, directional, aux = directional_derivative(self._of_floats, self.floats, tangents)
         return jnp.mean(value), wide(directional), aux
 
     def estimate(
