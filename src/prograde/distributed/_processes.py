@@ -122,8 +122,8 @@ def _check_first() -> None:
     if backends_are_initialized():
         raise StartError(
             "JAX has run something before initialize, or has counted its devices, and so knows "
-            "only those of this process. Call initialize first, before any array is made, and before "
-            "modules are imported that make some."
+            "only those of this process. Call initialize first, before any array is made, and "
+            "before modules are imported that make some."
         )
 
 

@@ -24,9 +24,9 @@ def checksums(params: PyTree) -> UInt32[Array, "leaves 2"]:
     """A checksum of the bits of each array of a tree.
 
     It is two sums, modulo 2^32, of the words of the array, mixed with their positions. Sums of
-    whole numbers do not depend on their order, so the checksum does not depend on how an array is laid
-    out over devices. Two arrays that differ in one bit have other checksums. Arrays that differ
-    otherwise have the same one with a probability of about 2^-64.
+    whole numbers do not depend on their order, so the checksum does not depend on how an array is
+    laid out over devices. Two arrays that differ in one bit have other checksums. Arrays that
+    differ otherwise have the same one with a probability of about 2^-64.
 
     **Arguments:**
 
