@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
-WIDE = {"compare", "distributed", "estimators", "finetune", "how_it_works", "links"}
+WIDE = {"compare"}
 NARROW = [page for page in PAGES if page.stem not in WIDE]
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
