@@ -42,8 +42,8 @@ class WeightPerturbation(SeededEstimator):
     - `tangents`: the distribution of v, such as `Normal()` or `LowRank(rank=1)`.
     - `num_tangents`: K, at least 1.
     - `chunk`: the number of tangents that run through the function together. `None` takes as many
-      as need no more memory than the parameters, or than the run without tangents (at least 32
-      MiB, at most 256 MiB), by a count of what is live at once. The result does not depend on it
+      as need no more memory than the parameters, or than 256 MiB where that is more, by a count of
+      what is live at once. The result does not depend on it
       (up to rounding). The memory does: it holds the activations of one layer for `chunk` tangents,
       and whatever else the function saves.
     - `combine`: how the K tangents, the columns of V, and d = V^T grad f make the estimate:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, PyTree
 
 from prograde._costs import live_bytes
 
-_CHUNK_BYTES = 2**25, 2**28  # least and most for a chunk, unless the parameters take more
+_CHUNK_BYTES = 2**28  # for a chunk, unless the parameters take more
 _UNCOUNTED = 16  # tangents of a chunk where memory cannot be counted
 
 
@@ -20,12 +20,12 @@ def tangents_at_once(
     fun: Callable[..., Any],
     params: PyTree[Array],
     along_all: Callable[..., Any],
+    least: int = _CHUNK_BYTES,
 ) -> int:
     """`chunk`, or the number of tangents that fit into memory together.
 
-    Without `chunk` they may take as much memory as the parameters, or as the run without tangents
-    takes for its intermediate results, but at least 32 MiB for these, and at most 256 MiB. It is 16
-    for a function that branches on the values of arrays, which cannot be traced to count.
+    Without `chunk` they may take as much memory as the parameters, or 256 MiB where that is more.
+    It is 16 for a function that branches on the values of arrays, which cannot be traced to count.
 
     **Arguments:**
 
@@ -34,11 +34,13 @@ def tangents_at_once(
     - `fun`, `params`: `fun(params)` is the run without tangents.
     - `along_all`: `along_all(indices)` is the run along tangents with these indices, an int32 array
       [K]. It is traced to count the bytes that are live at once, and not run.
+    - `least`: bytes that a chunk may always take. If it is less than 256 MiB, a chunk may take more
+      only as far as the run without tangents takes as much for its own intermediate results.
 
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from prograde.kit import tangents_at_once
-        >>> fun, params = jnp.sin, jnp.zeros(2**20)
+        >>> fun, params = jnp.sin, jnp.zeros(2**23)
         >>> along = jax.vmap(lambda i: jax.jvp(fun, (params,), (params + i,)))
         >>> tangents_at_once(None, 1000, fun, params, along) < 10
         True
@@ -51,8 +53,9 @@ def tangents_at_once(
         together = live_bytes(jax.make_jaxpr(along_all)(indices).jaxpr) - bare
     except jax.errors.ConcretizationTypeError:
         return min(_UNCOUNTED, num_tangents)
-    least, most = _CHUNK_BYTES
-    budget = max(min(max(bare, least), most), sum(w.nbytes for w in jax.tree.leaves(params)))
+    budget = max(
+        min(max(bare, least), _CHUNK_BYTES), sum(w.nbytes for w in jax.tree.leaves(params))
+    )
     return min(num_tangents, max(1, budget * num_tangents // max(1, together)))
 
 
