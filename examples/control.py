@@ -1,7 +1,8 @@
-"""A hopping robot learns to land on a target, through a simulation that ends when an event happens.
+"""A hopping robot learns to land on a target, through a simulation that ends at an event.
 
-The leg pushes for as long as it is compressed: a loop whose length depends on the spring. `jax.grad` refuses it. Forward mode
-differentiates it together with the moment at which the leg lets go, and finds the stiffness and the angle of the leg.
+The leg pushes while it is compressed: a loop whose length depends on the spring. `jax.grad`
+refuses it. Forward mode differentiates the loop and the moment at which the leg lets go. It finds
+the stiffness and the angle of the leg.
 """
 
 import jax
@@ -26,7 +27,7 @@ def move(y, stiffness, dt):
 
 
 def landing(params):
-    """Distance from the foot, and height of the apex, of a hop that begins at height 1.2 with speed 1."""
+    """The apex of a hop from height 1.2 with speed 1: distance from the foot, and height."""
     angle, stiffness = params["angle"], jnp.exp(params["log_stiffness"])
     foot_to_body = jnp.stack([-jnp.sin(angle), jnp.cos(angle)])
     falls = jnp.sqrt(2 * (1.2 - foot_to_body[1]))
@@ -35,14 +36,12 @@ def landing(params):
     y, before = jax.lax.while_loop(
         lambda s: length(s[0]) < 1, lambda s: (move(s[0], stiffness, STEP), s[0]), first
     )
-    # the leg lets go within the last step: when, depends on the parameters, too
+    # the leg lets go within the last step; the moment depends on the parameters, too
     y = move(before, stiffness, STEP * (1 - length(before)) / (length(y) - length(before)))
     return jnp.stack([y[0] + y[2] * y[3], y[1] + y[3] ** 2 / 2])
 
 
-target = jnp.array(
-    [0.9, 1.25]
-)  # where the next apex is to be: 0.9 after the foot, and at a height of 1.25
+target = jnp.array([0.9, 1.25])  # the next apex: 0.9 beyond the foot, at a height of 1.25
 loss_fn = lambda params: jnp.sum((landing(params) - target) ** 2)
 params = {"angle": jnp.array(0.2), "log_stiffness": jnp.log(20.0)}
 optimizer = optax.adam(0.01)

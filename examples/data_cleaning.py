@@ -1,7 +1,8 @@
-"""Wrong labels found by a forward gradient: a weight for each of 200 examples, learned through whole training runs.
+"""A forward gradient finds wrong labels: it learns a weight for each of 200 examples.
 
-Sixty labels are wrong. The derivative of the clean held-out loss by all weights would take 200 tangents; eight random ones a
-step are an unbiased estimate of it. (Through a run this short `jax.grad` would do as well; through a long one it would not fit.)
+Sixty labels are wrong. The exact derivative of the clean held-out loss in all weights would take
+200 tangents through a training run. Eight random tangents a step estimate it without bias.
+`jax.grad` would do as well through a run this short; a long one would not fit.
 """
 
 import jax

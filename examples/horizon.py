@@ -1,7 +1,7 @@
-"""A controller tuned through 100,000 steps of a pendulum, with the memory of a single step.
+"""A controller is tuned through 100,000 steps of a pendulum, with the memory of a single step.
 
-The gradient of the mean cost in six gains is exact, by forward mode: nothing is stored on the way, so that the horizon may
-be as long as one likes. `jax.grad` would keep some hundred numbers of every step.
+Forward mode gives the exact gradient of the mean cost in six gains. It stores nothing on the way,
+so the horizon may be as long as you like. `jax.grad` would keep some hundred numbers of every step.
 """
 
 import jax
@@ -15,7 +15,7 @@ STEPS, DT = 100_000, 0.02
 
 
 def mean_cost(gains, steps=STEPS):
-    """Mean cost of a pendulum that hangs at first, has friction, and is pushed slowly all the time."""
+    """Mean cost of a pendulum that hangs at first, has friction, and is pushed all the time."""
 
     def step(t, carry):
         angle, rate, total = carry  # angle 0 is upright
@@ -45,9 +45,7 @@ def main():
         for n in (1000, STEPS)
     ]
     short, long = (m.temp_size_in_bytes for m in memory)
-    print(
-        f"memory of the gradient beside its result: {short} bytes for 1,000 steps, {long} for {STEPS:,}"
-    )
+    print(f"temporary memory: {short} bytes for 1,000 steps, {long} bytes for {STEPS:,}")
     state, costs = optimizer.init(gains), []
     for i in range(101):
         gains, state, cost = update(gains, state)

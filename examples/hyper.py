@@ -1,7 +1,8 @@
-"""Learning rate, momentum and weight decay tuned by their exact gradient through a whole training run.
+"""Learning rate, momentum and weight decay are tuned by their exact gradient through training.
 
-A training run is a function of its hyperparameters that returns the held-out loss. `jax.grad` of it would keep every step;
-forward mode carries four tangents along instead, and its memory does not depend on how long one trains.
+A training run is a function of its hyperparameters that returns the held-out loss. `jax.grad` of
+it would keep every step. Forward mode carries four tangents along, and its memory does not depend
+on the length of the run.
 """
 
 import jax

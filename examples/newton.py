@@ -1,7 +1,8 @@
-"""The exact gradient of a program that iterates until it has converged, which `jax.grad` refuses.
+"""The exact gradient of a program that iterates until it has converged; `jax.grad` refuses it.
 
-Where is a planet? Kepler's equation E - e sin E = M is solved by Newton's method, in the more iterations the more eccentric
-the orbit is. Forward mode differentiates the loop as it stands: an orbit is fitted to noisy velocities of its star.
+Newton's method solves Kepler's equation E - e sin E = M for the position of a planet. It takes
+more iterations the more eccentric the orbit is. Forward mode differentiates the loop as it stands,
+and fits an orbit to noisy velocities of the star.
 """
 
 import jax
@@ -17,7 +18,7 @@ def eccentric_anomaly(e, mean_anomaly):
     def newton(state):
         x = state[0]
         step = (x - e * jnp.sin(x) - mean_anomaly) / (1 - e * jnp.cos(x))
-        # the loop ends after a small step, not before it: by then the derivative has converged, too
+        # the loop ends after a small step, when the derivative has converged, too
         return x - step, jax.lax.stop_gradient(jnp.abs(step).max())
 
     start = mean_anomaly + 0.85 * e * jnp.sign(jnp.sin(mean_anomaly))
@@ -35,9 +36,8 @@ def velocity(orbit, days):
 
 
 names = ("log_period", "eccentricity", "phase", "periastron", "speed", "drift")
-truth = dict(
-    zip(names, jnp.array([jnp.log(11.2), 1.2, 1.0, 0.6, 1.5, 0.3]), strict=True)
-)  # days, km/s
+# days, km/s
+truth = dict(zip(names, jnp.array([jnp.log(11.2), 1.2, 1.0, 0.6, 1.5, 0.3]), strict=True))
 orbit = dict(zip(names, jnp.array([jnp.log(11.3), 0.0, 0.6, 0.9, 1.0, 0.0]), strict=True))
 days = jax.random.uniform(jax.random.key(0), (80,), maxval=60.0)
 measured = velocity(truth, days) + 0.03 * jax.random.normal(jax.random.key(1), (80,))

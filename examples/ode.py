@@ -1,7 +1,8 @@
-"""Four parameters of a stiff reaction, fitted through an adaptive implicit solver (diffrax) by forward mode.
+"""Four parameters of a stiff reaction, fitted through an adaptive implicit solver (diffrax).
 
-The Oregonator is a clock reaction: its concentrations jump over five decades. The solver takes thousands of steps, of a number that depends on the
-parameters; forward mode carries the four derivatives along and stores none of them.
+The Oregonator is a clock reaction: its concentrations jump over five decades. The solver takes
+thousands of steps, and their number depends on the parameters. Forward mode carries the four
+derivatives along and stores no step.
 """
 
 import diffrax
@@ -24,7 +25,7 @@ def rates(t, y, params):
 
 
 def catalyst(log_params):
-    """What is measured: decades of the oxidised catalyst, as an electrode shows them."""
+    """The measured quantity: decades of the oxidised catalyst, as an electrode shows them."""
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(rates),
         diffrax.Kvaerno3(),
@@ -55,9 +56,8 @@ fit = minimize(
     method="BFGS",
     options={"gtol": 1e-2},
 )
-print(
-    f"misfit in squares of the noise: {float(misfit(start)):.1f} at the start, {fit.fun:.3f} after {fit.nfev} gradients"
-)
+print(f"misfit in squares of the noise: {float(misfit(start)):.1f} at the start")
+print(f"after {fit.nfev} gradients: {fit.fun:.3f}")
 for name, begun, found in zip("sqwf", np.expm1(start), np.expm1(fit.x), strict=True):
     print(f"{name}: {100 * begun:+.1f} % off the truth at the start, {100 * found:+.1f} % after")
 assert fit.fun < 1.3

@@ -1,8 +1,9 @@
 """Learn from a stream, one step at a time: a symbol is shown, and asked for eight steps later.
 
-The influence of every parameter on the state is carried along with the state (RTRL), so that the network learns across the gap without
-keeping the past. Backpropagation cut into windows that are shorter than the gap cannot see from the question back to the symbol. The run is
-saved in the middle, and continued from the file.
+RTRL carries the influence of every parameter on the state along with the state. The network
+therefore learns across the gap without keeping the past. Backpropagation through windows that are
+shorter than the gap cannot see the symbol when the question comes. The run is saved in the middle,
+and continued from the file.
 """
 
 import tempfile
@@ -36,7 +37,7 @@ def cell(model, state, x):
 
 
 def loss(output, target):
-    """Cross entropy, where something is asked."""
+    """The cross entropy at steps where something is asked, otherwise 0."""
     return jnp.where(target >= 0, -jax.nn.log_softmax(output)[jnp.maximum(target, 0)], 0.0)
 
 
@@ -46,10 +47,8 @@ model = {
     "readout": eqx.nn.Linear(UNITS, SYMBOLS, key=key_readout),
 }
 learner, optimizer = pg.online.RTRL(cell, loss), optax.adam(3e-3)
-carry, opt_state = (
-    learner.init(model, jnp.zeros(UNITS)),
-    optimizer.init(eqx.filter(model, eqx.is_inexact_array)),
-)
+carry = learner.init(model, jnp.zeros(UNITS))
+opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 
 with tempfile.TemporaryDirectory() as folder:
     for chunk in range(10):
@@ -58,9 +57,8 @@ with tempfile.TemporaryDirectory() as folder:
             learner, optimizer, key_learn, carry, opt_state, inputs, targets
         )
         found = float(losses.sum()) / 100
-        print(
-            f"after {int(carry.step):5} steps: loss {found:.3f} where asked (guessing: {jnp.log(SYMBOLS):.3f})"
-        )
+        guessing = float(jnp.log(SYMBOLS))
+        print(f"after {int(carry.step):5} steps: loss {found:.3f} (guessing: {guessing:.3f})")
         if chunk == 4:
             eqx.tree_serialise_leaves(Path(folder) / "carry.eqx", (carry, opt_state))
             carry, opt_state = eqx.tree_deserialise_leaves(

@@ -65,25 +65,19 @@ def strict():
         yield
 
 
-# where what runs takes longer than compiling it, or what the compiler makes of it is measured
-OPTIMISED = {
-    "test_bench",
-    "test_beyond_loops",
-    "test_compare",
-    "test_diagnostics",
-    "test_groups",
-    "test_lab",
-    "test_unbiased",
-}
+# Tests that are marked optimised run for longer than they compile, or measure what the compiler
+# makes of a program. These files are as well:
+OPTIMISED = {"test_bench", "test_beyond_loops", "test_compare", "test_lab"}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs(request):
-    """Most files compile many small programs and run each once, so that optimising them takes half the time of a test.
+    """Leave programs as they are unless the file says `pytestmark = pytest.mark.optimised`.
 
-    What a file compiled is of no use to the next, and takes gigabytes in all.
+    Most files compile many small programs and run each once. What a file compiled is of no use to
+    the next one, and takes gigabytes in all.
     """
-    optimised = request.module.__name__.split(".")[-1] in OPTIMISED
+    optimised = request.node.get_closest_marker("optimised") or request.node.path.stem in OPTIMISED
     jax.config.update("jax_disable_most_optimizations", not optimised)
     yield
     jax.clear_caches()

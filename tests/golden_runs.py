@@ -65,7 +65,7 @@ def loss(params, x, y):
 
 
 def run(name, path):
-    """Writes the log of a run, under a schedule and with a seed of 64 bits: the parameters it ends with."""
+    """Writes the log of a run, under a schedule and with a seed of 64 bits: its last parameters."""
     params = start(name)
     update = Update(*RUNS[name])
     x = jnp.asarray(numbers(8, 6, stream=3), params["in"].dtype)

@@ -8,7 +8,7 @@ import site_models
 from jax import lax
 
 import prograde as pg
-from prograde._jaxprs import live_bytes, multiply_adds
+from prograde._costs import live_bytes, multiply_adds
 
 
 @jax.custom_vjp
@@ -49,9 +49,7 @@ def test_the_estimate_refuses_it_with_the_same_words(jit, key):
     estimate = lambda key, params: pg.value_and_grad(in_a_scan, pg.WeightPerturbation())(
         key, params, X
     )
-    with pytest.raises(
-        TypeError, match=r"doubled, called at .*test_check.py:\d+.*custom_vjp='inline'"
-    ):
+    with pytest.raises(TypeError, match=r"doubled \(.*test_check.py:\d+.*custom_vjp='inline'"):
         (jax.jit(estimate) if jit else estimate)(key, PARAMS)
 
 
@@ -184,7 +182,7 @@ def test_the_report_says_what_xla_says_of_memory(key):
     loss = lambda w, x: jnp.mean(jnp.tanh(jnp.tanh(x @ w) @ w) @ w)
     w, x = jnp.ones((64, 64)), jnp.ones((1024, 64))
     estimator = pg.WeightPerturbation(num_tangents=8)
-    report = pg.check(loss, w, x, estimator=estimator)
+    report = pg.check(loss, w, x, estimator=estimator, memory="both")
     temporaries = lambda f, *args: (
         jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
     )

@@ -17,6 +17,8 @@ from prograde._measured import distance_of
 from prograde.diagnostics import Measured, diagnose
 from prograde.testing import assert_mean, required_samples
 
+pytestmark = pytest.mark.optimised
+
 LIMIT = NormalDist().inv_cdf(
     1 - 0.5e-6
 )  # standard errors that a right figure exceeds once in a million
@@ -475,3 +477,41 @@ def test_api_page_lists_exactly_the_public_names():
         text = getattr(diagnostics, name).__doc__
         assert ">>>" in text
         assert "**Source:**" in text
+
+
+@dataclasses.dataclass(frozen=True)
+class Sometimes(pg.WeightPerturbation):
+    """A forward gradient that is multiplied by `factor` for one key in four."""
+
+    factor: float = math.nan
+
+    def estimate(self, fun, key, state, params, *args, has_aux=False):
+        found = super().estimate(fun, key, state, params, *args, has_aux=has_aux)
+        spoiled = jax.random.uniform(jax.random.fold_in(key, 3)) < 0.25
+        grads = jax.tree.map(lambda g: jnp.where(spoiled, self.factor * g, g), found.grads)
+        return dataclasses.replace(found, grads=grads)
+
+
+@pytest.mark.parametrize(
+    ("fun", "estimator", "words"),
+    [
+        (lambda w: jnp.sum(w) * jnp.nan, pg.Backprop(), "the loss at params is nan"),
+        (lambda w: jnp.sum(w) / 0, pg.Backprop(), "the loss at params is inf"),
+        (
+            lambda w: jnp.sum(jnp.sqrt(w - 1)),
+            pg.Backprop(),
+            "the loss at params is finite, 0, but .* exact gradient is inf",
+        ),
+        (bowl, Sometimes(), "of 20 estimates are not finite.*the loss and its exact gradient are"),
+        (bowl, Sometimes(factor=1e25), "or their squares are not"),
+        (
+            lambda w: jnp.sum(jnp.abs(w - 1) ** 1.5) + jnp.sum(w),
+            pg.Backprop(),
+            r"g\^T H g is not finite for 20 of 20 .* curvature=False",
+        ),
+    ],
+    ids=["nan", "inf", "slope", "estimates", "squares", "curvature"],
+)
+def test_what_is_not_finite_is_named_and_never_judged(fun, estimator, words, key):
+    with pytest.raises(ValueError, match=words):
+        diagnose(fun, estimator, key, jnp.ones(3), num_estimates=20)

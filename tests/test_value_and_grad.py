@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.experimental.sparse import BCOO
 
 import prograde as pg
 
@@ -320,3 +321,83 @@ def test_has_aux_without_a_pair(key):
 def test_more_basis_tangents_than_parameters(key):
     with pytest.raises(ValueError, match=r"num_tangents=7.*hold 6"):
         pg.value_and_grad(jnp.sum, pg.WeightPerturbation(pg.Basis(), num_tangents=7))(key, W)
+
+
+@pytest.mark.parametrize("argnums", [(0, 0), (1, -1), (0, -2), [0, 1, 0]])
+def test_an_argument_named_twice_is_refused(argnums, key):
+    """Zeros for one and the whole gradient for the other would be wrong for both."""
+    grad_fn = pg.value_and_grad(lambda w, v: jnp.sum(w * v), pg.Backprop(), argnums=argnums)
+    with pytest.raises(ValueError, match=r"argnums=.* name the arguments .* named\s+once"):
+        grad_fn(key, W, W)
+    with pytest.raises(ValueError, match=r"argnums=\(\)"):
+        pg.value_and_grad(jnp.sum, pg.Backprop(), argnums=())
+
+
+def branches(w, x, flag):
+    """A loss that branches on a concrete argument, and on the number of its entries that are not 0."""
+    sparse = BCOO.fromdense(x)
+    return jnp.sum((sparse @ w) ** 2) * (2.0 if flag > 0 else 1.0)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        pg.WeightPerturbation(),
+        pg.WeightPerturbation(pg.Normal(), 3, chunk=2),
+        pg.CentralDifference(num_tangents=3),
+        pg.ForwardJacobian(),
+        pg.ForwardJacobian(chunk=4),
+        pg.Guided(lambda w, *args: w, num_tangents=2),
+        pg.Scaled(scales=2.0),
+        pg.Backprop(),
+    ],
+    ids=repr,
+)
+def test_arguments_that_are_not_differentiated_stay_concrete(estimator, key):
+    """As under `jax.value_and_grad`, and with the estimate of a function that does not branch."""
+    w, x = jnp.arange(6.0).reshape(3, 2) / 6, jnp.eye(3)
+    value, grads = pg.value_and_grad(branches, estimator)(key, w, x, jnp.asarray(1))
+    plain = lambda w: 2 * jnp.sum((x @ w) ** 2)
+    expected = pg.value_and_grad(lambda w, x, flag: plain(w), estimator)(
+        jax.random.clone(key), w, x, jnp.asarray(1)
+    )
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    tolerance = 1e-2 if isinstance(estimator, pg.CentralDifference) else 1e-5
+    np.testing.assert_allclose(grads, expected[1], rtol=tolerance, atol=tolerance)
+
+
+def test_estimators_that_trace_the_function_say_so(key):
+    losses = lambda w, x, flag: jnp.sum((x @ w) ** 2, axis=-1) * (2.0 if flag > 0 else 1.0)
+    grad_fn = pg.value_and_grad(losses, pg.ActivityPerturbation())
+    with pytest.raises(jax.errors.ConcretizationTypeError) as caught:
+        grad_fn(key, W, jnp.ones((4, 3)), jnp.asarray(1))
+    assert any("traces the function" in note for note in caught.value.__notes__)
+    value, _ = grad_fn(jax.random.clone(key), W, jnp.ones((4, 3)), 1)
+    assert value == 36
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        pg.WeightPerturbation(),
+        pg.WeightPerturbation(pg.Normal(), 2, combine="shrunk"),
+        pg.WeightPerturbation(pg.Sphere(), 2, combine="projection"),
+        pg.CentralDifference(),
+        pg.ForwardJacobian(),
+        pg.ForwardJacobian(chunk=2),
+        pg.Guided(lambda p: p, "projection"),
+        pg.Scaled(scales=2.0),
+        pg.Backprop(),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("others", [{}, {"w": W}])
+@pytest.mark.filterwarnings("ignore:step=")
+def test_empty_leaves_have_empty_gradients(estimator, others, key):
+    params = {"empty": jnp.zeros((0, 3)), **others}
+    loss = lambda p: sum(jnp.sum(x**2) for x in p.values())
+    value, grads = pg.value_and_grad(loss, estimator)(key, params)
+    assert grads["empty"].shape == (0, 3)
+    assert jnp.isfinite(value)
+    if others:
+        assert jnp.isfinite(grads["w"]).all()

@@ -1,4 +1,4 @@
-"""Loops that end: a bound on every `while_loop` of a function, and an error that says which one ran into it."""
+"""Loops that end: a bound on every `while_loop` of a function, and an error that names the loop which reached it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,31 +7,33 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jaxtyping import Array
 
-from prograde._jaxprs import bind, equations, source
+from prograde._control_flow import enter, while_parts
+from prograde._jaxprs import bind, source, traced, walk, with_inner
 from prograde.kit import check_whole, pack, unpack
 
 
 def bounded_loops(fun: Callable[..., Any], max_iterations: int) -> Callable[..., Any]:
-    """The function with a bound on every `jax.lax.while_loop` in it, at any depth, each time it is entered.
+    """Puts a bound on every `jax.lax.while_loop` of a function, at any depth, each time the loop is entered.
 
-    A loop whose condition never becomes false runs for ever, and under `jit` cannot even be stopped. With a bound it ends, and an error
-    names the loop by file and line. Where no loop runs into the bound nothing changes: values and derivatives are the same.
+    A loop whose condition never becomes false runs for ever, and under `jit` it cannot even be stopped. With
+    a bound it ends, and an error names the loop by file and line. Where no loop reaches the bound, values and
+    derivatives are the same as without it.
 
     **Arguments:**
 
     - `fun`: any function of trees of arrays.
     - `max_iterations`: how often the body of a loop may run, at least 1.
 
-    **Returns:** a function like `fun`, to be given to `value_and_grad`, `jit`, `vmap`.
+    **Returns:** a function like `fun`, for `value_and_grad`, `jit`, `vmap`.
 
-    **Bias and variance:** none. **Cost:** a counter and a comparison each iteration. Rules that a function brings for its own derivative
-    (`jax.custom_jvp`) are left as they are.
+    **Bias and variance:** none. **Cost:** a counter and a comparison per iteration. The derivative rule of a
+    function with a `jax.custom_jvp` is left as it is.
 
-    **Errors:** `ValueError` for `max_iterations` below 1; when run, `RuntimeError` (of equinox, which under `jit` is raised by the device; with
-    `equinox.filter_jit` it reads best) for a loop that would go on.
+    **Errors:** `ValueError` for `max_iterations` below 1. At run time a `RuntimeError` for a loop that does
+    not end; equinox raises it, and under `jit` the device does (it reads best with `equinox.filter_jit`).
 
     **Source:** no paper; `equinox.error_if` raises the error.
 
@@ -39,7 +41,8 @@ def bounded_loops(fun: Callable[..., Any], max_iterations: int) -> Callable[...,
         >>> import jax.numpy as jnp, prograde as pg
         >>> from jax import lax
         >>> def newton_sqrt(a):            # for negative a it never converges
-        ...     return lax.while_loop(lambda x: jnp.abs(x * x - a) > 1e-5, lambda x: (x + a / x) / 2, jnp.abs(a))
+        ...     unfinished = lambda x: jnp.abs(x * x - a) > 1e-5
+        ...     return lax.while_loop(unfinished, lambda x: (x + a / x) / 2, jnp.abs(a))
         >>> safe = pg.bounded_loops(newton_sqrt, max_iterations=100)
         >>> print(safe(jnp.array(4.0)).round(3))
         2.0
@@ -58,43 +61,34 @@ def bounded_loops(fun: Callable[..., Any], max_iterations: int) -> Callable[...,
             args, kwargs = eqx.combine(arrays, fixed)
             return pack(fun(*args, **kwargs))
 
-        traced, shape = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
-        out = _evaluate(traced.jaxpr, traced.consts, jax.tree.leaves(arrays), max_iterations)
-        return unpack(jax.tree.unflatten(jax.tree.structure(shape), out))
+        program, rebuilt = traced(of_arrays, arrays)
+        return unpack(rebuilt(_run(program, jax.tree.leaves(arrays), max_iterations)))
 
     return bounded
 
 
-def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], most: int) -> list[Any]:
-    values: dict[Any, Any] = dict(
-        zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)
-    )
-    of = lambda atoms: [atom.val if isinstance(atom, Literal) else values[atom] for atom in atoms]  # noqa: E731
-    for eqn in jaxpr.eqns:
+def _run(program: ClosedJaxpr, args: Sequence[Any], most: int) -> list[Any]:
+    run = lambda program, args: _run(program, args, most)  # noqa: E731
+
+    def operation(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
         if eqn.primitive.name == "while":
-            out = _bounded_while(eqn, of(eqn.invars), most)
-        else:
-            params = {name: _bounded_parameter(value, most) for name, value in eqn.params.items()}
-            out = bind(eqn.replace(params=params), of(eqn.invars))
-        values.update(zip(eqn.outvars, out, strict=True))
-    return of(jaxpr.outvars)
+            return _bounded_while(eqn, values, run, most)
+        if any(inner.primitive.name == "while" for inner in with_inner(eqn)):
+            return enter(eqn, values, run)
+        return bind(eqn, values)
+
+    return walk(program, args, operation)
 
 
-def _bounded_while(eqn: JaxprEqn, args: list[Any], most: int) -> list[Array]:
-    cond, body = (_bounded(eqn.params[name], most) for name in ("cond_jaxpr", "body_jaxpr"))
-    in_cond, in_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    of_cond, of_body, carry = (
-        args[:in_cond],
-        args[in_cond : in_cond + in_body],
-        args[in_cond + in_body :],
-    )
+def _bounded_while(eqn: JaxprEqn, values: list[Any], run: Any, most: int) -> list[Array]:
+    (cond, of_cond), (body, of_body), carry = while_parts(eqn, values)
 
     def unfinished(carry: Sequence[Any]) -> Array:
-        """Of each of the loops that `vmap` has made one of; without it, of the one."""
-        return jaxpr_as_fun(cond)(*of_cond, *carry)[0]
+        """Whether the loop goes on; one answer for each loop where `vmap` made one loop of several."""
+        return run(cond, [*of_cond, *carry])[0]
 
     def once(carry: Sequence[Any]) -> list[Array]:
-        on, after = unfinished(carry), jaxpr_as_fun(body)(*of_body, *carry)
+        on, after = unfinished(carry), run(body, [*of_body, *carry])
         if on.ndim == 0:
             return after
         along = lambda x: on.reshape(on.shape + (1,) * (x.ndim - on.ndim))  # noqa: E731
@@ -108,24 +102,7 @@ def _bounded_while(eqn: JaxprEqn, args: list[Any], most: int) -> list[Array]:
     return eqx.error_if(
         carry,
         jnp.any(unfinished(carry)),
-        f"the while_loop at {source(eqn)} did not end within max_iterations={most}. Give it a condition that becomes false (a bound on its "
-        "iterations, a tolerance within rounding), or a larger max_iterations.",
+        f"the while_loop at {source(eqn)} did not end within max_iterations={most}. Give it a condition "
+        "that becomes false (a bound on its iterations, a tolerance above rounding error), or a larger "
+        "max_iterations.",
     )
-
-
-def _bounded(closed: ClosedJaxpr, most: int) -> ClosedJaxpr:
-    if not any(eqn.primitive.name == "while" for eqn in equations(closed.jaxpr)):
-        return closed
-    run = lambda *args: _evaluate(closed.jaxpr, closed.consts, args, most)  # noqa: E731
-    return jax.make_jaxpr(run)(*closed.in_avals)
-
-
-def _bounded_parameter(value: Any, most: int) -> Any:
-    if isinstance(value, ClosedJaxpr):
-        return _bounded(value, most)
-    if isinstance(value, Jaxpr):
-        closed = _bounded(ClosedJaxpr(value, ()), most)
-        return closed.jaxpr if not closed.consts else value
-    if type(value) in (tuple, list):
-        return type(value)(_bounded_parameter(v, most) for v in value)
-    return value

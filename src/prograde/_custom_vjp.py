@@ -1,14 +1,31 @@
-"""Functions with a hand-made rule for reverse mode, which forward mode cannot pass: named, or taken as their code."""
+"""What forward mode cannot pass: refused by name, or, for a function with a reverse rule, differentiated as its code.
 
-from collections.abc import Callable
+All forward runs of this package go through `bind_forward`, so that every estimator refuses the same things with the
+same words.
+"""
+
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-from prograde._jaxprs import current_source, equations, source
+from prograde import _findings
+from prograde._control_flow import enter
+from prograde._jaxprs import (
+    as_closed,
+    bind,
+    files_of,
+    function_name,
+    inner_programs,
+    source,
+    traced,
+    walk,
+    with_inner,
+)
 
 
 def is_custom_vjp(eqn: JaxprEqn) -> bool:
@@ -17,22 +34,47 @@ def is_custom_vjp(eqn: JaxprEqn) -> bool:
 
 
 def describe(eqn: JaxprEqn) -> str:
-    """The name of the function and where it is called, `name (file:line)`."""
-    code = eqn.params["call_jaxpr"]
-    jaxpr = code.jaxpr if isinstance(code, ClosedJaxpr) else code
-    name = jaxpr.debug_info.func_name if jaxpr.debug_info is not None else "a function"
+    """The name of the called function, or of the operation, and its place: `name (file:line:column (caller))`."""
+    name = function_name(_code(eqn)) if is_custom_vjp(eqn) else eqn.primitive.name
     return f"{name} ({source(eqn)})"
 
 
-# whose code makes a loop for reverse mode, and what to pass instead; the first whose code is on the way there
-_LOOPS = ("/equinox/internal/_loop/", "/diffrax/_adjoint.py", "/optimistix/_adjoint.py")
-_FORWARD_ALTERNATIVES = {
-    "/diffrax/_": "This adjoint of diffrax is for reverse mode only: pass adjoint=diffrax.ForwardMode() to diffrax.diffeqsolve.",
-    "/optimistix/_": "This adjoint of optimistix is for reverse mode only: pass adjoint=optimistix.ImplicitAdjoint() to the solver.",
-    "/equinox/internal/_loop/": "A checkpointed loop of equinox is for reverse mode only: pass kind='lax' to it.",
+def _code(eqn: JaxprEqn) -> ClosedJaxpr:
+    return as_closed(eqn.params["call_jaxpr"])
+
+
+# Libraries whose own code has a reverse rule, and what to pass to them instead. A rule is theirs when the
+# innermost frame of its traceback is in one of the first parts; the first of the second parts that occurs anywhere in
+# the traceback gives the advice.
+_REVERSE_ONLY = (
+    "/equinox/internal/_loop/",
+    "/diffrax/_adjoint.py",
+    "/optimistix/_adjoint.py",
+    "/jaxopt/",
+    "/jax/experimental/ode.py",
+)
+_ADVICE = {
+    "/diffrax/_": (
+        "This adjoint of diffrax is for reverse mode only: pass adjoint=diffrax.ForwardMode() to "
+        "diffrax.diffeqsolve."
+    ),
+    "/optimistix/_": (
+        "This adjoint of optimistix is for reverse mode only: pass "
+        "adjoint=optimistix.ImplicitAdjoint() to the solver."
+    ),
+    "/equinox/internal/_loop/": (
+        "A checkpointed loop of equinox is for reverse mode only: pass kind='lax' to it."
+    ),
+    "/jaxopt/": (
+        "The implicit differentiation of jaxopt is for reverse mode only: pass implicit_diff=False to the solver."
+    ),
+    "/jax/experimental/ode.py": (
+        "jax.experimental.ode.odeint has a rule for reverse mode only: pass custom_vjp='inline' to the "
+        "estimator, or use diffrax.diffeqsolve with adjoint=diffrax.ForwardMode()."
+    ),
 }
 _BETWEEN = (
-    "/jax/",
+    "/jax/_src/",
     "/jaxlib/",
     "/quax/",
     "/equinox/_ad.py",
@@ -42,124 +84,129 @@ _BETWEEN = (
 
 
 def remedy(eqn: JaxprEqn) -> str:
-    """What to do about a call of a function with a custom reverse rule, in a sentence."""
-    frames = eqn.source_info.traceback.frames if eqn.source_info.traceback is not None else ()
-    files = [frame.file_name.replace("\\", "/") for frame in frames]  # the innermost first
-    caller = next((file for file in files if not any(part in file for part in _BETWEEN)), "")
-    if any(part in caller for part in _LOOPS):
-        for part, sentence in _FORWARD_ALTERNATIVES.items():
+    """What to do about a function with a reverse rule that forward mode meets, in a sentence."""
+    files = files_of(eqn)
+    innermost = next((file for file in files if not any(part in file for part in _BETWEEN)), "")
+    if any(part in innermost for part in _REVERSE_ONLY):
+        for part, sentence in _ADVICE.items():
             if any(part in file for file in files):
                 return sentence
-    return "Give it a jax.custom_jvp, or pass custom_vjp='inline' to the estimator."
-
-
-def named(error: TypeError, fun: Callable[..., Any], *args: Any) -> TypeError:
-    """JAX's refusal to push a tangent through a custom reverse rule, with the functions there are and what to do; or the error as it is."""
-    if "custom_vjp" not in str(error) or "forward-mode" not in str(error):
-        return error
-    found = {
-        describe(eqn): remedy(eqn)
-        for eqn in equations(jax.make_jaxpr(fun)(*args).jaxpr)
-        if is_custom_vjp(eqn)
-    }
-    if not found:
-        return error
-    sentences = " ".join(dict.fromkeys(found.values()))
-    return TypeError(
-        f"forward mode cannot pass a jax.custom_vjp, a rule for reverse mode: {', '.join(found)}. {sentences}"
+    return (
+        "Give it a jax.custom_jvp instead, or pass custom_vjp='inline' to the estimator to differentiate its code "
+        "and ignore the rule."
     )
 
 
+def _refuse(what: str, why: str, advice: str) -> None:
+    """Raises; where `check` is watching, notes it and returns."""
+    if (findings := _findings.current()) is None:
+        raise TypeError(f"{what} {why}, which forward mode cannot pass. {advice}")
+    findings.refused[what] = advice
+
+
+def bind_forward(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Runs one equation on arrays that may have tangents, and refuses what forward mode cannot pass."""
+    if is_custom_vjp(eqn):
+        return _refusing_tangents(eqn, values)
+    if any(map(is_custom_vjp, with_inner(eqn))):
+        return naming(eqn, lambda: enter(eqn, values, run_forward))
+    return naming(eqn, lambda: bind(eqn, values))
+
+
+def naming(eqn: JaxprEqn, run: Callable[[], list[Any]]) -> list[Any]:
+    """What `run` returns for an equation. An operation in it that JAX has no rule for is refused by name."""
+    try:
+        return run()
+    except (NotImplementedError, ValueError) as error:
+        message = str(error).split("\n")[0]
+        if isinstance(error, ValueError) and "JVP" not in message:
+            raise
+        missing = [e for e in with_inner(eqn) if _is_about(message, e)] or [eqn]
+        several = re.search("vmap|batch", message, re.IGNORECASE)
+        _refuse(
+            describe(missing[0]),
+            f"has no rule in JAX ({message})",
+            "Pass chunk=1 to the estimator, which then runs one tangent after the other."
+            if several
+            else "Compute it by other operations, or in a function with a jax.custom_jvp.",
+        )
+        return [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars]  # pyright: ignore
+
+
+def _is_about(message: str, eqn: JaxprEqn) -> bool:
+    """Whether an error of JAX names this operation; it says "Pure callbacks" for `pure_callback`."""
+    name = eqn.primitive.name
+    return not list(inner_programs(eqn)) and (
+        f"'{name}'" in message or name.replace("_", " ") in message.lower()
+    )
+
+
+def run_forward(program: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+    """Runs a program on arrays that may have tangents, and refuses what forward mode cannot pass."""
+    return walk(program, args, bind_forward)
+
+
+def _refusing_tangents(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """The code of a function with a reverse rule, refused once a tangent arrives there."""
+    what, advice = describe(eqn), remedy(eqn)
+
+    @jax.custom_jvp
+    def call(*args: Any) -> list[Any]:
+        return run_forward(_code(eqn), args)
+
+    def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+        out = call(*primals)
+        if not all(isinstance(t, SymbolicZero) for t in tangents):
+            _refuse(what, "has a jax.custom_vjp: a rule for reverse mode", advice)
+        return out, [_zero_tangent(x) for x in out]
+
+    call.defjvp(rule, symbolic_zeros=True)
+    return call(*values)
+
+
+def _zero_tangent(x: Any) -> Any:
+    return jnp.zeros(x.shape, jax.typeof(x).to_tangent_aval().dtype)
+
+
 def inline_custom_vjp(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with every call of a function with a custom reverse rule replaced by that function's code."""
+    """The function with every call of a function with a reverse rule replaced by that function's code."""
 
     def inlined(*args: Any) -> Any:
-        traced, shape = jax.make_jaxpr(fun, return_shape=True)(*args)
-        jaxpr = _inlined(traced.jaxpr)
-        out = jaxpr_as_fun(ClosedJaxpr(jaxpr, traced.consts))(*jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shape), out)
+        program, rebuilt = traced(fun, *args)
+        return rebuilt(_run_inlined(program, jax.tree.leaves(args)))
 
     return inlined
 
 
-def _inlined(jaxpr: Jaxpr) -> Jaxpr:
-    if not any(is_custom_vjp(eqn) for eqn in equations(jaxpr)):
-        return jaxpr
-    eqns: list[JaxprEqn] = []
-    names: dict[Any, Any] = {}  # what stands for a variable of the program in the new one
-
-    def of(atoms):
-        return [atom if isinstance(atom, Literal) else names.get(atom, atom) for atom in atoms]
-
-    def splice(eqn: JaxprEqn) -> None:
-        code = eqn.params["call_jaxpr"]
-        closed = code if isinstance(code, ClosedJaxpr) else ClosedJaxpr(code, ())
-        inner = _inlined(closed.jaxpr)
-        # the same program may be spliced in many times, so its variables get new names each time
-        inside: dict[Any, Any] = dict(zip(inner.invars, of(eqn.invars), strict=True))
-        for var, const in zip(inner.constvars, closed.consts, strict=True):
-            inside[var] = Literal(const, var.aval)
-        look = lambda atoms: [atom if isinstance(atom, Literal) else inside[atom] for atom in atoms]  # noqa: E731
-        for step in inner.eqns:
-            invars = look(step.invars)
-            inside.update((v, Var(v.aval)) for v in step.outvars)
-            eqns.append(step.replace(invars=invars, outvars=[inside[v] for v in step.outvars]))
-        names.update(zip(eqn.outvars, look(inner.outvars), strict=True))
-
-    for eqn in jaxpr.eqns:
-        if is_custom_vjp(eqn):
-            splice(eqn)
-        else:
-            params = {name: _inlined_parameter(value) for name, value in eqn.params.items()}
-            eqns.append(eqn.replace(invars=of(eqn.invars), params=params))
-    return jaxpr.replace(eqns=eqns, outvars=of(jaxpr.outvars))
+def _run_inlined(program: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+    return walk(program, args, _bind_inlined)
 
 
-def _inlined_parameter(value: Any) -> Any:
-    if isinstance(value, ClosedJaxpr):
-        inner = _inlined(value.jaxpr)
-        return value if inner is value.jaxpr else ClosedJaxpr(inner, value.consts)
-    if isinstance(value, Jaxpr):
-        return _inlined(value)
-    if isinstance(value, tuple | list):
-        return (
-            type(value)(_inlined_parameter(v) for v in value)
-            if type(value) in (tuple, list)
-            else value
-        )
-    return value
+def _bind_inlined(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    if is_custom_vjp(eqn):
+        return _noting_tangents(eqn, _run_inlined(_code(eqn), values))
+    if any(map(is_custom_vjp, with_inner(eqn))):
+        return naming(eqn, lambda: enter(eqn, values, _run_inlined))
+    return naming(eqn, lambda: bind(eqn, values))
 
 
-def call_without_reverse_rule(fun: Any, args: list[Any]) -> list[Any]:
-    """Calls the code of a function with a custom reverse rule; refuses, by name, once a tangent arrives there."""
-    code = jaxpr_as_fun(jax.make_jaxpr(fun.call_wrapped)(*args))
-    return _guarded(code, f"{fun.debug_info.func_name}, called at {current_source()},", args)
+def _noting_tangents(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """The values; where `check` is watching it is told that a tangent passed by a reverse rule."""
+    findings, what = _findings.current(), describe(eqn)
+    if findings is None:
+        return list(values)
 
-
-def refuse_tangents(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
-    """As `call_without_reverse_rule`, for a call in a traced program."""
-    code = eqn.params["call_jaxpr"]
-    closed = code if isinstance(code, ClosedJaxpr) else ClosedJaxpr(code, ())
-    name = (
-        closed.jaxpr.debug_info.func_name if closed.jaxpr.debug_info is not None else "a function"
-    )
-    return _guarded(jaxpr_as_fun(closed), f"{name}, called at {source(eqn)},", args)
-
-
-def _guarded(code: Callable[..., list[Any]], what: str, args: list[Any]) -> list[Any]:
     @jax.custom_jvp
-    def call(*args: Any) -> list[Any]:
-        return code(*args)
+    def seen(*values: Any) -> list[Any]:
+        return list(values)
 
     def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
         if not all(isinstance(t, SymbolicZero) for t in tangents):
-            raise TypeError(
-                f"{what} has a jax.custom_vjp: a rule for reverse mode only, which forward mode cannot "
-                "pass. Give it a jax.custom_jvp instead, or pass custom_vjp='inline' to the estimator to differentiate its "
-                "code and leave the rule aside."
-            )
-        out = call(*primals)
-        return out, [jnp.zeros(x.shape, jax.typeof(x).to_tangent_aval().dtype) for x in out]
+            findings.inlined[what] = None
+        return list(primals), [
+            _zero_tangent(x) if isinstance(t, SymbolicZero) else t
+            for x, t in zip(primals, tangents, strict=True)
+        ]
 
-    call.defjvp(rule, symbolic_zeros=True)
-    return call(*args)
+    seen.defjvp(rule, symbolic_zeros=True)
+    return seen(*values)

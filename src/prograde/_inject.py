@@ -31,13 +31,13 @@ _inject.defjvp(_inject_jvp, symbolic_zeros=True)
 
 
 def wider(*dtypes: jnp.dtype) -> jnp.dtype:
-    """The dtype that loses nothing of the others, whatever promotion the caller allows."""
+    """The dtype that holds all the others, for any promotion mode of the caller."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
 
 
 def varying_like(x: Array, *others: Array | ShapedArray) -> Array:
-    """`x`, said to vary along the axes of a `shard_map` that the others vary along: outside one, `x` itself."""
+    """`x`, cast to vary along the same axes of a `shard_map` as the others. Outside one, `x`."""
 
     def axes(value: Array | ShapedArray) -> frozenset[str]:
         aval = value if isinstance(value, ShapedArray) else jax.typeof(value)
@@ -48,9 +48,9 @@ def varying_like(x: Array, *others: Array | ShapedArray) -> Array:
 
 
 def inject_product(s: Array, z: Array, direction: Callable[..., Array], *operands: Array) -> Array:
-    """`inject` with the direction given as a function of operands, evaluated only where a tangent is.
+    """`inject` with the direction as a function of operands, evaluated only for a tangent.
 
-    The derivative of the direction is then never traced, let alone computed.
+    The derivative of the direction is never traced.
     """
     return _inject(direction, s, z, operands)
 
@@ -60,18 +60,18 @@ def inject(
 ) -> Float[Array, "*shape"]:
     """The identity on `z`, whose derivative with respect to the scalar `s` is `direction`.
 
-    Differentiate a program in forward mode with respect to `s` alone, and whatever was injected, anywhere in the
-    program, becomes the perturbation: the tangent of the loss is its exact directional derivative. Every estimator
-    of this package is a choice of where to inject what.
+    Differentiate a program in forward mode with respect to `s` alone. What was injected, anywhere
+    in the program, becomes the perturbation, and the tangent of the loss is its exact directional
+    derivative. An estimator decides which values to perturb, and with which direction.
 
         inject(s, z, direction) = z            d inject = dz + ds * direction
 
     **Arguments:**
 
-    - `s`: the scalar that the program is differentiated by. Its value is not used, only its tangent.
+    - `s`: the scalar that the program is differentiated by. Its value is not used.
     - `z`: the value to perturb, of any shape and a real floating dtype.
-    - `direction`: the perturbation, of the shape of `z`. As s is 0, the change of
-      the direction itself has no part in the derivative by s.
+    - `direction`: the perturbation, of the shape of `z`. As s is 0, the change of the direction has
+      no part in the derivative by s.
 
     **Returns:** `z`, unchanged.
 
@@ -79,7 +79,8 @@ def inject(
 
     **Cost:** nothing in the primal; one multiply-add per element of `z` in the tangent.
 
-    **Source:** the rule is the sum rule of forward mode, as in "Gradients without Backpropagation" (arXiv 2202.08587).
+    **Source:** the rule is the sum rule of forward mode, as in "Gradients without Backpropagation"
+    (arXiv 2202.08587).
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -92,8 +93,8 @@ def inject(
     """
     if jnp.shape(direction) != jnp.shape(z):
         raise ValueError(
-            f"direction has shape {jnp.shape(direction)}, but the value it perturbs, z, has shape {jnp.shape(z)}. "
-            "Give it the shape of z."
+            f"direction has shape {jnp.shape(direction)}, but the value it perturbs, z, has shape "
+            f"{jnp.shape(z)}. Give it the shape of z."
         )
     return inject_product(jnp.asarray(s), z, _itself, jnp.asarray(direction))
 

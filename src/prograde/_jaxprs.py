@@ -1,21 +1,29 @@
-"""What a traced program needs: multiply-adds, memory that is live at once; and where in the user's code it comes from."""
+"""The walker of traced programs.
 
-import math
+JAX writes a traced function down as a program (a *jaxpr*): a list of equations
+`outputs = primitive(inputs)`, some of which hold inner programs, such as the body of a loop. Every part
+of this package that reads programs does it through this module:
+
+- `equations` and `subprograms` look at a program, `source` says which line of the user wrote an equation;
+- `called` and `CALLS` say which operations only call another program;
+- `walk` runs a program on values of any kind: arrays, weights with tangents, labels;
+- `_control_flow.enter` runs one equation that holds inner programs, and lets the caller run these.
+"""
+
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import equinox as eqx
-import numpy as np
-import quax
-from jax._src import source_info_util
-from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+import jax
+from jax.core import Tracer
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-# where a program does something is a line of its author, not of what stands between
+# `source` names a line of the user, not one of the packages in between.
 _HERE = os.path.dirname(__file__)
 for _prefix in (
-    quax.__path__[0],
     eqx.__path__[0],
     f"{_HERE}/_",
     f"{_HERE}/estimators",
@@ -24,25 +32,41 @@ for _prefix in (
 ):
     source_info_util.register_exclusion(_prefix)
 
+CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"})
+"""The primitives that run their one inner program on their operands, and do nothing else.
+
+Names differ between versions of JAX: `jit` was `pjit`, `checkpoint` is `remat2` in a program. Functions
+with a derivative of their own (`custom_jvp_call`, `custom_vjp_call`) are not among them: what to do with
+these is the caller's decision. `checkpoint` is, because it changes what reverse mode stores and nothing else.
+"""
+
+UNKNOWN = "an unknown place"
+
+
+# The equations that `walk` is inside, the innermost first.
+_INSIDE: ContextVar[tuple[JaxprEqn, ...]] = ContextVar("inside", default=())
+
 
 def source(eqn: JaxprEqn) -> str:
-    """Where in the user's code an equation comes from, `file:line:column (function)`."""
-    return source_info_util.summarize(eqn.source_info) or "an unknown place"
+    """The line of the user's code that made an equation, `file:line:column (function)`.
+
+    An equation that a library made has no such line. Then it is the line of the call or loop around it.
+    """
+    for place in (eqn, *_INSIDE.get()):
+        if found := source_info_util.summarize(place.source_info):
+            return found
+    return UNKNOWN
 
 
-def current_source() -> str:
-    """Where in the user's code the operation comes from that is being traced."""
-    now = source_info_util.current()
-    # an operation inside one that JAX traced before has no frame of the user: then what is being run has
-    return (
-        source_info_util.summarize(now)
-        or source_info_util.summarize(now.replace(traceback=_jax.Traceback.get_traceback()))
-        or "an unknown place"
-    )
+def files_of(eqn: JaxprEqn) -> list[str]:
+    """The source files on the way to an equation, the innermost first."""
+    traceback = eqn.source_info.traceback
+    frames = traceback.frames if traceback is not None else ()
+    return [frame.file_name.replace("\\", "/") for frame in frames]
 
 
 def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Runs one equation on these values."""
+    """Runs one equation on arrays."""
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with (
         source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
@@ -52,101 +76,157 @@ def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def subprograms(eqn: JaxprEqn) -> list[Jaxpr]:
+def as_closed(program: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
+    """The program with its constants; a program without any where it comes as a bare `Jaxpr`."""
+    return program if isinstance(program, ClosedJaxpr) else ClosedJaxpr(program, ())
+
+
+def bare(program: Jaxpr | ClosedJaxpr) -> Jaxpr:
+    """The program without its constants."""
+    return program.jaxpr if isinstance(program, ClosedJaxpr) else program
+
+
+def inner_programs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
     """The programs in an equation's parameters: bodies of loops, branches, called functions."""
     found = []
     for value in eqn.params.values():
         for item in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(item, ClosedJaxpr):
-                found.append(item.jaxpr)
-            elif isinstance(item, Jaxpr):
-                found.append(item)
+            if isinstance(item, Jaxpr | ClosedJaxpr):
+                found.append(as_closed(item))
     return found
+
+
+def subprograms(eqn: JaxprEqn) -> list[Jaxpr]:
+    """`inner_programs` without their constants."""
+    return [closed.jaxpr for closed in inner_programs(eqn)]
+
+
+def called(eqn: JaxprEqn) -> ClosedJaxpr | None:
+    """The program that a call runs on its operands; `None` for what is no call (see `CALLS`)."""
+    return inner_programs(eqn)[0] if eqn.primitive.name in CALLS else None
 
 
 def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
     """All equations, those of inner programs included."""
     for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in subprograms(eqn):
-            yield from equations(inner)
+        yield from with_inner(eqn)
 
 
-def multiply_adds(jaxpr: Jaxpr) -> int:
-    """Multiply-adds of products and convolutions, and one for every element that any other operation makes; 40 for a random word.
+def with_inner(eqn: JaxprEqn) -> Iterator[JaxprEqn]:
+    """An equation, and all equations of the programs inside it."""
+    yield eqn
+    for inner in subprograms(eqn):
+        yield from equations(inner)
 
-    A loop of unknown length counts as one iteration, a branch as its dearest. Moving data (reshape, transpose, slices) counts
-    nothing.
+
+def function_name(closed: ClosedJaxpr) -> str:
+    """The name of the function that was traced."""
+    info = closed.jaxpr.debug_info
+    return info.func_name if info is not None else "a function"
+
+
+def scan_groups(eqn: JaxprEqn, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """The operands of a `scan`: its constants, its carry, and the arrays it runs over."""
+    if "ft_in" in eqn.params:  # JAX from 0.11 on keeps the groups as trees
+        consts, carry, xs = eqn.params["ft_in"].update(values).unpack()
+        return list(consts.vals), list(carry.vals), list(xs.vals)
+    first, second = eqn.params["num_consts"], eqn.params["num_carry"]
+    return (
+        list(values[:first]),
+        list(values[first : first + second]),
+        list(values[first + second :]),
+    )
+
+
+def traced(
+    fun: Callable[..., Any], *args: Any
+) -> tuple[ClosedJaxpr, Callable[[Sequence[Any]], Any]]:
+    """A function of trees of arrays as a program, and its result from the values of the program's outputs.
+
+    Outputs that depend on none of the arguments stay as they are, so that an array of numpy stays one of numpy.
     """
-    return sum(multiply_adds_of(eqn) for eqn in jaxpr.eqns)
+    results: list[Any] = []
 
-
-_MOVES = {
-    "reshape", "transpose", "broadcast_in_dim", "squeeze", "slice", "dynamic_slice", "concatenate", "convert_element_type",
-    "copy", "pad", "gather", "split", "rev", "iota", "expand_dims", "stop_gradient", "bitcast_convert_type",
-}  # fmt: skip
-
-
-_PER_RANDOM_WORD = 40  # operations of threefry
-
-
-def multiply_adds_of(eqn: JaxprEqn) -> int:
-    """`multiply_adds` of one equation."""
-    name, inner = eqn.primitive.name, [multiply_adds(program) for program in subprograms(eqn)]
-    out = sum(math.prod(v.aval.shape) for v in eqn.outvars)  # pyright: ignore[reportAttributeAccessIssue]
-    if name == "scan":
-        return eqn.params["length"] * sum(inner)
-    if name == "cond":
-        return max(inner, default=0)
-    if name in ("custom_jvp_call", "custom_vjp_call"):
-        return inner[0]  # the function itself, not its rules
-    if name == "dot_general":
-        (contract, _), _ = eqn.params["dimension_numbers"]
-        return out * math.prod(eqn.invars[0].aval.shape[axis] for axis in contract)  # pyright: ignore
-    if name == "conv_general_dilated":
-        kernel = eqn.invars[1].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
-        return (
-            out * math.prod(kernel) // max(1, kernel[eqn.params["dimension_numbers"].rhs_spec[0]])
+    def outputs(*args: Any) -> list[Any]:
+        leaves, tree = jax.tree.flatten(fun(*args))
+        computed = [isinstance(leaf, Tracer) for leaf in leaves]
+        results.append(
+            (tree, [None if c else leaf for c, leaf in zip(computed, leaves, strict=True)])
         )
-    if name.startswith("reduce_window"):
-        return out * math.prod(eqn.params["window_dimensions"])
-    if inner and not name.startswith(("reduce", "scatter", "sort")):  # calls, while_loop
-        return sum(inner)
-    if name == "random_bits":
-        return _PER_RANDOM_WORD * out
-    if name in _MOVES or name.startswith("random_"):
-        return 0
-    if name.startswith(("reduce", "arg", "cum")):
-        return sum(math.prod(v.aval.shape) for v in eqn.invars)  # pyright: ignore[reportAttributeAccessIssue]
-    return out
+        results.append(computed)
+        return [leaf for c, leaf in zip(computed, leaves, strict=True) if c]
+
+    program = jax.make_jaxpr(outputs)(*args)
+    (tree, constants), computed = results
+
+    def rebuilt(values: Sequence[Any]) -> Any:
+        remaining = iter(values)
+        leaves = [next(remaining) if c else x for c, x in zip(computed, constants, strict=True)]
+        return jax.tree.unflatten(tree, leaves)
+
+    return program, rebuilt
 
 
-def live_bytes(jaxpr: Jaxpr) -> int:
-    """The most bytes of intermediate results that are live at once when every equation is run as it stands.
+def walk(
+    program: Jaxpr | ClosedJaxpr,
+    args: Sequence[Any],
+    operation: Callable[[Any, list[Any]], Sequence[Any]],
+    *,
+    consts: Sequence[Any] | None = None,
+    parts: Sequence[Any] | None = None,
+    number: Callable[[Literal], Any] = lambda literal: literal.val,
+    arrived: Callable[[Any, Any], Any] = lambda variable, value: value,
+) -> list[Any]:
+    """Runs a program equation by equation, on values of any kind.
 
-    A compiler that fuses operations needs less.
+    **Arguments:**
+
+    - `program`, `args`: the program and one value for each of its inputs.
+    - `operation`: gets an equation and the values of its inputs, returns the values of its outputs.
+    - `consts`: the values of the program's constants, where they are not the arrays themselves.
+    - `parts`: what to run in place of the program's equations: anything with `invars` and `outvars`.
+    - `number`: the value of a number that is written into the program.
+    - `arrived`: gets a variable and its value, returns what is kept of it.
+
+    **Returns:** the values of the outputs.
     """
-    last_use: dict[Any, int] = {}
-    for i, eqn in enumerate(jaxpr.eqns):
-        last_use.update((v, i) for v in eqn.invars if isinstance(v, Var))
-    kept = {v for v in jaxpr.outvars if isinstance(v, Var)}
-    made: dict[Any, int] = {}
-    live = peak = 0
-    for i, eqn in enumerate(jaxpr.eqns):
-        outputs = {v: _bytes(v) for v in eqn.outvars if v in last_use or v in kept}
-        inside = max((live_bytes(program) for program in subprograms(eqn)), default=0)
-        peak = max(peak, live + max(sum(outputs.values()), inside))
-        made |= outputs
-        live += sum(outputs.values())
-        for v in {
-            v for v in eqn.invars if isinstance(v, Var) and last_use[v] == i and v not in kept
-        }:
-            live -= made.pop(v, 0)
-    return peak
+    jaxpr = bare(program)
+    values: dict[Any, Any] = {}
+
+    def read(atoms: Sequence[Any]) -> list[Any]:
+        return [number(a) if isinstance(a, Literal) else values[a] for a in atoms]
+
+    def write(variables: Sequence[Any], found: Sequence[Any]) -> None:
+        for variable, value in zip(variables, found, strict=True):
+            values[variable] = arrived(variable, value)
+
+    write(jaxpr.constvars, as_closed(program).consts if consts is None else consts)
+    write(jaxpr.invars, args)
+    outside = _INSIDE.get()
+    for eqn in jaxpr.eqns if parts is None else parts:
+        token = _INSIDE.set((eqn, *outside))
+        try:
+            write(eqn.outvars, operation(eqn, read(eqn.invars)))
+        finally:
+            _INSIDE.reset(token)
+    return read(jaxpr.outvars)
 
 
-def _bytes(v: Any) -> int:
-    try:
-        return math.prod(v.aval.shape) * np.dtype(v.aval.dtype).itemsize
-    except TypeError:  # keys
-        return 8 * math.prod(v.aval.shape)
+def derivative_of(eqn: JaxprEqn, moved: Sequence[int]) -> ClosedJaxpr:
+    """The derivative of one equation along some of its operands, by the function's own rule where it has one.
+
+    The inputs of the program are all operands, then the tangents of the operands `moved`; its outputs
+    are the tangents of the outputs.
+    """
+
+    def derivative(values: list[Any], tangents: list[Any]) -> Any:
+        def of_moved(*some: Any) -> list[Any]:
+            complete = list(values)
+            for i, value in zip(moved, some, strict=True):
+                complete[i] = value
+            return bind(eqn, complete)
+
+        return jax.jvp(of_moved, [values[i] for i in moved], tangents)[1]
+
+    avals = [v.aval for v in eqn.invars]
+    return jax.make_jaxpr(derivative)(avals, [avals[i] for i in moved])

@@ -11,7 +11,8 @@ from jaxtyping import Float
 class Measured:
     """A mean over independent estimates, and its standard error.
 
-    **Fields:** `value`, and `error`, one standard deviation of `value`; for averages of n estimates it falls as 1/sqrt(n).
+    **Fields:** `value`; `error`, one standard deviation of `value`, which falls as 1/sqrt(n) for
+    averages of n estimates.
 
     **Source:** the central limit theorem; ratios by the delta method.
 
@@ -29,15 +30,16 @@ class Measured:
 
 
 def mean_of(samples: Float[np.ndarray, " n"]) -> Measured:
-    """Of independent samples."""
+    """The mean of independent samples."""
     return Measured(float(samples.mean()), float(samples.std(ddof=1) / math.sqrt(len(samples))))
 
 
 def distance_of(samples: Float[np.ndarray, " n"], expected: float) -> float:
-    """How many standard errors the mean is from what is expected, freed of the skewness of the samples.
+    """The distance of the mean from `expected` in standard errors, corrected for skewness.
 
-    Squares of directional derivatives are so skewed that the mean of a hundred is 4 standard errors too low once in fifty
-    times, of rank-one tangents. Hall's cubic (1992, J. R. Stat. Soc. B 54, 221) brings that to once in two thousand.
+    Squares of directional derivatives are skewed: for rank-one tangents, the mean of a hundred is 4
+    standard errors too low once in fifty times. Hall's cubic (1992, J. R. Stat. Soc. B 54, 221)
+    brings that to once in two thousand.
     """
     found = mean_of(samples)
     if found.error == 0:
@@ -52,12 +54,12 @@ def distance_of(samples: Float[np.ndarray, " n"], expected: float) -> float:
 
 
 def variance_of(error: Measured, bias: Measured) -> Measured:
-    """E |e|^2 - |E e|^2. That the two are correlated makes its error smaller than this, if anything."""
+    """E |e|^2 - |E e|^2, with an upper bound of its error: the two are positively correlated."""
     return Measured(error.value - bias.value, math.hypot(error.error, bias.error))
 
 
 def ratio_of(above: Float[np.ndarray, " n"], below: Float[np.ndarray, " n"]) -> Measured:
-    """E above / E below as a bound: infinite where nothing below is positive, and never negative."""
+    """E above / E below, a ratio of means. Infinite where E below <= 0, and never negative."""
     if below.mean() <= 0:
         return Measured(math.inf, math.nan)
     ratio = above.mean() / below.mean()
@@ -69,9 +71,10 @@ def ratio_of(above: Float[np.ndarray, " n"], below: Float[np.ndarray, " n"]) -> 
 def squared_mean_of(pairs: Float[np.ndarray, " n"]) -> Measured:
     """|E e|^2 from h_i = e_i . (e_1 + ... + e_(i-1)), as the mean over all pairs.
 
-    With b = E e, h_i has the mean (i - 1) |b|^2 and, about it, the mean square (i - 1) (tr S^2 + s) + (i - 1)^2 s, where S is the
-    covariance of e and s = b^T S b. A straight line through what is observed gives both, and with them Hoeffding's
-    variance of the mean over pairs, (2 (tr S^2 + 2 s) + 4 (n - 2) s) / (n (n - 1)).
+    Let b = E e, S the covariance of e, and s = b^T S b. Then h_i has the mean (i - 1) |b|^2 and the
+    variance (i - 1) (tr S^2 + s) + (i - 1)^2 s. A straight line through the observed squares, over
+    i - 1, gives both terms, and with them Hoeffding's variance of the mean over pairs,
+    (2 (tr S^2 + 2 s) + 4 (n - 2) s) / (n (n - 1)).
     """
     n = len(pairs)
     before = np.arange(1, n)

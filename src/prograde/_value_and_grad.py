@@ -4,7 +4,9 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prograde.estimators import Estimator
+import jax
+
+from prograde.kit import Estimator
 
 
 def value_and_grad(
@@ -21,19 +23,26 @@ def value_and_grad(
 
     **Arguments:**
 
-    - `fun`: a function that returns a real scalar, or a vector of per-example losses, whose mean is differentiated. With
-      `has_aux=True` it returns a pair of that and anything else.
-    - `estimator`: how to estimate the gradient, such as `WeightPerturbation(LowRank(rank=1))` or `Backprop()`.
-    - `argnums`: which argument, or arguments, of `fun` to differentiate by: a whole number or a sequence of them.
-    - `has_aux`: whether `fun` returns auxiliary output beside the loss.
+    - `fun`: a function that returns a real scalar, or a vector of per-example losses, whose mean is
+      differentiated. With `has_aux=True` it returns a pair of that and anything else.
+    - `estimator`: the estimator, such as `WeightPerturbation(LowRank(rank=1))` or `Backprop()`.
+    - `argnums`: the position of the argument of `fun` to differentiate by, or a sequence of
+      different positions.
+    - `has_aux`: `True` where `fun` returns auxiliary output in addition to the loss.
 
-    **Returns:** a function `(key, *args, **kwargs) -> (value, grads)`, or `((value, aux), grads)` with `has_aux=True`. `grads`
-    has the structure of the argument (a tuple of these for a sequence of `argnums`), with `None` at leaves that are not
-    float arrays, as `equinox.filter_value_and_grad` has. It works under `jit`, `vmap` and `scan`, and is not jitted itself.
+    **Returns:** a function `(key, *args, **kwargs) -> (value, grads)`, or `((value, aux), grads)`
+    with `has_aux=True`. `grads` has the structure of the argument (a tuple of these for a sequence
+    of `argnums`), with `None` at leaves that are not float arrays, as in
+    `equinox.filter_value_and_grad`. It works under `jit`, `vmap` and `scan`, and is not jitted
+    itself. Arguments that are not differentiated reach `fun` as they were passed: outside of `jit`
+    it may branch on them.
 
     **Bias, variance and cost:** those of the estimator.
 
-    **Errors:** `TypeError` for something else than an estimator, or for one that learns from step to step; `ValueError` for `argnums` that the call has no argument for.
+    **Errors:** `TypeError` for what is no estimator, or for one that learns from step to step;
+    `ValueError` for `argnums` that are empty, that name an argument twice, or that the call has no
+    argument for. `RuntimeWarning` outside of `jit` where the loss is finite and its derivative is
+    not.
 
     **Source:** arXiv 2202.08587.
 
@@ -63,16 +72,23 @@ def value_and_grad(
         )
     single = not isinstance(argnums, Sequence)
     positions = tuple(operator.index(position) for position in ((argnums,) if single else argnums))
+    if not positions:
+        raise ValueError(f"argnums={argnums!r}, but at least one argument is needed.")
 
     def value_and_grad_fun(key: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         for position in positions:
             if not -len(args) <= position < len(args):
                 raise ValueError(
-                    f"argnums={argnums!r}, but the function was called with {len(args)} positional arguments after the key. "
-                    "Pass what is differentiated by position."
+                    f"argnums={argnums!r}, but the function was called with {len(args)} positional "
+                    "arguments after the key. Pass what is differentiated by position."
                 )
         wanted = [position % len(args) for position in positions]
-        # a single argument is passed as it is, so that its tangents are those of `estimator.estimate`
+        if len(set(wanted)) < len(wanted):
+            raise ValueError(
+                f"argnums={argnums!r} name the arguments {wanted} of {len(args)}, but each may be "
+                "named once. Remove the repetition."
+            )
+        # a single argument is passed as it is: its tangents are those of `estimator.estimate`
         params = args[wanted[0]] if single else tuple(args[position] for position in wanted)
         others = tuple(arg for i, arg in enumerate(args) if i not in wanted)
 
@@ -88,10 +104,18 @@ def value_and_grad(
         state = estimator.init(of_params, params, *others, has_aux=has_aux)
         if state is not None:
             raise TypeError(
-                f"estimator={estimator!r} learns from step to step, and a function without state would forget what it "
-                "learned. Use estimator.init and estimator.estimate, and keep the state of each Estimate for the next."
+                f"estimator={estimator!r} learns from step to step, and a function without state "
+                "would forget what it learned. Use estimator.init and estimator.estimate, and pass "
+                "the state of each Estimate to the next."
             )
-        result = estimator.estimate(of_params, key, state, params, *others, has_aux=has_aux)
+        try:
+            result = estimator.estimate(of_params, key, state, params, *others, has_aux=has_aux)
+        except jax.errors.ConcretizationTypeError as error:
+            error.add_note(
+                f"estimator={estimator!r} traces the function, or is itself traced. Pass what the "
+                "function branches on as a Python number, or use lax.cond or jnp.where."
+            )
+            raise
         return ((result.value, result.aux) if has_aux else result.value), result.grads
 
     return value_and_grad_fun

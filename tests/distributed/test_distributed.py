@@ -1,4 +1,4 @@
-"""What many devices estimate together is what one estimates alone; and only a few numbers pass between them."""
+"""Many devices estimate what one estimates alone, and only a few numbers pass between them."""
 
 import re
 
@@ -13,6 +13,7 @@ import prograde as pg
 from prograde.distributed import (
     Distributed,
     ReplicaError,
+    StartError,
     agree,
     check_replicas,
     checksums,
@@ -122,7 +123,7 @@ def test_sharded_weights_get_the_same_tangents_shard_by_shard(name, axis_type, k
         assert g.sharding.is_equivalent_to(sharded[name].sharding, g.ndim)
     # a step can be taken with them
     jax.jit(lambda w, g: jax.tree.map(jnp.subtract, w, g))(sharded, shared.grads)
-    # activations and factors pass between the shards of a model, its weights and their tangents do not
+    # activations and factors pass between shards; weights and their tangents do not
     assert max(sizes) < min(problem[0]["in"].size, problem[0]["out"].size)
 
 
@@ -248,11 +249,11 @@ def test_what_cannot_be_shared_is_refused_by_name(key, problem):
         Distributed(pg.WeightPerturbation(), mesh, data="workers", tangents="workers")
     with pytest.raises(TypeError, match="an estimator is needed"):
         Distributed("backprop", mesh)  # pyright: ignore
-    with pytest.raises(ValueError, match="num_tangents=6, but they are shared by 4 workers"):
+    with pytest.raises(ValueError, match="num_tangents=6, but 4 workers share them"):
         Distributed(pg.WeightPerturbation(num_tangents=6), mesh, tangents="workers").estimate(
             loss, key, None, params, x, y
         )
-    with pytest.raises(ValueError, match="num_groups=2, but the batch is cut among 4 workers"):
+    with pytest.raises(ValueError, match="num_groups=2, but 4 workers share the batch"):
         Distributed(pg.WeightPerturbation(num_groups=2), mesh, data="workers").estimate(
             loss, key, None, params, x, y
         )
@@ -267,3 +268,53 @@ def test_what_cannot_be_shared_is_refused_by_name(key, problem):
     with pytest.raises(ValueError, match="HOST:PORT of the first process"):
         initialize("no-port-here")
     agree({"anything": 1})  # alone there is nobody to differ from
+
+
+@pytest.mark.parametrize("mesh", ["workers", None, (8,), jax.devices()], ids=repr)
+def test_what_is_no_mesh_is_refused_by_name(mesh, problem):
+    for call in (
+        lambda: Distributed(pg.WeightPerturbation(), mesh, data="workers"),
+        lambda: pg.distributed.value_and_grad(loss, pg.WeightPerturbation(), mesh, data="workers"),
+        lambda: check_replicas(problem[0], mesh, step=0),
+    ):
+        with pytest.raises(TypeError, match=r"mesh=.*, but a jax.sharding.Mesh is needed, such as"):
+            call()
+
+
+def test_axes_that_are_none_of_the_mesh_are_refused_by_name(problem):
+    mesh, estimator = mesh_of(2, 4), pg.WeightPerturbation()
+    for axes in (0, ("workers", 1), {"workers": 1}, b"workers"):
+        with pytest.raises(TypeError, match=r"data=.*, but the name of an axis of the mesh"):
+            Distributed(estimator, mesh, data=axes)  # pyright: ignore
+        with pytest.raises(TypeError, match=r"axes=.*, but the name of an axis of the mesh"):
+            check_replicas(problem[0], mesh, 0, axes=axes)  # pyright: ignore
+    with pytest.raises(ValueError, match="data='work', but axes"):
+        Distributed(estimator, mesh, data="work")
+    with pytest.raises(
+        ValueError, match=r"axes='work', but axes \['work'\] are not among those of"
+    ):
+        check_replicas(problem[0], mesh, 0, axes="work")
+    with pytest.raises(ValueError, match=r"tangents=\('more', 'more'\) names an axis twice"):
+        Distributed(estimator, mesh, tangents=("more", "more"))
+
+
+def test_processes_cannot_meet_once_jax_has_run(monkeypatch):
+    jax.devices()
+    arguments = ("127.0.0.1:9", 2, 1)
+    with pytest.raises(StartError, match=r"JAX has run something before initialize.* Call initial"):
+        initialize(*arguments)
+    monkeypatch.setattr(pg.distributed._processes._service(), "client", object())
+    with pytest.raises(StartError, match="initialised before, and can be only once"):
+        initialize(*arguments)
+
+
+def test_numbers_of_processes_from_the_environment_are_whole(monkeypatch):
+    monkeypatch.setattr(pg.distributed._processes, "_check_first", lambda: None)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES='two' in the environment, but a whole"):
+        initialize("127.0.0.1:9")
+
+
+def test_facts_that_are_not_json_are_refused():
+    with pytest.raises(TypeError, match="facts cannot be compared as JSON"):
+        agree({"loss": len})

@@ -15,6 +15,7 @@ from prograde.lab.studies.kills.group import PROGRAM, Group, begun_from, finals,
 from prograde.replay import ReplayLog
 
 STEPS = 200
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -87,7 +88,7 @@ def test_a_worker_that_lost_everything_catches_up_from_the_log_of_another(undist
 
 
 def started(tmp_path, *workers):
-    """Processes with their own numbers, counts and options: the exit statuses and what they said."""
+    """Processes with numbers, counts and options of their own: exit statuses and outputs."""
     address = f"127.0.0.1:{free_port()}"
     processes = []
     for number, count, *options in workers:

@@ -9,6 +9,8 @@ import site_models
 import prograde as pg
 from prograde.testing import assert_unbiased
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.mark.parametrize("distribution", [pg.LowRank(1), pg.Rademacher(), pg.Basis()], ids=repr)
 @pytest.mark.parametrize("chunk", [None, 2])

@@ -216,7 +216,7 @@ def program_of(model, key):
 
 def allowed(site, reach, losses):
     """Which positions of each loss [batch, ...] each position of a site is weighed by, as arrays of 0 and 1."""
-    shape = site.noise.shape
+    shape = site.perturbation.shape
     where = np.indices(shape)
     masks = []
     for loss, pairs in zip(losses, reach.along, strict=True):
@@ -248,9 +248,9 @@ def test_what_is_not_counted_has_no_derivative(model, key):
                 leaves, jnp.zeros(()), jax.random.key(0), estimator.noise.entries, {i: shift}
             ).losses
         )
-        jacobians = jax.jacfwd(run)(jnp.zeros(site.noise.shape))
+        jacobians = jax.jacfwd(run)(jnp.zeros(site.perturbation.shape))
         for jacobian, mask in zip(
-            jacobians, allowed(site, reach, run(jnp.zeros(site.noise.shape))), strict=True
+            jacobians, allowed(site, reach, run(jnp.zeros(site.perturbation.shape))), strict=True
         ):
             assert jacobian.shape == mask.shape
             assert not np.any(np.asarray(jacobian)[~mask])
@@ -269,9 +269,9 @@ def test_what_is_counted_has_a_derivative(model, key):
                 leaves, jnp.zeros(()), jax.random.key(0), estimator.noise.entries, {i: shift}
             ).losses
         )
-        jacobians = jax.jacfwd(run)(jnp.zeros(site.noise.shape))
+        jacobians = jax.jacfwd(run)(jnp.zeros(site.perturbation.shape))
         for jacobian, mask in zip(
-            jacobians, allowed(site, reach, run(jnp.zeros(site.noise.shape))), strict=True
+            jacobians, allowed(site, reach, run(jnp.zeros(site.perturbation.shape))), strict=True
         ):
             assert np.all(np.asarray(jacobian)[mask] != 0)
 
@@ -334,13 +334,13 @@ def test_groups_divide_the_variance(key):
     run = lambda shifts: program.run(
         leaves, jnp.zeros(()), key, estimator.noise.entries, shifts
     ).losses[0]
-    slopes = jax.jacrev(run)({i: jnp.zeros(r.noise.shape) for i, r in enumerate(records)})
+    slopes = jax.jacrev(run)({i: jnp.zeros(r.perturbation.shape) for i, r in enumerate(records)})
     # of group g's loss, by everything that is perturbed
     sizes = np.stack(
         [np.sum(np.square(s[0].reshape(3, -1)), axis=-1) for s in slopes.values()]
     ).sum(axis=0)
-    at = next(i for i, r in enumerate(records) if r.noise.shape[-1] == 2 and i == 1)
-    units = records[at].noise.shape[-1]
+    at = next(i for i, r in enumerate(records) if r.perturbation.shape[-1] == 2 and i == 1)
+    units = records[at].perturbation.shape[-1]
     draw = jax.jit(
         jax.vmap(lambda k: estimator.estimate(losses, k, None, params, x, y).grads["own"])
     )

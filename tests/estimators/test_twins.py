@@ -203,7 +203,7 @@ def test_activity_perturbation(key):
     estimator = pg.ActivityPerturbation(num_tangents=3)
     program, floats = estimator.program(losses, params, (x, y), False)
     noise = [
-        np.asarray(s.noise, np.float64)
+        np.asarray(s.perturbation, np.float64)
         for s in sites(estimator.perturbed_run(program, floats, key).records)
     ]
     result = estimator.estimate(losses, key, None, params, x, y)
@@ -238,7 +238,7 @@ def test_learned_feedback(use, key):
     )
     program, floats = estimator.program(losses, params, (x, y), False)
     noise = np.asarray(
-        sites(estimator.perturbed_run(program, floats, key).records)[0].noise, np.float64
+        sites(estimator.perturbed_run(program, floats, key).records)[0].perturbation, np.float64
     )
     result = estimator.estimate(losses, key, state, params, x, y)
 

@@ -59,7 +59,7 @@ def half_even_bytes(x):
 
 
 def q6_k(weight, rng):
-    """Bytes of Q6_K that are random, and what they stand for by the loop of ggml's dequantize_row_q6_K."""
+    """Random bytes of Q6_K, and their numbers by the loop of ggml's dequantize_row_q6_K."""
     blocks = weight.size // 256
     low, high = (
         rng.integers(0, 256, (blocks, 128), np.uint8),
@@ -166,7 +166,7 @@ TEXTS = [
 
 
 def bpe_twin(tokenizer, text, digits_apart):
-    """Ids by the slow rule of GPT-2: split, spell in bytes, and merge the pair that comes first in the list, again and again."""
+    """Ids by the slow rule of GPT-2: split, spell in bytes, merge the first listed pair, repeat."""
     content = json.loads(tokenizer.to_str())["model"]
     rank = {
         tuple(m.split(" ") if isinstance(m, str) else m): i for i, m in enumerate(content["merges"])

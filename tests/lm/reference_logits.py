@@ -1,8 +1,9 @@
-"""Logits of tiny models as `transformers` computes them, recorded for machines that do not have it.
+"""Logits of tiny models as `transformers` computes them, recorded in reference_logits.json.
 
-    python tests/lm/reference_logits.py          # needs transformers and torch; writes reference_logits.json
+    python tests/lm/reference_logits.py     # makes them again; needs transformers and torch
 
-The weights are made from bits of Philox, whose stream numpy guarantees, and are nowhere stored.
+The two take 1.2 GB, so the tests compare with the record. The weights are made from bits of
+Philox, whose stream NumPy guarantees, and are not stored. The script needs nothing of prograde.
 """
 
 import json

@@ -47,6 +47,12 @@ def test_shards_are_one_model(good):
     assert_same(lm.load(in_shards(good))[0], expected)
 
 
+def twice(path):
+    tensors = load_file(path / "model-00001-of-00002.safetensors")
+    tensors |= {"model.norm.weight": np.ones(16, np.float32)}
+    save_file(tensors, path / "model-00001-of-00002.safetensors")
+
+
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 DAMAGE = {
     "no config": (lambda p: (p / "config.json").unlink(), "good has no config.json"),
@@ -107,6 +113,61 @@ DAMAGE = {
     "positions without a factor": (
         lambda p: edit(p / "config.json", rope_scaling={"rope_type": "llama3"}),
         "no 'factor'",
+    ),
+    "a base of positions of zero": (
+        lambda p: edit(p / "config.json", rope_theta=0),
+        r"rope_theta=0\.0, but a positive number",
+    ),
+    "a base of positions that is no number": (
+        lambda p: edit(p / "config.json", rope_theta=True),
+        "makes no sense .True is no number",
+    ),
+    "a number beyond float": (
+        lambda p: edit(p / "config.json", rope_theta=10**400),
+        "makes no sense .*too large",
+    ),
+    "keys for no head": (
+        lambda p: edit(p / "config.json", num_key_value_heads=0),
+        "num_kv_heads=0.*at least 1",
+    ),
+    "heads of no size": (lambda p: edit(p / "config.json", head_dim="8"), "head_size='8'"),
+    "a layer that is half": (
+        lambda p: edit(p / "config.json", num_hidden_layers=1.5),
+        r"num_layers=1\.5",
+    ),
+    "a tie of words": (
+        lambda p: edit(p / "config.json", tie_word_embeddings="no"),
+        "tied='no', but true or false",
+    ),
+    "biases of words": (
+        lambda p: edit(p / "config.json", attention_bias="false"),
+        "attention_bias='false', but true or false",
+    ),
+    "a rounding that is no number": (
+        lambda p: edit(p / "config.json", rms_norm_eps=True),
+        "norm_eps=True, but a positive number",
+    ),
+    "scaled by zero": (
+        lambda p: edit(p / "config.json", rope_scaling=reference._LLAMA3 | {"factor": 0}),
+        r"rope_scaling=\(0\.0, .*four positive numbers",
+    ),
+    "scaled between equal bounds": (
+        lambda p: edit(
+            p / "config.json", rope_scaling=reference._LLAMA3 | {"high_freq_factor": 1.0}
+        ),
+        "low below high",
+    ),
+    "a billion layers": (
+        lambda p: edit(p / "config.json", num_hidden_layers=10**9),
+        "config.json asks for 1,000,000,000 layers, but there are 21 tensors",
+    ),
+    "a vocabulary of a billion": (
+        lambda p: edit(p / "config.json", vocab_size=10**9),
+        r"embed_tokens.weight has shape \(11, 16\), and config.json asks for \(1000000000, 16\)",
+    ),
+    "lists in lists": (
+        lambda p: (p / "config.json").write_text('{"a":' + "[" * 100_000),
+        "config.json is damaged",
     ),
     "quantized weights": (
         lambda p: edit(p / "config.json", quantization_config={"quant_method": "gptq"}),
@@ -177,6 +238,20 @@ DAMAGE = {
         lambda p: edit(in_shards(p) / "model.safetensors.index.json", weight_map=[1]),
         "model.safetensors.index.json is damaged",
     ),
+    "index of another directory": (
+        lambda p: edit(
+            in_shards(p) / "model.safetensors.index.json", weight_map={"a": "../model.safetensors"}
+        ),
+        "names '../model.safetensors', which is not a file of the directory",
+    ),
+    "index of numbers": (
+        lambda p: edit(in_shards(p) / "model.safetensors.index.json", weight_map={"a": 5}),
+        "model.safetensors.index.json is damaged",
+    ),
+    "a tensor in two shards": (
+        lambda p: twice(in_shards(p)),
+        "model.norm.weight is in another shard as well",
+    ),
     "no tokenizer": (
         lambda p: (p / "tokenizer.json").unlink(),
         "good has no tokenizer.json, which says how text",
@@ -227,5 +302,5 @@ def test_arguments_that_make_no_sense_are_refused(good, tmp_path):
         dataclasses.replace(TINY, window=0)
     with pytest.raises(lm.ModelError, match="norm_eps=0"):
         dataclasses.replace(TINY, norm_eps=0)
-    with pytest.raises(lm.ModelError, match="both a window and attention_bias"):
+    with pytest.raises(lm.ModelError, match="window and attention_bias are both set"):
         dataclasses.replace(TINY, window=3, attention_bias=True).to_config()

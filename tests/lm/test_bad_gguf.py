@@ -40,6 +40,34 @@ GGUF_DAMAGE = {
         ),
         "cut off or damaged at 'a'",
     ),
+    "lists in lists": (
+        lambda p: p.write_bytes(
+            struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", 9)
+            + struct.pack("<IQ", 9, 1) * 5000
+        ),
+        "damaged at 'a' .lists in lists, more than 8 deep",
+    ),
+    "a field twice": (
+        lambda p: p.write_bytes(
+            struct.pack("<4sIQQ", b"GGUF", 3, 0, 2) + struct.pack("<Q1sIB", 1, b"a", 0, 1) * 2
+        ),
+        "damaged at 'a' .the field is there twice",
+    ),
+    "a tensor twice": (
+        lambda p: p.write_bytes(
+            struct.pack("<4sIQQ", b"GGUF", 3, 2, 0)
+            + struct.pack("<Q1sIQIQ", 1, b"w", 1, 2, 0, 0) * 2
+            + bytes(64)
+        ),
+        "damaged at 'w' .the tensor is there twice",
+    ),
+    "an alignment of words": (
+        lambda p: p.write_bytes(
+            struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)
+            + struct.pack("<Q17sIQ1s", 17, b"general.alignment", 8, 1, b"x")
+        ),
+        "damaged at 'general.alignment' .general.alignment='x'",
+    ),
     "a value of no kind": (
         lambda p: p.write_bytes(struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", 77)),
         "damaged at 'a' .a value of kind 77",
@@ -114,6 +142,17 @@ GGUF_UNSUPPORTED = {
         {"tensors": of_another_shape},
         r"output_norm.weight has shape \(32,\), and the header asks for \(64,\)",
     ),
+    "two billion layers": (
+        {"fields": {"block_count": 2**31}},
+        "the header asks for 2,147,483,648 layers, but there are 21 tensors",
+    ),
+    "a base of positions of zero": (
+        {"fields": {"rope_freq_base": 0.0}},
+        r"rope_theta=0\.0, but a positive number",
+    ),
+    "no head": ({"fields": {"head_count": 0}}, "a value that makes no sense"),
+    "keys for no head": ({"fields": {"head_count_kv": 0}}, "num_kv_heads=0.*at least 1"),
+    "a vocabulary of nothing": ({"fields": {"vocab_size": 0}}, "vocab_size=0.*at least 1"),
     "layers too many": ({"fields": {"block_count": 1}}, "holds blk.1.* and 6 more, .*no place"),
 }
 

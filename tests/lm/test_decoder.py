@@ -217,6 +217,7 @@ def test_what_is_quantized_is_not_trained_and_what_is_beside_it_is(tmp_path, key
 
 
 def test_without_the_extra_it_is_said_what_to_install():
-    code = "import sys; sys.modules['tokenizers'] = None\ntry:\n    import prograde.lm\nexcept ImportError as e:\n    print(e)"
+    code = "import sys; sys.modules['tokenizers'] = None\n"
+    code += "try:\n    import prograde.lm\nexcept ImportError as e:\n    print(e)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install 'prograde[lm]'" in done.stdout

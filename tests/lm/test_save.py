@@ -61,9 +61,34 @@ def test_a_directory_that_exists_is_not_touched(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["saved", "note"]
 
 
+def test_a_name_that_promises_another_format_is_refused(tmp_path):
+    model, tokenizer = a_random_model(), lm.byte_tokenizer()
+    for name, hint in {
+        "tuned.gguf": "Use save_gguf",
+        "tuned.GGUF": "Use save_gguf",
+        "tuned.safetensors": "Use save_weights",
+        "tuned.bin": "Nothing here writes that format",
+    }.items():
+        with pytest.raises(
+            lm.ModelError, match=f"{name} ends in .*save writes a directory.*{hint}"
+        ):
+            lm.save(tmp_path / name, model, tokenizer)
+    for name, hint in {"tuned.gguf": "Use save_gguf", "tuned.onnx": "choose another name"}.items():
+        with pytest.raises(
+            lm.ModelError, match=f"save_weights writes a .safetensors file. .*{hint}"
+        ):
+            lm.save_weights(tmp_path / name, model)
+    with pytest.raises(lm.ModelError, match="Use save_weights"):
+        lm.save_gguf(tmp_path / "tuned.safetensors", model, tokenizer)
+    with pytest.raises(lm.ModelError, match=r"does not end in \.gguf"):
+        lm.save_gguf(tmp_path / "tuned", model, tokenizer)
+    assert list(tmp_path.iterdir()) == []
+    lm.save(tmp_path / "smollm-1.7", model, tokenizer)  # an ending that promises nothing
+
+
 @pytest.mark.parametrize("limit", [100, 20_000])
 def test_a_full_disk_leaves_nothing_behind(limit, tmp_path):
-    """The tokenizer has 7 KB, the weights 25: the limit on a file's size stands for a disk that is full at the one or the other."""
+    """A limit on file size fills the disk at the tokenizer (7 KB), or at the weights (25 KB)."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:

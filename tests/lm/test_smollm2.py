@@ -1,5 +1,6 @@
-"""The model that is known by name: found, fetched, verified."""
+"""SmolLM2, which is known by name: found, fetched, verified."""
 
+import hashlib
 import importlib.util
 import subprocess
 from pathlib import Path
@@ -21,7 +22,8 @@ def test_the_end_of_a_sentence_that_is_known():
     model, tokenizer = lm.load(path, quantized=True)
     assert isinstance(model.segments[0].query, lm.Quantized)
     ids = tokenizer.encode("The capital of France is").ids
-    assert [tokenizer.id_to_token(i) for i in ids] == ["The", "Ġcapital", "Ġof", "ĠFrance", "Ġis"]
+    words = [tokenizer.id_to_token(i) for i in ids]
+    assert words == ["The", "Ġcapital", "Ġof", "ĠFrance", "Ġis"]
     states = eqx.filter_jit(lambda m, t: m(t))(model, jnp.asarray([ids]))[:, -1]
     assert tokenizer.decode([int(model.logits(states)[0].argmax())]) == " Paris"
     among = [tokenizer.encode(word).ids[0] for word in (" London", " Paris", " Rome")]
@@ -73,3 +75,23 @@ def test_smollm2_that_cannot_be_fetched_says_what_to_do_and_leaves_nothing(
     with pytest.raises(lm.ModelError, match=message[outcome]):
         lm.load("smollm2")
     assert list((tmp_path / "prograde").iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["package", "cache"])
+def test_smollm2_is_verified_when_it_is_used(where, tmp_path, monkeypatch):
+    """A file of the right name and other bytes, wherever it is, is refused."""
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    package = None
+    if where == "package":
+        package = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})
+    path = tmp_path / name if where == "package" else tmp_path / "prograde" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"GGUF and other bytes")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / name))
+    remedy = "Install it again" if where == "package" else "Remove it; the next call fetches it"
+    with pytest.raises(lm.ModelError, match=rf"has SHA-256 .* It was not used. {remedy}"):
+        lm.smollm2()
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr("prograde.lm.known_models._SHA256", found)
+    assert lm.smollm2(fetch=False) == path

@@ -1,4 +1,4 @@
-"""What is read from a log is what was appended; what cannot be kept is refused before it is taken."""
+"""A log gives back what was appended, and refuses what it cannot keep before it takes it."""
 
 import resource
 

@@ -173,6 +173,11 @@ def test_an_optimizer_is_described_the_same_when_it_is_made_again():
         lambda g, _: jax.tree.map(lambda x: x * jnp.linspace(0, scale, x.shape[-1]), g)
     )
     assert described(table(1.0), PARAMS) != described(table(2.0), PARAMS)
+    many = lambda count: described(
+        optax.chain(*[optax.trace(0.5)] * 20, *[optax.ema(0.5)] * count), PARAMS
+    )
+    assert len(many(1)["state"]) < 500  # a header of a few hundred bytes, whatever the optimizer
+    assert many(1)["state"] != many(2)["state"]
 
 
 def test_an_optimizer_is_compared_by_its_program_only_on_the_versions_of_the_run(tmp_path):

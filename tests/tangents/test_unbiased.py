@@ -12,6 +12,8 @@ import pytest
 import prograde as pg
 from prograde.testing import assert_mean, required_samples
 
+pytestmark = pytest.mark.optimised
+
 DISTRIBUTIONS = [
     pg.Normal(),
     pg.Rademacher(),

@@ -27,8 +27,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 from jaxtyping import Array
 
-from prograde._custom_vjp import named
-from prograde._jaxprs import live_bytes
+from prograde._costs import live_bytes
+from prograde._custom_vjp import run_forward
 
 MAX_INPUTS = 20_000
 _CHUNK_BYTES = 2**28  # of intermediate values, that all tangents of a chunk may take together
@@ -109,13 +109,10 @@ def push(program: Program, active: Sequence[int], *inputs: Any) -> list[Array]:
         given = list(primals)
         for i, x in zip(active, chosen, strict=True):
             given[i] = x
-        return jaxpr_as_fun(program.jaxpr)(*given)
+        return run_forward(program.jaxpr, given)
 
     chosen = tuple(primals[i] for i in active)
-    try:
-        values, dots = jax.jvp(of_active, chosen, tuple(tangents))
-    except TypeError as error:
-        raise named(error, of_active, *chosen) from None
+    values, dots = jax.jvp(of_active, chosen, tuple(tangents))
     return [*values, *(dots[i] for i in program.float_outputs)]
 
 

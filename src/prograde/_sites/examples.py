@@ -9,6 +9,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jaxtyping import PyTree
 
+from prograde._sites.labels import Along
+
 
 class ExamplesError(ValueError):
     """The examples of a batch cannot be told apart, or are not independent of each other."""
@@ -22,18 +24,25 @@ def is_traced(x: Any) -> bool:
 MIXED = object()  # more axes than one, or not whole examples
 
 
-def axis_of(var: Any, twin: Any, batch: int) -> Any:
-    """The axis of the examples: an int, `None` where the value is the same for all, `MIXED` where no axis is theirs alone."""
+def where(var: Any, twin: Any, batch: int, merged: Along | None = None) -> Any:
+    """Where the examples lie in a value, from its shape and that of its double.
+
+    **Returns:** `Along`; `None` where the value is the same for all examples; `MIXED` where no axis is theirs. `merged` is what
+    `layout_of` found, for an axis that they share with others.
+    """
     shape, other = var.aval.shape, twin.aval.shape
     if shape == other:
         return None
     differing = [i for i, (n, m) in enumerate(zip(shape, other, strict=False)) if n != m]
-    if (
-        len(shape) == len(other)
-        and len(differing) == 1
-        and shape[differing[0]] * 2 == other[differing[0]] == 2 * batch
-    ):
-        return differing[0]
+    if len(shape) != len(other) or len(differing) != 1:
+        return MIXED
+    (axis,) = differing
+    if 2 * shape[axis] != other[axis]:
+        return MIXED
+    if shape[axis] == batch:
+        return Along(axis)
+    if merged is not None and merged.axis == axis:
+        return merged if merged.outer * batch * merged.inner == shape[axis] else MIXED
     return MIXED
 
 
@@ -69,12 +78,14 @@ def doubled(
     return traced
 
 
-def paired(jaxpr: Jaxpr, twin: Jaxpr) -> list[tuple[JaxprEqn, JaxprEqn]]:
-    """The equations of a program and of its double, side by side."""
+def twins_of(jaxpr: Jaxpr, twin: Jaxpr | None) -> dict[int, JaxprEqn]:
+    """For each equation of a program, by its `id`, the same equation of the double; empty without a double."""
+    if twin is None:
+        return {}
     names = [eqn.primitive.name for eqn in jaxpr.eqns]
     if names != [eqn.primitive.name for eqn in twin.eqns]:
         raise ExamplesError(
-            "the function does something else for another number of examples, so the axis of the examples cannot be found. "
-            "Let it not depend on the batch size, or pass per_example=False."
+            "the function does something else for another number of examples, so the axis of the examples cannot "
+            "be found. Let it not depend on the batch size, or pass per_example=False."
         )
-    return list(zip(jaxpr.eqns, twin.eqns, strict=True))
+    return {id(eqn): other for eqn, other in zip(jaxpr.eqns, twin.eqns, strict=True)}

@@ -16,15 +16,26 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array, Key, PyTree
-from quax._compat import unpack_scan_args
 
-from prograde._custom_vjp import is_custom_vjp, refuse_tangents
+from prograde import _findings
+from prograde._custom_vjp import bind_forward
 from prograde._inject import inject
-from prograde._jaxprs import bind, equations, subprograms
-from prograde._sites.examples import MIXED, axis_of, doubled, is_traced, paired
+from prograde._jaxprs import (
+    as_closed,
+    bind,
+    called,
+    derivative_of,
+    equations,
+    scan_groups,
+    subprograms,
+    walk,
+)
+from prograde._sites.examples import MIXED, doubled, is_traced, twins_of, where
 from prograde._sites.independence import check_independent
+from prograde._sites.labels import Along
+from prograde._sites.layout import layout_of
 from prograde._sites.reach import Reach
-from prograde._sites.records import Loop, Place, Record, Site, Step, Use
+from prograde._sites.records import Loop, Place, Record, Reshaped, Site, Step, Use, leaves_of
 
 Entries = Callable[[Key[Array, ""], tuple[int, ...], Any], Array]
 
@@ -34,9 +45,10 @@ class Linear(NamedTuple):
 
     value: Array
     uses: tuple[Use, ...]
-    axis: int | None = None
+    axis: Along | None = None
     active: bool = False
     place: Place = ((), None)
+    split: Along | None = None  # see `Site.split`
 
 
 class Frame:
@@ -67,7 +79,6 @@ class Run(eqx.Module):
     at_exact: list[Array]
 
 
-_CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
 # what keeps a weight affine: for each operation the operands that may be one
 _AFFINE = {
     **{name: (0,) for name in (
@@ -80,7 +91,16 @@ _SUMS = {"add", "sub"}
 _KEEPS_ELEMENTS = {
     "transpose", "reshape", "squeeze", "expand_dims", "convert_element_type", "copy", "copy_p", "neg", "pvary", "pcast",
 }  # fmt: skip
-_MEETS_ACTIVATION = {"dot_general", "conv_general_dilated", "mul", "add", "sub", "gather", "div"}
+_MEETS_ACTIVATION = {
+    "dot_general",
+    "conv_general_dilated",
+    "mul",
+    "add",
+    "sub",
+    "gather",
+    "div",
+    "custom_jvp_call",
+}
 _ELEMENTWISE = {
     "max", "min", "add", "sub", "mul", "div", "neg", "exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "erf", "erfc",
     "sin", "cos", "tan", "atan", "asin", "acos", "sinh", "cosh", "abs", "sign", "sqrt", "rsqrt", "cbrt", "square", "integer_pow",
@@ -110,12 +130,15 @@ class Program:
         self.aux_tree = jax.tree.structure(shape[1])
         self.num_losses = len(shape[0])
         self.arrays = jax.tree.leaves(arrays)
-        self.num_leaves = len(jax.tree.leaves(params))
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        self.paths = [f"params{jax.tree_util.keystr(path)}" for path in paths]
+        self.num_leaves = len(paths)
         self.batch = batch
         # of the records of a run, and what they reach, once they are known
         self.shapes: tuple[Record, ...] | None = None
         self.reach: list[Reach] | None = None
         self.twin: ClosedJaxpr | None = None
+        self.layout: dict[Place, Along] = {}
         if batch is not None:
             self.twin = doubled(of_args, params, args, batch, self.num_losses)
             wanted = [i < self.num_losses for i in range(len(self.closed.jaxpr.outvars))]
@@ -123,7 +146,9 @@ class Program:
                 dce_jaxpr(c.jaxpr, wanted, instantiate=True)[0] for c in (self.closed, self.twin)
             )
             perturbed = [i < self.num_leaves for i in range(len(losses.invars))]
-            check_independent(losses, twin, perturbed, batch)
+            is_batch = [False] * self.num_leaves + [x.shape[:1] == (batch,) for x in self.arrays]
+            check_independent(losses, twin, perturbed, batch, layout_of(losses, is_batch, batch))
+            self.layout = layout_of(self.closed.jaxpr, is_batch, batch)
 
     def run(
         self,
@@ -142,50 +167,50 @@ class Program:
         frame.exact = dict(exact or {})
         inputs = [*(Linear(w, (Use(i, (), ()),)) for i, w in enumerate(leaves)), *self.arrays]
         twin = None if self.twin is None else self.twin.jaxpr
-        outputs = self._evaluate(self.closed.jaxpr, twin, self.closed.consts, inputs, frame)
+        outputs = self._evaluate(self.closed, twin, inputs, frame)
         losses = [self._perturbed(loss, frame) for loss in outputs[: self.num_losses]]
         # auxiliary output is not perturbed
         aux = [x.value if isinstance(x, Linear) else x for x in outputs[self.num_losses :]]
+        if (findings := _findings.current()) is not None:
+            findings.sites = [
+                (
+                    tuple(self.paths[i] for i in sorted(leaves)),
+                    site.perturbation.shape,
+                    site.axis is not None or self.batch is None,
+                )
+                for site, leaves in leaves_of(frame.records)
+            ]
         return Run(losses, aux, tuple(frame.records), frame.at_exact)
 
     def _evaluate(
         self,
-        jaxpr: Jaxpr,
+        program: ClosedJaxpr,
         twin: Jaxpr | None,
-        consts: Sequence[Any],
         inputs: Sequence[Any],
         frame: Frame,
         path: tuple[int, ...] = (),
     ) -> list[Any]:
         times_used = Counter(
             v
-            for v in [*(v for e in jaxpr.eqns for v in e.invars), *jaxpr.outvars]
+            for v in [*(v for e in program.jaxpr.eqns for v in e.invars), *program.jaxpr.outvars]
             if not isinstance(v, Literal)
         )
-        env: dict[Any, Any] = {}
+        twins = twins_of(program.jaxpr, twin)
 
-        def read(v: Any) -> Any:
-            return v.val if isinstance(v, Literal) else env[v]
-
-        def write(v: Any, value: Any) -> None:
-            if isinstance(value, Linear):
-                value = value._replace(place=(path, v))
-            # what is used in two ways gets one perturbation for both
-            several = isinstance(value, Linear) and value.active and times_used[v] > 1
-            env[v] = self._perturbed(value, frame) if several else value
-
-        for v, value in zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True):
-            write(v, value)
-        pairs = paired(jaxpr, twin) if twin is not None else [(eqn, None) for eqn in jaxpr.eqns]
-        for eqn, other in pairs:
-            values = [read(v) for v in eqn.invars]
+        def operation(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
             if any(isinstance(v, Linear) for v in values):
-                outputs = self._equation(eqn, other, values, frame, (*path, id(eqn)))
-            else:
-                outputs = bind(eqn, values)
-            for var, out in zip(eqn.outvars, outputs, strict=True):
-                write(var, out)
-        return [read(v) for v in jaxpr.outvars]
+                return self._equation(eqn, twins.get(id(eqn)), values, frame, (*path, id(eqn)))
+            return bind_forward(eqn, values)
+
+        def arrived(variable: Any, value: Any) -> Any:
+            if not isinstance(value, Linear):
+                return value
+            value = value._replace(place=(path, variable))
+            # what is used in two ways gets one perturbation for both
+            several = value.active and times_used[variable] > 1
+            return self._perturbed(value, frame) if several else value
+
+        return walk(program, inputs, operation, arrived=arrived)
 
     def _equation(
         self,
@@ -196,21 +221,19 @@ class Program:
         path: tuple[int, ...],
     ) -> list[Any]:
         name = eqn.primitive.name
-        if name in _CALLS:
-            inner = next(v for v in eqn.params.values() if isinstance(v, Jaxpr | ClosedJaxpr))
-            closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+        if (inner := called(eqn)) is not None:
             double = None if twin is None else subprograms(twin)[0]
-            return self._evaluate(closed.jaxpr, double, closed.consts, values, frame, path)
+            return self._evaluate(inner, double, values, frame, path)
         if name == "scan":
             return self._scan(eqn, twin, values, frame, path)
-        affine = self._affine(eqn, twin, values)
+        affine = self._affine(eqn, twin, values, path)
         if affine is None and any(isinstance(v, Linear) and not v.active for v in values):
             # a pre-activation that meets the next weight is an activation
             values = [
                 self._perturbed(v, frame) if isinstance(v, Linear) and v.active else v
                 for v in values
             ]
-            affine = self._affine(eqn, twin, values)
+            affine = self._affine(eqn, twin, values, path)
         if affine is not None:
             return affine
         gain = None
@@ -230,17 +253,28 @@ class Program:
             else:  # a choice has no derivative
                 gain = jnp.zeros_like(z)
         values = [self._perturbed(v, frame, gain) for v in values]
-        if is_custom_vjp(eqn):
-            return refuse_tangents(eqn, values)
-        return bind(eqn, values)
+        return bind_forward(eqn, values)
+
+    def _where(self, var: Any, twin: Any, path: tuple[int, ...]) -> Any:
+        """Where the examples lie in a variable of the equation at the end of this path."""
+        assert self.batch is not None
+        merged = None if isinstance(var, Literal) else self.layout.get((path[:-1], var))
+        return where(var, twin, self.batch, merged)
 
     def _affine(
-        self, eqn: JaxprEqn, twin: JaxprEqn | None, values: list[Any]
+        self, eqn: JaxprEqn, twin: JaxprEqn | None, values: list[Any], path: tuple[int, ...]
     ) -> list[Linear] | None:
         """The outputs as affine functions of leaves, or `None` where they are not."""
         name = eqn.primitive.name
         positions = [i for i, v in enumerate(values) if isinstance(v, Linear)]
-        if not set(positions) <= set(_AFFINE.get(name, ())) or (
+        if name == "custom_jvp_call":
+            if (
+                len(positions) > 1
+                or values[positions[0]].active
+                or not _linear_in(eqn, positions[0])
+            ):
+                return None
+        elif not set(positions) <= set(_AFFINE.get(name, ())) or (
             len(positions) > 1 and name not in _SUMS
         ):
             return None
@@ -254,11 +288,8 @@ class Program:
                 return None
         axis = None
         if twin is not None:
-            assert self.batch is not None
-            axes = [
-                axis_of(v, w, self.batch) for v, w in zip(eqn.outvars, twin.outvars, strict=True)
-            ]
-            of_given = [axis_of(eqn.invars[i], twin.invars[i], self.batch) for i in given]
+            axes = [self._where(v, w, path) for v, w in zip(eqn.outvars, twin.outvars, strict=True)]
+            of_given = [self._where(eqn.invars[i], twin.invars[i], path) for i in given]
             if (
                 MIXED in axes
                 or len(set(axes)) > 1
@@ -286,6 +317,9 @@ class Program:
         if not isinstance(value, Linear):
             return value
         z = value.value
+        if value.axis is not None and value.axis != Along(value.axis.axis):
+            return self._perturbed_in_parts(value, value.axis, frame, gain)
+        axis = None if value.axis is None else value.axis.axis
         if (shift := frame.exact.get(len(frame.records))) is not None:
             z = z + shift.astype(z.dtype)
             frame.at_exact.append(z)
@@ -295,23 +329,52 @@ class Program:
                     jnp.zeros_like(z),
                     None,
                     None,
-                    value.axis,
+                    None,
+                    axis,
                     frame.depth,
                     z.ndim,
+                    value.split,
                     value.place,
                 )
             )
             return z
         noise, scale = frame.entries(frame.next_key(), z.shape, z.dtype), None
         if frame.relative and value.active:
-            scale = _size(lax.stop_gradient(z), value.axis)
+            scale = _size(lax.stop_gradient(z), axis)
             noise = noise * scale
         if gain is not None:  # a unit that is not active has no part in the loss
             noise = jnp.where(gain != 0, noise, jnp.zeros_like(noise))
         frame.records.append(
-            Site(value.uses, noise, gain, scale, value.axis, frame.depth, z.ndim, value.place)
+            Site(
+                value.uses,
+                noise,
+                None,
+                gain,
+                scale,
+                axis,
+                frame.depth,
+                z.ndim,
+                value.split,
+                value.place,
+            )
         )
         return inject(frame.s, z, noise)
+
+    def _perturbed_in_parts(
+        self, value: Linear, axis: Along, frame: Frame, gain: Array | None
+    ) -> Array:
+        """Perturbs a value in the shape in which the examples have an axis of their own."""
+        assert self.batch is not None
+        z, at = value.value, axis.axis
+        shape = (*z.shape[:at], axis.outer, self.batch, axis.inner, *z.shape[at + 1 :])
+        apart = value._replace(
+            value=z.reshape(shape),
+            uses=tuple(use.then(Reshaped(shape), ()) for use in value.uses),
+            axis=Along(at + 1),
+            split=axis,
+        )
+        gain = None if gain is None else gain.reshape(shape)
+        return self._perturbed(apart, frame, gain).reshape(z.shape)
 
     def _scan(
         self,
@@ -321,9 +384,9 @@ class Program:
         frame: Frame,
         path: tuple[int, ...],
     ) -> list[Any]:
-        params = dict(eqn.params)
+        params = eqn.params
         is_weight = lambda v: isinstance(v, Linear) and not v.active  # noqa: E731
-        num_consts, num_carry = (len(part) for part in unpack_scan_args(values, dict(params))[:2])
+        num_consts, num_carry = (len(part) for part in scan_groups(eqn, values)[:2])
         first_slice = num_consts + num_carry
         values = [
             v if is_weight(v) and not num_consts <= i < first_slice else self._perturbed(v, frame)
@@ -331,8 +394,8 @@ class Program:
         ]
         weights = [i for i, v in enumerate(values) if isinstance(v, Linear)]
         if not weights:
-            return bind(eqn, values)
-        body, double = params["jaxpr"], None if twin is None else twin.params["jaxpr"].jaxpr
+            return bind_forward(eqn, values)
+        body, double = as_closed(params["jaxpr"]), None if twin is None else subprograms(twin)[0]
         key = frame.next_key()
         consts, carry, xs = (
             values[:num_consts],
@@ -352,7 +415,7 @@ class Program:
                 Linear(x, (Use(weights.index(i), (), ()),)) if i in weights else x
                 for i, x in enumerate(arrays)
             ]
-            out = self._evaluate(body.jaxpr, double, body.consts, inputs, inner, path)
+            out = self._evaluate(body, double, inputs, inner, path)
             out = [self._perturbed(v, inner) for v in out]
             return out[: len(carry)], (out[len(carry) :], tuple(inner.records))
 
@@ -373,6 +436,13 @@ class Program:
                 Loop(inside, entered, tuple(i >= first_slice for i in weights), tuple(shapes))
             )
         return [*carry, *ys]
+
+
+def _linear_in(eqn: JaxprEqn, position: int) -> bool:
+    """Whether the rule of a function with a `jax.custom_jvp` needs only the tangent of an operand, and not its value."""
+    rule = derivative_of(eqn, [position]).jaxpr
+    _, used = dce_jaxpr(rule, [True] * len(rule.outvars), instantiate=False)
+    return not used[position]
 
 
 _LEAST_SIZE = 1e-4  # any will do: the estimate is unbiased for every scale
@@ -399,17 +469,10 @@ def _is_elementwise(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
 
 def _rule_works_on_elements(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
     """Whether a hand-made derivative is one of each element alone."""
-    avals = [v.aval for v in eqn.invars]
-    moved = [i for i, aval in enumerate(avals) if aval.shape == shape]  # pyright: ignore[reportAttributeAccessIssue]
+    moved = [i for i, v in enumerate(eqn.invars) if v.aval.shape == shape]  # pyright: ignore[reportAttributeAccessIssue]
     if len(moved) != 1:
         return False
-
-    def derivative(values: list[Any], tangent: Any) -> Any:
-        of_moved = lambda x: bind(eqn, [x if i == moved[0] else v for i, v in enumerate(values)])  # noqa: E731
-        return jax.jvp(of_moved, (values[moved[0]],), (tangent,))[1]
-
-    jaxpr = jax.make_jaxpr(derivative)(avals, avals[moved[0]]).jaxpr
-    return all(_works_on_elements(e, shape) for e in jaxpr.eqns)
+    return all(_works_on_elements(e, shape) for e in derivative_of(eqn, moved).jaxpr.eqns)
 
 
 def _works_on_elements(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:

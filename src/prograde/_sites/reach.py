@@ -7,7 +7,8 @@ from typing import Any
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from prograde._jaxprs import subprograms
-from prograde._sites.independence import ANYWHERE, Along, Label, Walk
+from prograde._sites.independence import Walk
+from prograde._sites.labels import ANYWHERE, Along, Label, same_or_anywhere
 from prograde._sites.records import Place, Site
 
 
@@ -42,7 +43,9 @@ def _reach(walk: "_Reach", jaxpr: Jaxpr, num_losses: int, site: Site) -> Reach:
     }
     for start in _candidates(site, lengths):
         for label, pairs in zip(
-            walk.labels(jaxpr, num_losses, site.place, start), found, strict=True
+            walk.labels(jaxpr, num_losses, site.place, _in_variable(start, site)),
+            found,
+            strict=True,
         ):
             if label is None or label == ANYWHERE or label.axis < 1 or label != Along(label.axis):
                 continue
@@ -60,7 +63,7 @@ def _reach(walk: "_Reach", jaxpr: Jaxpr, num_losses: int, site: Site) -> Reach:
 
 def _candidates(site: Site, lengths: Collection[int]) -> list[Along]:
     """Where positions of an axis of a loss may lie in a site: contiguous groups first, then interleaved ones."""
-    loops, shape = site.noise.shape[: site.depth], site.noise.shape[site.noise.ndim - site.ndim :]
+    loops, shape = site.perturbation.shape[: site.depth], site.value_shape
     found = [Along(-1) for n in lengths if loops and loops[-1] == n]
     for axis, size in enumerate(shape):
         if axis == site.axis:
@@ -73,6 +76,19 @@ def _candidates(site: Site, lengths: Collection[int]) -> list[Along]:
                 if size % n == 0 and rest % inner == 0
             ]
     return found
+
+
+def _in_variable(along: Along, site: Site) -> Along:
+    """An axis of the site's value as one of the variable, of which one axis may be three in the site (see `Site.split`)."""
+    if site.split is None or along.axis < site.split.axis:
+        return along
+    merged, after = site.split, along.axis - site.split.axis
+    batch = site.value_shape[merged.axis + 1]
+    if after == 0:
+        return Along(merged.axis, along.outer, along.inner * batch * merged.inner)
+    if after == 2:
+        return Along(merged.axis, merged.outer * batch * along.outer, along.inner)
+    return along._replace(axis=along.axis - 2)
 
 
 class _Reach(Walk):
@@ -110,8 +126,7 @@ class _Reach(Walk):
         return ANYWHERE if label is not None and label.axis == -1 else label
 
     def same(self, labels: Any) -> Label:
-        found = {label for label in labels if label is not None}
-        return None if not found else found.pop() if len(found) == 1 else ANYWHERE
+        return same_or_anywhere(labels)
 
     def propagated(self, eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> Label:
         return ANYWHERE if ANYWHERE in given else super().propagated(eqn, given, counts)

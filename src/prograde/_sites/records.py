@@ -1,7 +1,7 @@
 """What is kept of a site, and the weight gradients that follow from a cotangent at each of them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from prograde._inject import varying_like
 from prograde._jaxprs import bind
+from prograde._sites.labels import Along
 
 Place = tuple[
     tuple[int, ...], Any
@@ -36,14 +37,31 @@ class Step:
         return bind(self.eqn, operands)[self.output]
 
 
+class Reshaped:
+    """A change of shape, as a step."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Reshaped) and self.shape == other.shape
+
+    def __hash__(self) -> int:
+        return hash(self.shape)
+
+    def __call__(self, value: Array, others: Sequence[Array]) -> Array:
+        del others
+        return value.reshape(self.shape)
+
+
 class Use(eqx.Module):
     """How a value depends on one leaf: the steps that led to it, and the other operands of each."""
 
     leaf: int = eqx.field(static=True)
-    steps: tuple[Step, ...] = eqx.field(static=True)
+    steps: tuple[Step | Reshaped, ...] = eqx.field(static=True)
     operands: tuple[tuple[Array, ...], ...]
 
-    def then(self, step: Step, others: Sequence[Array]) -> "Use":
+    def then(self, step: Step | Reshaped, others: Sequence[Array]) -> "Use":
         return Use(self.leaf, (*self.steps, step), (*self.operands, tuple(others)))
 
     def pull(self, leaf: Array, cotangent: Array) -> Array:
@@ -62,21 +80,38 @@ class Use(eqx.Module):
 class Site(eqx.Module):
     """A value that was perturbed: a pre-activation, or a weight where it is used in another way.
 
-    `noise` is the perturbation, with an axis for the tangents before those of the value, and one for each enclosing loop
-    before that; `gain` the derivative of the nonlinearity that follows, where one does, with the axes of loops and of the value;
-    `scale` the deviation of the noise, where it is not 1, with 1 for the axes along which it is the same.
-    `axis` is that of the examples within the value, or `None` where it has none. After `with_cotangents` `noise` holds the
-    cotangent instead, without an axis for the tangents. `place` tells where in the program the value is.
+    **Fields:**
+
+    - `uses`: how the value depends on the weights behind it.
+    - `perturbation`: what was added to the value for a unit of s. Its axes are those of the enclosing loops, one for the
+      tangents (absent in a single run), and those of the value. `None` once there is a cotangent.
+    - `cotangent`: the derivative of the loss by the value, with the axes of the enclosing loops and of the value;
+      `None` until `with_cotangents` gives one.
+    - `gain`: the derivative of the nonlinearity that follows, where one does, with the axes of `cotangent`.
+    - `scale`: the standard deviation of the perturbation, where it is not 1, with size 1 along the axes that share one.
+    - `axis`: the axis of the examples within the value; `None` where it has none.
+    - `depth`, `ndim`: the number of enclosing loops, and of axes of the value.
+    - `split`: set where the examples share an axis of the program's variable with others. There the site's value has
+      three axes in place of that one, [outer, batch, inner], and `axis` is the second of them.
+    - `place`: where in the program the value is.
     """
 
     uses: tuple[Use, ...]
-    noise: Array
+    perturbation: Any  # an array or None
+    cotangent: Any
     gain: Array | None
     scale: Array | None
     axis: int | None = eqx.field(static=True)
     depth: int = eqx.field(static=True)
     ndim: int = eqx.field(static=True)
+    split: Along | None = eqx.field(static=True)
     place: Place = eqx.field(static=True)
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """The shape of the value, without axes of loops and tangents."""
+        known = self.cotangent if self.perturbation is None else self.perturbation
+        return known.shape[known.ndim - self.ndim :]
 
     def per_example(self, values: Array) -> Array:
         """Numbers per example, [..., batch], as an array that broadcasts against the value; their sum where it has no examples."""
@@ -129,12 +164,21 @@ def leaves_of(
 
 
 def with_cotangents(records: Sequence[Record], cotangents: Sequence[Array]) -> tuple[Record, ...]:
-    """The records with a cotangent in place of each site's noise."""
+    """The records with a cotangent for each site, in place of its perturbation."""
     remaining = iter(cotangents)
+    return _with_each(records, lambda site: dict(perturbation=None, cotangent=next(remaining)))
 
+
+def tangent_axes(records: Sequence[Record]) -> tuple[Record, ...]:
+    """The `out_axes` of records under `vmap` over tangents: perturbations get an axis for them, and nothing else does."""
+    nothing = jax.tree.map(lambda _: None, tuple(records))
+    return _with_each(nothing, lambda site: dict(perturbation=site.depth))
+
+
+def _with_each(records: Sequence[Record], fields: Callable[[Site], Any]) -> tuple[Record, ...]:
     def replaced(record: Record) -> Record:
         if isinstance(record, Site):
-            return dataclasses.replace(record, noise=next(remaining))
+            return dataclasses.replace(record, **fields(record))
         return dataclasses.replace(record, inside=tuple(replaced(inner) for inner in record.inside))
 
     return tuple(replaced(record) for record in records)
@@ -152,7 +196,7 @@ def collect(records: Sequence[Record], leaves: Sequence[Any]) -> list[Array]:
     for record in records:
         if isinstance(record, Site):
             for use in record.uses:
-                add(use, record.noise)
+                add(use, record.cotangent)
         else:
             for uses, cotangent in zip(record.entered, _collect_loop(record), strict=True):
                 for use in uses:

@@ -3,7 +3,8 @@
 - `tangent`: the factors of a tangent (`LowRankTangent`) and a weight that carries them (`PerturbedArray`);
 - `contractions`, `shapes`: the product rule of one primitive each, written for the factors;
 - `stretch`: other units for a parameter;
-- `control_flow`: loops, branches and calls that a perturbed weight enters;
+- `rules`: the registry of these rules;
+- `interpreter`: runs a program on perturbed weights, and enters loops, branches and calls;
 - `derivative`: a forward run along a tree of tangents, and the sum of weighted tangents;
 - `coordinates`: tangents along single entries of the parameters.
 
@@ -11,7 +12,7 @@ A primitive without a rule materialises the weight, which injects the dense tang
 in every case, and only the cost differs.
 """
 
-from prograde._structured import contractions, control_flow, shapes  # noqa: F401  (they register rules)
+from prograde._structured import contractions, shapes  # noqa: F401  (they register rules)
 from prograde._structured.coordinates import coordinate_tangent, count, from_coordinates
 from prograde._structured.derivative import (
     Tangent,
@@ -23,13 +24,11 @@ from prograde._structured.derivative import (
     weighted_sum,
 )
 from prograde._structured.stretch import stretch
-from prograde._structured.tangent import DenseFallback, LowRankTangent, PerturbedArray, Recorder
+from prograde._structured.tangent import LowRankTangent, PerturbedArray
 
 __all__ = [
-    "DenseFallback",
     "LowRankTangent",
     "PerturbedArray",
-    "Recorder",
     "Tangent",
     "coordinate_tangent",
     "count",

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import quax
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from prograde._inject import inject_product, wider
+from prograde._structured.rules import rule
 from prograde._structured.tangent import PerturbedArray
 
 
@@ -131,9 +131,8 @@ def _dot(
     x: Any, p: PerturbedArray, weight_first: bool, dimension_numbers: Any, **kwargs: Any
 ) -> Array:
     """`dot_general`, with `dimension_numbers` for (x, p)."""
-    contract, batch = dimension_numbers
     if weight_first:
-        z = lax.dot_general(p.weight, x, (contract[::-1], batch[::-1]), **kwargs)
+        z = lax.dot_general(p.weight, x, _swapped(dimension_numbers), **kwargs)
     else:
         z = lax.dot_general(x, p.weight, dimension_numbers, **kwargs)
     if z.size == 0 or p.weight.size == 0:
@@ -146,27 +145,30 @@ def _dot(
     return inject_product(p.scalar, z, direction, x, *p.factors)
 
 
-@quax.register(lax.dot_general_p)
+@rule("dot_general", 1)
 def _(x: ArrayLike, p: PerturbedArray, *, dimension_numbers, **kwargs):
     return _dot(x, p, False, dimension_numbers, **kwargs)
 
 
-@quax.register(lax.dot_general_p)
+@rule("dot_general", 0)
 def _(p: PerturbedArray, x: ArrayLike, *, dimension_numbers, **kwargs):
-    contract, batch = dimension_numbers
-    return _dot(x, p, True, (contract[::-1], batch[::-1]), **kwargs)
+    return _dot(x, p, True, _swapped(dimension_numbers), **kwargs)
 
 
-@quax.register(lax.dot_general_p)
+@rule("dot_general", 0, 1)
 def _(p: PerturbedArray, q: PerturbedArray, *, dimension_numbers, **kwargs):
-    # materialising one leaves a product with one perturbed factor, which has a rule; the larger stays structured
-    product: Any = quax.quaxify(lax.dot_general)
+    # a product with one perturbed factor has a rule: the larger weight stays structured
     if p.weight.size > q.weight.size:
-        return product(p, q.materialise(), dimension_numbers, **kwargs)
-    return product(p.materialise(), q, dimension_numbers, **kwargs)
+        return _dot(q.materialise(), p, True, _swapped(dimension_numbers), **kwargs)
+    return _dot(p.materialise(), q, False, dimension_numbers, **kwargs)
 
 
-@quax.register(lax.conv_general_dilated_p)
+def _swapped(dimension_numbers: Any) -> Any:
+    contract, batch = dimension_numbers
+    return contract[::-1], batch[::-1]
+
+
+@rule("conv_general_dilated", 1)
 def _(x: ArrayLike, p: PerturbedArray, *, dimension_numbers, batch_group_count, **kwargs):
     numbers, params = dimension_numbers, kwargs | {"batch_group_count": batch_group_count}
     out_axis, _, *spatial = numbers.rhs_spec
@@ -178,9 +180,7 @@ def _(x: ArrayLike, p: PerturbedArray, *, dimension_numbers, batch_group_count, 
         or not one_output_factor
         or 0 in (jnp.size(x), p.weight.size)
     ):
-        return lax.conv_general_dilated_p.bind(
-            x, p.materialise(), dimension_numbers=numbers, **params
-        )
+        return NotImplemented
     z = lax.conv_general_dilated_p.bind(x, p.weight, dimension_numbers=numbers, **params)
     if z.size == 0:
         return z

@@ -2,16 +2,18 @@
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import quax
 from jaxtyping import Array, Float, PyTree
 
-from prograde._custom_vjp import named
+from prograde import _findings
 from prograde._inject import inject, wider
+from prograde._jaxprs import traced
+from prograde._structured.interpreter import dense, run
 from prograde._structured.tangent import LowRankTangent, PerturbedArray, Recorder, perturb
 
 Tangent = Array | LowRankTangent
@@ -22,37 +24,81 @@ def is_structured(x: Any) -> bool:
     return isinstance(x, LowRankTangent)
 
 
+# what JAX raises where a Python `if`, `int()` or index needs the value of what is differentiated
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
 def directional_derivative(
     fun: Callable[[PyTree], tuple[PyTree[Array], PyTree]],
     params: PyTree[Array],
     tangents: PyTree[Tangent],
-    recorders: PyTree[Recorder] | None = None,
 ) -> tuple[Any, Any, PyTree]:
-    """(fun, grad fun . v, aux) at `params` along `tangents`, in one forward run. `fun` returns (value, aux), trees of arrays."""
-    if recorders is None:
-        recorders = jax.tree.map(lambda _: None, params)
+    """(fun, grad fun . v, aux) at `params` along `tangents`, in one forward run.
 
-    def along(s: Array) -> tuple[PyTree[Array], PyTree]:
-        perturbed = jax.tree.map(
-            lambda v, w, r: perturb(v, w, s, r) if is_structured(v) else inject(s, w, v),
-            tangents,
-            params,
-            recorders,
-            is_leaf=is_structured,
-        )
-        out: Any = quax.quaxify(fun)(perturbed)
-        value, aux = out
-        # a parameter that is returned as it came in comes out as a Quax value
-        is_value = lambda x: isinstance(x, PerturbedArray)  # noqa: E731
-        aux = jax.tree.map(lambda x: x.weight if is_value(x) else x, aux, is_leaf=is_value)
-        return jax.tree.map(
-            lambda x: x.materialise() if is_value(x) else x, value, is_leaf=is_value
-        ), aux
+    `fun` returns (value, aux), trees of arrays. It is traced once, and the program is run on weights that carry their
+    tangents. A function that Python decides on by the values of its parameters cannot be traced: there all tangents are
+    formed.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    tangents = jax.tree.leaves(tangents, is_leaf=is_structured)
+    primals, units = (jnp.zeros(()),), (jnp.ones(()),)
+    with _recorded(params) as recorders:
+        try:
+            program, rebuilt = traced(fun, params)
+        except _NEEDS_VALUES:
 
-    try:
-        return jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),), has_aux=True)
-    except TypeError as error:
-        raise named(error, fun, params) from None
+            def formed(s: Array) -> tuple[PyTree[Array], PyTree]:
+                weights = _perturbed(
+                    leaves, tangents, s, recorders, "Python code that needs its value"
+                )
+                return fun(jax.tree.unflatten(tree, [dense(w) for w in weights]))
+
+            return jax.jvp(formed, primals, units, has_aux=True)
+
+        def along(s: Array) -> tuple[PyTree[Array], PyTree]:
+            value, aux = rebuilt(run(program, _perturbed(leaves, tangents, s, recorders)))
+            is_weight = lambda x: isinstance(x, PerturbedArray)  # noqa: E731
+            # auxiliary output is not perturbed
+            aux = jax.tree.map(lambda x: x.weight if is_weight(x) else x, aux, is_leaf=is_weight)
+            return jax.tree.map(dense, value, is_leaf=is_weight), aux
+
+        return jax.jvp(along, primals, units, has_aux=True)
+
+
+@contextmanager
+def _recorded(params: PyTree) -> Iterator[list[Recorder | None]]:
+    """A recorder for each parameter where `check` is watching, which is told afterwards what they recorded."""
+    findings = _findings.current()
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    if findings is None:
+        yield [None] * len(paths)
+        return
+    recorders = [Recorder() for _ in paths]
+    yield list(recorders)
+    for (path, _), recorder in zip(paths, recorders, strict=True):
+        name = f"params{jax.tree_util.keystr(path)}"
+        findings.dense.update(((name, place), None) for place in recorder.formed)
+
+
+def _perturbed(
+    leaves: list[Array],
+    tangents: list[Tangent],
+    s: Array,
+    recorders: list[Recorder | None],
+    primitive: str = "",
+) -> list[Any]:
+    for recorder in recorders:
+        if recorder is not None:
+            recorder.primitive = primitive
+    return [
+        perturb(v, w, s, r) if isinstance(v, LowRankTangent) else inject(s, w, v)
+        for v, w, r in zip(tangents, leaves, recorders, strict=True)
+    ]
 
 
 def weighted_sum(tangents: PyTree[Tangent], coefficients: Float[Array, " k"]) -> PyTree[Array]:

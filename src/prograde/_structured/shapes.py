@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import quax
 from jax import lax
-from jax._src.ad_util import stop_gradient_p
-from jax._src.core import pvary_p
 from jaxtyping import Array, ArrayLike
 
 from prograde._inject import inject
+from prograde._structured.rules import rule
 from prograde._structured.tangent import LowRankTangent, PerturbedArray
 
 
-@quax.register(lax.transpose_p)
+@rule("transpose", 0)
 def _(p: PerturbedArray, *, permutation):
     return p.map(
         lambda w: lax.transpose(w, permutation),
@@ -24,17 +22,17 @@ def _(p: PerturbedArray, *, permutation):
     )
 
 
-@quax.register(lax.squeeze_p)
+@rule("squeeze", 0)
 def _(p: PerturbedArray, *, dimensions):
     return p.map(lambda w: lax.squeeze(w, dimensions), lambda f: lax.squeeze(f, dimensions))
 
 
-@quax.register(lax.rev_p)
+@rule("rev", 0)
 def _(p: PerturbedArray, *, dimensions):
     return p.map(lambda w: lax.rev(w, dimensions), lambda f: lax.rev(f, dimensions))
 
 
-@quax.register(lax.slice_p)
+@rule("slice", 0)
 def _(p: PerturbedArray, *, start_indices, limit_indices, strides):
     strides = strides or (1,) * p.weight.ndim
 
@@ -49,7 +47,7 @@ def _(p: PerturbedArray, *, start_indices, limit_indices, strides):
     return p.map(lambda w: lax.slice(w, start_indices, limit_indices, strides), sliced)
 
 
-@quax.register(lax.dynamic_slice_p)
+@rule("dynamic_slice", 0)
 def _(p: PerturbedArray, *start_indices: ArrayLike, slice_sizes):
     def sliced(f: Array) -> Array:
         for axis, (start, size) in enumerate(zip(start_indices, slice_sizes, strict=True)):
@@ -60,7 +58,7 @@ def _(p: PerturbedArray, *start_indices: ArrayLike, slice_sizes):
     return p.map(lambda w: lax.dynamic_slice(w, start_indices, slice_sizes), sliced)
 
 
-@quax.register(lax.split_p)
+@rule("split", 0)
 def _(p: PerturbedArray, *, sizes, axis):
     weights = lax.split(p.weight, sizes, axis)
     factors = [
@@ -69,7 +67,7 @@ def _(p: PerturbedArray, *, sizes, axis):
     return [p.replace(w, parts) for w, *parts in zip(weights, *factors, strict=True)]
 
 
-@quax.register(lax.broadcast_in_dim_p)
+@rule("broadcast_in_dim", 0)
 def _(p: PerturbedArray, *dynamic: ArrayLike, shape, broadcast_dimensions, **kwargs):
     def broadcast(f: Array) -> Array:
         ones = [1] * len(shape)
@@ -83,23 +81,17 @@ def _(p: PerturbedArray, *dynamic: ArrayLike, shape, broadcast_dimensions, **kwa
     return p.map(lambda _: weight, broadcast)
 
 
-@quax.register(lax.reshape_p)
+@rule("reshape", 0)
 def _(p: PerturbedArray, *dynamic: ArrayLike, new_sizes, dimensions, **kwargs):
     weight = lax.reshape_p.bind(
         p.weight, *dynamic, new_sizes=new_sizes, dimensions=dimensions, **kwargs
     )
     if dimensions is not None or dynamic or p.weight.size == 0:
-        return lax.reshape_p.bind(
-            p.materialise(), *dynamic, new_sizes=new_sizes, dimensions=dimensions, **kwargs
-        )
+        return NotImplemented
     blocks = _matching_blocks(p.weight.shape, new_sizes)
     factors = _merged_within_blocks(p.factors, [old for old, _ in blocks])
-    if (
-        len(factors) == 1 < len(p.factors)
-    ):  # the whole tangent: then it is better formed without an axis for the rank
-        return lax.reshape_p.bind(
-            p.materialise(), *dynamic, new_sizes=new_sizes, dimensions=dimensions, **kwargs
-        )
+    if len(factors) == 1 < len(p.factors):
+        return NotImplemented  # the whole tangent: it is better formed without an axis for the rank
 
     def reshaped(f: Array) -> Array:
         whole, sizes = [], []
@@ -149,30 +141,30 @@ def _merged_within_blocks(factors: Sequence[Array], blocks: list[list[int]]) -> 
     return factors
 
 
-@quax.register(lax.convert_element_type_p)
+@rule("convert_element_type", 0)
 def _(p: PerturbedArray, *, new_dtype, **kwargs):
     convert = lambda x: lax.convert_element_type_p.bind(x, new_dtype=new_dtype, **kwargs)  # noqa: E731
     if not jnp.issubdtype(new_dtype, jnp.floating):
-        return convert(p.materialise())
+        return NotImplemented
     return p.map(convert, convert)
 
 
-@quax.register(lax.copy_p)
+@rule("copy", 0)
 def _(p: PerturbedArray):
     return p.map(lax.copy_p.bind, lambda f: f)
 
 
-@quax.register(pvary_p)
-def _(p: PerturbedArray, **params):
-    return p.replace(pvary_p.bind(p.weight, **params), p.factors)
+@rule("pvary", 0)
+def _(p: PerturbedArray, *, axes, **_):
+    return p.replace(lax.pcast(p.weight, axes, to="varying"), p.factors)
 
 
-@quax.register(stop_gradient_p)
+@rule("stop_gradient", 0)
 def _(p: PerturbedArray):
-    return stop_gradient_p.bind(p.weight)
+    return lax.stop_gradient(p.weight)
 
 
-@quax.register(lax.neg_p)
+@rule("neg", 0)
 def _(p: PerturbedArray):
     return p.replace(-p.weight, [-p.factors[0], *p.factors[1:]])
 
@@ -180,24 +172,24 @@ def _(p: PerturbedArray):
 def _scaled(p: PerturbedArray, primitive: Any, x: ArrayLike, params: dict[str, Any]) -> Any:
     """The weight times, or over, a scalar; the tangent of the scalar itself is carried by the weight."""
     if jnp.ndim(x) > 0:
-        return primitive.bind(p.materialise(), x, **params)
+        return NotImplemented
     first, *others = p.factors
     scale = jnp.asarray(x).astype(first.dtype)
     first = first * scale if primitive is lax.mul_p else first / scale
     return p.replace(primitive.bind(p.weight, x, **params), [first, *others])
 
 
-@quax.register(lax.mul_p)
+@rule("mul", 0)
 def _(p: PerturbedArray, x: ArrayLike, **params):
     return _scaled(p, lax.mul_p, x, params)
 
 
-@quax.register(lax.mul_p)
+@rule("mul", 1)
 def _(x: ArrayLike, p: PerturbedArray, **params):
     return _scaled(p, lax.mul_p, x, params)
 
 
-@quax.register(lax.div_p)
+@rule("div", 0)
 def _(p: PerturbedArray, x: ArrayLike, **params):
     return _scaled(p, lax.div_p, x, params)
 
@@ -206,42 +198,40 @@ def _shifted(primitive: Any, x: Any, y: Any, params: dict[str, Any]) -> Any:
     """A sum or difference of a weight and a number. With an array it may be an activation: no weight any more."""
     p, other = (x, y) if isinstance(x, PerturbedArray) else (y, x)
     if jnp.ndim(other) > 0:
-        return primitive.bind(*(v.materialise() if v is p else v for v in (x, y)), **params)
+        return NotImplemented
     weight = primitive.bind(*(v.weight if v is p else v for v in (x, y)), **params)
     first, *others = p.factors
     return p.replace(weight, [-first if primitive is lax.sub_p and p is y else first, *others])
 
 
-@quax.register(lax.add_p)
+@rule("add", 0)
 def _(p: PerturbedArray, x: ArrayLike, **params):
     return _shifted(lax.add_p, p, x, params)
 
 
-@quax.register(lax.add_p)
+@rule("add", 1)
 def _(x: ArrayLike, p: PerturbedArray, **params):
     return _shifted(lax.add_p, x, p, params)
 
 
-@quax.register(lax.sub_p)
+@rule("sub", 0)
 def _(p: PerturbedArray, x: ArrayLike, **params):
     return _shifted(lax.sub_p, p, x, params)
 
 
-@quax.register(lax.sub_p)
+@rule("sub", 1)
 def _(x: ArrayLike, p: PerturbedArray, **params):
     return _shifted(lax.sub_p, x, p, params)
 
 
-@quax.register(lax.gather_p)
+@rule("gather", 0)
 def _(p: PerturbedArray, indices: Array, *, dimension_numbers, slice_sizes, fill_value, **params):
     numbers = dimension_numbers
     weight = lax.gather(p.weight, indices, numbers, slice_sizes, fill_value=fill_value, **params)
     varying = [[n > 1 for n in f.shape[:-1]] for f in p.factors]
     unseen = [axis for axis in numbers.start_index_map if not any(v[axis] for v in varying)]
     if numbers.operand_batching_dims or unseen or weight.size == 0:
-        return lax.gather(
-            p.materialise(), indices, numbers, slice_sizes, fill_value=fill_value, **params
-        )
+        return NotImplemented
     extended = lax.GatherDimensionNumbers(
         offset_dims=(
             *numbers.offset_dims,

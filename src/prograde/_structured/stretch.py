@@ -4,13 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import quax
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, ArrayLike, Float
 
 from prograde._inject import varying_like
+from prograde._structured.rules import rule
 from prograde._structured.shapes import _merged_within_blocks
 from prograde._structured.tangent import PerturbedArray
 
@@ -74,12 +74,12 @@ def _batched(args: Any, axes: Any) -> tuple[Array, int]:
 batching.primitive_batchers[stretch_p] = _batched
 
 
-@quax.register(stretch_p)
+@rule("stretch", 0)
 def _(p: PerturbedArray, about: ArrayLike, c: Array):
     varying = [axis for axis in range(c.ndim) if c.shape[axis] > 1]
     factors = _merged_within_blocks(p.factors, [varying])
     if len(factors) == 1 < len(p.factors):
-        return stretch_p.bind(p.materialise(), about, c)
+        return NotImplemented
     at = next((i for i, f in enumerate(factors) if all(f.shape[axis] > 1 for axis in varying)), 0)
     scale = lax.expand_dims(c, (c.ndim,))
     factors[at] = factors[at] * scale.astype(factors[at].dtype)

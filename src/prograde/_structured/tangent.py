@@ -5,17 +5,14 @@ import math
 import operator
 import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import quax
-from jax.core import ShapedArray
 from jaxtyping import Array, Float
 
+from prograde._findings import DenseFallback
 from prograde._inject import inject, wider
-from prograde._jaxprs import current_source
+from prograde._jaxprs import UNKNOWN
 
 # A sum of so few products of factors is written out, and fused by XLA into whatever uses it: an update that adds it to the
 # weights takes no memory of their size. For more, a product of matrices is faster.
@@ -85,33 +82,24 @@ def _sizes(factor: Array, covered: Sequence[int]) -> list[int]:
     return [factor.shape[1 + i] for i in covered]
 
 
-@dataclass(frozen=True)
-class DenseFallback:
-    """A place where a weight's tangent was made dense: for which primitive, in which shape, and where in the program."""
-
-    primitive: str
-    shape: tuple[int, ...]
-    source: str
-
-
 class Recorder:
-    """Collects the dense fall-backs of one weight. Compared by identity, so that nothing cached for another run is used."""
+    """Collects where the tangent of one weight is formed. Compared by identity: nothing cached for another run is used.
+
+    `primitive` and `place` are what is being done to the weight now.
+    """
 
     def __init__(self) -> None:
-        self.primitive = ""
-        self.fallbacks: list[DenseFallback] = []
+        self.primitive, self.place = "", UNKNOWN
+        self.formed: list[DenseFallback] = []
 
 
-class PerturbedArray(quax.ArrayValue):
+class PerturbedArray(eqx.Module):
     """A weight whose tangent with respect to `s` is the product of `factors`. `s` has as many axes as the weight."""
 
     weight: Float[Array, "*shape"]
     factors: tuple[Float[Array, "*axes rank"], ...]
     s: Float[Array, "*ones"]
     recorder: Recorder | None = eqx.field(static=True, default=None)
-
-    def aval(self) -> ShapedArray:
-        return jax.typeof(self.weight)
 
     @property
     def scalar(self) -> Float[Array, ""]:
@@ -122,8 +110,9 @@ class PerturbedArray(quax.ArrayValue):
         if self.weight.size == 0:
             return self.weight
         if self.recorder is not None and sum(math.prod(f.shape[:-1]) > 1 for f in self.factors) > 1:
-            fallback = DenseFallback(self.recorder.primitive, self.weight.shape, current_source())
-            self.recorder.fallbacks.append(fallback)
+            self.recorder.formed.append(
+                DenseFallback(self.recorder.primitive, self.weight.shape, self.recorder.place)
+            )
         direction = jnp.broadcast_to(LowRankTangent(self.factors).dense(), self.weight.shape)
         return inject(self.scalar, self.weight, direction)
 
@@ -143,5 +132,5 @@ class PerturbedArray(quax.ArrayValue):
 def perturb(
     tangent: LowRankTangent, weight: Array, s: Float[Array, ""], recorder: Recorder | None = None
 ) -> PerturbedArray:
-    """The weight as a Quax value that carries this tangent with respect to `s`."""
+    """The weight as a value that carries this tangent with respect to `s`."""
     return PerturbedArray(weight, tangent.factors, s.reshape((1,) * weight.ndim), recorder)

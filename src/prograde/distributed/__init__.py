@@ -1,8 +1,9 @@
 """Many machines that exchange a few bytes a step.
 
-A forward gradient is a key and a few numbers. Workers that share keys and parameters each run their share of the tangents on
-their share of the batch, exchange the directional derivatives, and each forms the same estimate from all of them: no gradient and
-no parameter is ever sent. JAX's own runtime does the rest: `shard_map`, and `jax.distributed` below it.
+A forward gradient is a key and a few numbers. Workers that share keys and parameters each run their
+share of the tangents on their share of the batch and exchange the directional derivatives. Each
+then forms the same estimate from all of them: no gradient and no parameter is ever sent. JAX's
+runtime does the rest: `shard_map`, and `jax.distributed` below it.
 
 **Source:** the estimate is that of arXiv 2202.08587.
 
@@ -13,7 +14,7 @@ Examples:
     >>> loss_fn = lambda w, x: jnp.mean((x @ w) ** 2)
     >>> grad_fn = pg.distributed.value_and_grad(loss_fn, estimator, mesh, data="workers")
     >>> loss, grads = jax.jit(grad_fn)(jax.random.key(0), jnp.ones((8, 4)), jnp.ones((16, 8)))
-    >>> pg.distributed.payload(estimator, jnp.ones((8, 4)))         # bytes from each worker: nine float32
+    >>> pg.distributed.payload(estimator, jnp.ones((8, 4)))  # bytes from each worker: nine float32
     36
 """
 

@@ -16,6 +16,8 @@ from prograde._value_and_grad import value_and_grad as _value_and_grad
 from prograde.distributed._mesh import (
     Axes,
     axis_names,
+    check_mesh,
+    checked_axes,
     is_array,
     is_key,
     laid_out_as,
@@ -27,20 +29,26 @@ from prograde.kit import float_leaves, pack, unpack, wide
 
 @dataclass(frozen=True)
 class Distributed(Estimator):
-    """An estimator whose runs are shared by the devices of a mesh. The estimate is that of one device, to rounding.
+    """An estimator whose runs are shared by the devices of a mesh.
+
+    The estimate is that of one device, to rounding.
 
     **Arguments:**
 
-    - `estimator`: what is estimated, as on one device. `num_tangents` and `num_groups` count the tangents of all workers together.
-    - `mesh`: the devices, with named axes; `jax.make_mesh((jax.device_count(),), ("workers",))` is one axis over all.
-    - `data`: the axis, or axes, along which the batch is cut. Arrays in the arguments of the function have the examples along their
-      first axis; arrays without axes (and keys) are the same for all.
+    - `estimator`: what is estimated, as on one device. `num_tangents` and `num_groups` count the
+      tangents of all workers together.
+    - `mesh`: the devices, with named axes. `jax.make_mesh((jax.device_count(),), ("workers",))` is
+      one axis over all.
+    - `data`: the axis, or axes, along which the batch is cut. Arrays in the arguments of the
+      function have the examples along their first axis. Arrays without axes, and keys, are the same
+      for all.
     - `tangents`: the axis, or axes, along which the tangents are cut.
 
-    Axes of the mesh that neither names are left to the compiler: parameters that are sharded along them stay sharded, and
-    their tangents are drawn shard by shard, the same numbers as on one device.
+    Axes of the mesh that neither names are left to the compiler. Parameters that are sharded along
+    them stay sharded, and their tangents are drawn shard by shard, the same numbers as on one
+    device.
 
-    What the workers of a `WeightPerturbation` or a `CentralDifference` have in common:
+    What the workers of a `WeightPerturbation` or a `CentralDifference` share:
 
     | | tangents | batch |
     |---|---|---|
@@ -50,14 +58,19 @@ class Distributed(Estimator):
 
     **Bias, variance:** those of the estimator on one device.
 
-    **Cost:** each worker runs K / (workers along `tangents`) tangents on its part of the batch, and forms the gradient estimate from
-    all K of them, whose factors it draws again from the key. One all-gather a step, of the loss and the derivatives: see `payload`. Other estimators, `Backprop` among
-    them, run on their part of the batch and take the mean of their gradients, with an all-reduce as large as the parameters.
+    **Cost:** each worker runs K / (workers along `tangents`) tangents on its part of the batch, and
+    forms the gradient estimate from all K of them, whose factors it draws again from the key. One
+    all-gather a step, of the loss and the derivatives: see `payload`. Other estimators, such as
+    `Backprop`, run on their part of the batch and take the mean of their gradients, with an
+    all-reduce as large as the parameters.
 
-    **Errors:** `ValueError` for axes that the mesh does not have, one that is named twice, tangents or groups or examples that
-    the workers do not divide; `TypeError` for an estimator that learns, whose state would differ from worker to worker.
+    **Errors:** `ValueError` for axes that the mesh does not have, one that is named twice, tangents
+    or groups or examples that the workers do not divide; `TypeError` for something else than an
+    estimator or a mesh, and for an estimator that learns, whose state would differ from worker to
+    worker.
 
-    **Source:** seeds and scalars in place of gradients: arXiv 2312.06353 (federated zeroth-order tuning); the estimate itself: arXiv 2202.08587.
+    **Source:** seeds and scalars in place of gradients: arXiv 2312.06353 (federated zeroth-order
+    tuning); the estimate itself: arXiv 2202.08587.
 
     Examples:
         >>> import jax, jax.numpy as jnp, prograde as pg
@@ -66,8 +79,9 @@ class Distributed(Estimator):
         >>> shared = pg.distributed.Distributed(alone, mesh, data="workers")
         >>> loss_fn = lambda w, x: jnp.mean((x @ w) ** 2)
         >>> key, w, x = jax.random.key(0), jnp.ones((8, 4)), jnp.ones((16, 8))
-        >>> estimates = [jax.jit(lambda: e.estimate(loss_fn, key, None, w, x).grads)() for e in (alone, shared)]
-        >>> bool(jnp.allclose(*estimates))
+        >>> grads_of = lambda e: jax.jit(lambda: e.estimate(loss_fn, key, None, w, x).grads)()
+        >>> grads = grads_of(alone), grads_of(shared)
+        >>> bool(jnp.allclose(*grads))
         True
     """
 
@@ -79,25 +93,26 @@ class Distributed(Estimator):
     def __post_init__(self):
         if not isinstance(self.estimator, Estimator):
             raise TypeError(
-                f"estimator={self.estimator!r}, but an estimator is needed, such as WeightPerturbation()."
+                f"estimator={self.estimator!r}, but an estimator is needed, such as "
+                "WeightPerturbation()."
             )
-        named = axis_names(self.data) + axis_names(self.tangents)
-        if unknown := [name for name in named if name not in self.mesh.axis_names]:
-            raise ValueError(
-                f"axes {unknown} are not among those of the mesh, {list(self.mesh.axis_names)}."
-            )
+        check_mesh(self.mesh)
+        named = checked_axes(self.mesh, "data", self.data)
+        named += checked_axes(self.mesh, "tangents", self.tangents)
         if len(set(named)) < len(named):
             raise ValueError(
-                f"data={self.data!r} and tangents={self.tangents!r} name an axis twice. For other tangents on each part of the "
-                "batch, name it in `data` and give the estimator num_groups, a multiple of the workers along it."
+                f"data={self.data!r} and tangents={self.tangents!r} name an axis twice. For other "
+                "tangents on each part of the batch, name it in `data` and give the estimator "
+                "num_groups, a multiple of the workers along it."
             )
         object.__setattr__(self, "mesh", of_the_compiler(self.mesh))
 
     def init(self, fun, params, *args, has_aux=False):
         if self.estimator.init(fun, params, *args, has_aux=has_aux) is not None:
             raise TypeError(
-                f"estimator={self.estimator!r} learns from step to step, and what it learns would differ from worker to worker. "
-                "Keep to one worker, or take an estimator without state."
+                f"estimator={self.estimator!r} learns from step to step, and what it learns would "
+                "differ from worker to worker. Keep to one worker, or take an estimator without "
+                "state."
             )
 
     def objective(self, fun, has_aux=False):
@@ -134,12 +149,15 @@ class Distributed(Estimator):
         *args: Any,
         has_aux: bool = False,
     ) -> tuple[Float[Array, ""], Any, Float[Array, "num_tangents groups numbers"]]:
-        """(value, aux, derivatives) of the whole, known to all workers: what `SeededEstimator.gradient` makes the estimate from."""
+        """(value, aux, derivatives) of all workers, known to each of them.
+
+        `SeededEstimator.gradient` makes the estimate from the derivatives.
+        """
         estimator, tangents, data = self.estimator, self._size(self.tangents), self._size(self.data)
         if not isinstance(estimator, SeededEstimator):
             raise TypeError(
-                f"estimator={estimator!r} makes its estimate from more than a seed and a few numbers. WeightPerturbation and "
-                "CentralDifference have derivatives to share."
+                f"estimator={estimator!r} makes its estimate from more than a seed and a few "
+                "numbers. WeightPerturbation and CentralDifference have derivatives to share."
             )
 
         def in_share(key, params, args):
@@ -160,8 +178,10 @@ class Distributed(Estimator):
     def _in_shares(
         self, in_share: Callable[..., Any], key: Any, params: PyTree, args: tuple[Any, ...]
     ) -> tuple[Float[Array, "workers numbers"], Any, PyTree]:
-        """What `in_share(key, params, args)` returns for each worker's part of the batch: numbers of its own, which all workers get
-        to know, auxiliary output, which stays where it is, along a leading axis, and what is the same for all.
+        """The results of `in_share(key, params, args)` on each worker's part of the batch.
+
+        They are numbers of its own, which all workers are told; auxiliary output, which stays where
+        it is, along a leading axis; and what is the same for all.
         """
         batch, others = eqx.partition(args, lambda x: is_array(x) and jnp.ndim(x) > 0)
         shared, static = eqx.partition((params, others), is_array)
@@ -169,7 +189,7 @@ class Distributed(Estimator):
         axes = self._axes
 
         def of_worker(key, shared, batch):
-            # what varies from worker to worker is added to the parameters, so they must be of the same type
+            # numbers that vary by worker are added to the parameters: make their types equal
             shared = jax.tree.map(
                 lambda x: x if is_key(x) else lax.pcast(x, axes, to="varying"), shared
             )
@@ -189,10 +209,9 @@ class Distributed(Estimator):
             out_specs=(PartitionSpec(axes), PartitionSpec()),
             axis_names=set(axes),
         )
-        key = (
-            None if key is None else jax.random.clone(key)
-        )  # JAX takes a key given to `shard_map` for used up
-        # jitted: JAX would run it primitive by primitive where the caller is not
+        # JAX counts a key that was given to `shard_map` as used
+        key = None if key is None else jax.random.clone(key)
+        # jitted, as JAX would else run it primitive by primitive outside `jit`
         (numbers, aux), (same, static_aux) = jax.jit(shares)(key, shared, batch)
         # the one exchange: the numbers of all workers, to all workers
         numbers = lax.with_sharding_constraint(numbers, NamedSharding(self.mesh, PartitionSpec()))
@@ -209,8 +228,8 @@ class Distributed(Estimator):
         parts = self._size(self.data)
         if uneven := [x.shape for x in jax.tree.leaves(batch) if x.shape[0] % parts]:
             raise ValueError(
-                f"arrays of shapes {uneven} are cut along their first axis among {parts} workers, which must divide it. Close over "
-                "what is the same for all examples."
+                f"arrays of shapes {uneven} are cut along their first axis among {parts} workers, "
+                "which must divide it. Close over arrays that are the same for all examples."
             )
 
 
@@ -228,10 +247,13 @@ def value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
-    """`prograde.value_and_grad` on the devices of a mesh: `value_and_grad(fun, Distributed(estimator, mesh, data, tangents))`.
+    """`prograde.value_and_grad` on the devices of a mesh.
 
-    **Arguments, bias, variance, cost, errors:** those of `Distributed` and of `prograde.value_and_grad`. With `has_aux=True`, what
-    the function returns beside the loss gets a leading axis: one entry for each worker.
+        value_and_grad(fun, Distributed(estimator, mesh, data, tangents))
+
+    **Arguments, bias, variance, cost, errors:** those of `Distributed` and of
+    `prograde.value_and_grad`. With `has_aux=True`, the auxiliary output gets a leading axis, with
+    one entry for each worker.
 
     **Source:** arXiv 2202.08587.
 
@@ -239,7 +261,8 @@ def value_and_grad(
         >>> import jax, jax.numpy as jnp, prograde as pg
         >>> mesh = jax.make_mesh((jax.device_count(),), ("workers",))
         >>> loss_fn = lambda w, x: jnp.mean((x @ w) ** 2)
-        >>> grad_fn = pg.distributed.value_and_grad(loss_fn, pg.WeightPerturbation(), mesh, data="workers")
+        >>> grad_fn = pg.distributed.value_and_grad(
+        ...     loss_fn, pg.WeightPerturbation(), mesh, data="workers")
         >>> loss, grads = jax.jit(grad_fn)(jax.random.key(0), jnp.ones((8, 4)), jnp.ones((16, 8)))
         >>> float(loss), grads.shape
         (64.0, (8, 4))
@@ -249,23 +272,27 @@ def value_and_grad(
 
 
 def payload(estimator: Estimator, params: PyTree) -> int:
-    """The bytes that one worker adds to the exchange of a step, before what the network puts around them.
+    """The bytes that one worker adds to the exchange of a step, without the network's own.
 
-    For a `WeightPerturbation` or a `CentralDifference` of K tangents and G groups: 4 (K G + 1), or 4 (2 K + 1) for 1.5-SPSA, whatever the size of the model;
-    less where the tangents or groups are shared out. For every other estimator 8 n with n parameters: its gradient estimate depends on what only the
-    worker with the examples has (activations for `ActivityPerturbation`, `LocalLosses` and `LearnedFeedback`, cotangents for
-    `Backprop`), so the sum over the workers has to be formed, and a ring sends each entry twice.
+    For a `WeightPerturbation` or a `CentralDifference` of K tangents and G groups: 4 (K G + 1), or
+    4 (2 K + 1) for 1.5-SPSA, whatever the size of the model; less where the tangents or groups are
+    shared out. For every other estimator 8 n with n parameters. Its gradient estimate depends on
+    what only the worker with the examples has: activations for `ActivityPerturbation`,
+    `LocalLosses` and `LearnedFeedback`, cotangents for `Backprop`. So the sum over the workers has
+    to be formed, and a ring sends each entry twice.
 
     **Arguments:**
 
-    - `estimator`: for how many workers does not matter: what is counted is for one that holds a part of the batch and all tangents.
+    - `estimator`: as for one worker that has a part of the batch and all tangents. The number of
+      workers does not matter.
     - `params`: the parameters, or their shapes.
 
     **Cost:** none; nothing is run.
 
     **Errors:** `TypeError` for something else than an estimator.
 
-    **Source:** two transfers of each entry are those of a ring all-reduce, as in Horovod, arXiv 1802.05799.
+    **Source:** two transfers of each entry are those of a ring all-reduce, as in Horovod, arXiv
+    1802.05799.
 
     Examples:
         >>> import jax.numpy as jnp, prograde as pg

@@ -1,4 +1,4 @@
-"""Whether workers that should hold the same bits do."""
+"""Checks that workers hold the same bits."""
 
 import functools
 from collections.abc import Callable
@@ -10,18 +10,27 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree, UInt32
 
-from prograde.distributed._mesh import Axes, axis_names, is_array, is_key, of_the_compiler
+from prograde.distributed._mesh import (
+    Axes,
+    check_mesh,
+    checked_axes,
+    is_array,
+    is_key,
+    of_the_compiler,
+)
 
 
 def checksums(params: PyTree) -> UInt32[Array, "leaves 2"]:
-    """A checksum of the bits of each array of a tree: two sums, modulo 2^32, of its words mixed with their positions.
+    """A checksum of the bits of each array of a tree.
 
-    Sums of whole numbers do not depend on their order, so neither does the checksum on how an array is laid out over devices. Two arrays
-    that differ in one bit differ in it; two that differ anyhow have the same one by a chance of about 2^-64.
+    It is two sums, modulo 2^32, of the words of the array, mixed with their positions. Sums of
+    whole numbers do not depend on their order, so the checksum does not depend on how an array is
+    laid out over devices. Two arrays that differ in one bit have other checksums. Arrays that
+    differ otherwise have the same one with a probability of about 2^-64.
 
     **Arguments:**
 
-    - `params`: any tree; leaves that are not arrays are left out.
+    - `params`: any tree. Leaves that are not arrays are left out.
 
     **Cost:** one pass over the arrays, on their devices.
 
@@ -56,7 +65,7 @@ def _checksum(x: Array) -> UInt32[Array, "2"]:
     )
     words = words.astype(jnp.uint32)
     position = jnp.zeros(words.shape, jnp.uint32)
-    for axis, size in enumerate(words.shape):  # not reshaped: what is sharded stays where it is
+    for axis, size in enumerate(words.shape):  # not reshaped, so that shards stay where they are
         position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
 
     def mixed(x: Array) -> Array:
@@ -72,28 +81,42 @@ def _checksum(x: Array) -> UInt32[Array, "2"]:
 
 
 class ReplicaError(RuntimeError):
-    """Workers whose parameters should be equal and are not; the message names workers, step and leaves."""
+    """Workers hold other parameters than they should. The message names workers, step and leaves.
+
+    **Source:** none; `check_replicas` raises it.
+
+    Examples:
+        >>> import prograde as pg
+        >>> issubclass(pg.distributed.ReplicaError, RuntimeError)
+        True
+    """
 
 
 def check_replicas(params: PyTree, mesh: Mesh, step: int, axes: Axes = None) -> None:
-    """Raises unless all workers hold the same bits. Each sends 8 bytes; the checksums of the leaves only where those differ.
+    """Raises unless all workers hold the same bits.
 
     **Arguments:**
 
-    - `params`: the parameters (and whatever else should be equal) as each worker has them, replicated over `mesh`.
+    - `params`: the parameters (and whatever else should be equal) of each worker, replicated over
+      `mesh`.
     - `mesh`, `axes`: the workers: all axes of the mesh, unless some are named.
     - `step`: how far the training is, for the message.
 
-    **Cost:** one pass over the parameters on each worker, and one exchange, which the host waits for.
+    **Cost:** one pass over the parameters on each worker, and one exchange of 8 bytes from each,
+    which the host waits for. The checksums of the leaves are sent only where those differ.
 
-    **Errors:** `ReplicaError`, on every worker, with the workers that differ from the majority, the step and the leaves.
+    **Errors:** `ReplicaError`, on every worker, with the workers that differ from the majority, the
+    step and the leaves. `TypeError` and `ValueError` for a mesh or axes that are none.
+
+    **Source:** those of `checksums`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, prograde as pg
         >>> mesh = jax.make_mesh((jax.device_count(),), ("workers",))
         >>> pg.distributed.check_replicas({"w": jnp.ones(3)}, mesh, step=100)
     """
-    names = axis_names(axes) or mesh.axis_names
+    check_mesh(mesh)
+    names = checked_axes(mesh, "axes", axes) or mesh.axis_names
     arrays = [
         (jax.tree_util.keystr(path), x)
         for path, x in jax.tree_util.tree_leaves_with_path(params)
@@ -106,7 +129,7 @@ def check_replicas(params: PyTree, mesh: Mesh, step: int, axes: Axes = None) -> 
     each = np.asarray(_of_workers(mesh, names, False)(leaves))
     kinds, counts = np.unique(totals, axis=0, return_counts=True)
     usual = kinds[np.argmax(counts)]
-    if counts.max() * 2 <= len(totals):  # no majority: the first is as good as any
+    if counts.max() * 2 <= len(totals):  # no majority: compare with the first
         usual = totals[0]
     like = np.flatnonzero((totals == usual).all(axis=1))
     odd = np.flatnonzero((totals != usual).any(axis=1))
@@ -114,15 +137,16 @@ def check_replicas(params: PyTree, mesh: Mesh, step: int, axes: Axes = None) -> 
         name for i, (name, _) in enumerate(arrays) if (each[odd, i] != each[like[0], i]).any()
     ]
     raise ReplicaError(
-        f"after step {step} the parameters of worker {', '.join(map(str, odd))} differ from those of worker "
-        f"{', '.join(map(str, like))}, in {', '.join(differing)}. They are equal by construction, so memory or a program was "
-        "altered. Go back to a replay log or checkpoint from before, and check the machines."
+        f"after step {step} the parameters of worker {', '.join(map(str, odd))} differ from those "
+        f"of worker {', '.join(map(str, like))}, in {', '.join(differing)}. They are equal by "
+        "construction, so memory or a program was altered. Go back to a replay log or checkpoint "
+        "from before, and check the machines."
     )
 
 
 @functools.lru_cache(maxsize=8)
 def _of_workers(mesh: Mesh, names: tuple[str, ...], in_all: bool) -> Callable[[list[Array]], Array]:
-    """The checksums that the workers find on their own devices, along a leading axis, for all of them to see."""
+    """The checksums of the workers on their own devices, along a leading axis, for all."""
 
     def of_one(leaves: list[Array]) -> Array:
         found = checksums(leaves)

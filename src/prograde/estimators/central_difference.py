@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
@@ -62,7 +61,9 @@ class CentralDifference(SeededEstimator):
     The weights of 1.5-SPSA depend on v, so that E[g] is a preconditioned gradient, whose size is
     not that of the gradient.
 
-    **Variance:** that of `WeightPerturbation`, plus that of rounding: about (eps |f| / h)^2 n.
+    **Variance:** that of `WeightPerturbation`, plus that of rounding: about (eps |f| / h)^2 n. In
+    few bits, weights much larger than h / eps are moved further than the others, and add to the
+    variance as if they were scaled: see `Scaled`.
 
     **Cost:** 2 K runs of the function (2 K + 1 for 1.5-SPSA), each on a moved copy of the
     parameters, and three draws of each tangent, which is drawn from the key each time and never
@@ -125,12 +126,12 @@ class CentralDifference(SeededEstimator):
         run = self._runs(Loss(fun, params, args, has_aux), key)
         count = share.of_tangents(self.num_tangents)
 
-        def one_tangent(index):
-            value, aux, _, numbers = run(index)
-            return value, aux, numbers
+        def one_tangent(_, indices):
+            value, aux, _, numbers = run(indices[0])
+            return None, None, jax.tree.map(lambda x: x[None], (value, aux, numbers))
 
-        indices = share.tangent * count + jnp.arange(count, dtype=jnp.int32)
-        value, aux, numbers = lax.map(one_tangent, indices)
+        _, _, found = in_chunks(one_tangent, None, count, 1, share.tangent * count)
+        value, aux, numbers = found
         return jnp.mean(value), unpack(jax.tree.map(lambda x: x[-1], aux)), numbers[:, None]
 
     def gradient(self, key, params, derivatives):

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from prograde._structured import coordinate_tangent, count, from_coordinates
 from prograde.kit import Estimator, Loss, check_choice, check_whole, in_chunks, tangents_at_once
 
+# Few parameters stand behind large results: their tangents must not take far more than the function.
+_LEAST_BYTES = 2**25
+
 
 @dataclass(frozen=True)
 class ForwardJacobian(Estimator):
@@ -22,7 +25,9 @@ class ForwardJacobian(Estimator):
     **Arguments:**
 
     - `chunk`: the number of tangents, of all n, that run through the function together. `None`
-      takes as many as fit into the memory of the parameters, or into 256 MiB where that is more.
+      takes as many as need no more memory than the parameters, or than the run without tangents (at
+      least 32 MiB, at most 256 MiB). A loop that saves its outputs for a loss that follows
+      holds them for each tangent: put the loss into the loop where you can.
     - `custom_vjp`: as in `WeightPerturbation`.
 
     **Bias and variance:** none.
@@ -77,7 +82,7 @@ class ForwardJacobian(Estimator):
             value, aux, directional = along_entries(indices)
             return None, (value, aux), directional
 
-        size = tangents_at_once(self.chunk, n, loss, loss.floats, along_entries)
+        size = tangents_at_once(self.chunk, n, loss, loss.floats, along_entries, _LEAST_BYTES)
         _, (value, aux), directional = in_chunks(chunk, None, n, size)
         grads = from_coordinates(jnp.mean(directional.reshape(n, -1), axis=1), loss.floats)
         return loss.estimate(value, grads, directional, aux, state)

@@ -1,6 +1,7 @@
 """Learned feedback: matrices that carry the error at the output straight to every hidden unit."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,60 +34,68 @@ def _is_none(x: Any) -> bool:
 
 @dataclass(frozen=True)
 class LearnedFeedback(SiteEstimator):
-    """Feedback alignment whose feedback matrices learn the Jacobian of the output, by forward gradients.
+    """Feedback alignment whose feedback matrices learn the output's Jacobian, by forward gradients.
 
-        delta_i = phi'(z_i) * (F e_i)             e_i: exact derivative of loss_i by the output of the last site
-        F <- F + rate / (1 + p) mean_i (dy_i - sum over sites F^T (phi'(z_i) u_i)) (phi'(z_i) u_i)^T
+        delta_i = phi'(z_i) * (F e_i)        estimates the derivative of loss_i by z_i
+        r_i = dy_i - sum over sites F^T (phi'(z_i) u_i)
+        F <- F + rate / (1 + p) mean_i r_i (phi'(z_i) u_i)^T
 
-    with dy_i the derivative of the output along the noise u, which the forward run gives, and p = mean_i |phi'(z_i) u_i|^2 / (K B), the
-    number of active units over that of samples, so that the step is stable at any size of network (normalised least mean squares). F is the least-squares estimate of
-    the output's Jacobian by the hidden activations, averaged over examples and over the recent past; phi is the
-    nonlinearity that follows the site (phi' = 1 where none does). Weight gradients follow from delta as in
-    `ActivityPerturbation`.
+    e_i is the exact derivative of loss_i by the output of the last site, u_i the noise, and dy_i
+    the derivative of the output along it, which the forward run gives. phi is the nonlinearity that
+    follows the site (phi' = 1 where none does). p = mean_i |phi'(z_i) u_i|^2 / (K B) is the number
+    of active units over that of samples: with it the step is stable at any size of network
+    (normalised least mean squares). F is the least-squares estimate of the output's Jacobian by the
+    hidden activations, averaged over examples and over the recent past. Weight gradients follow
+    from delta as in `ActivityPerturbation`.
 
-    **Arguments:** those of `ActivityPerturbation`, of which `head` is always `"exact"`, and
+    **Arguments:** those of `ActivityPerturbation`, where `head` is always `"exact"`, and
 
-    - `rate`: how fast F follows, in (0, 1], of the fastest that is stable. Noise in F shrinks with it, and the lag behind a changing
-      network grows.
-    - `use`: `"feedback"` takes F e as the cotangent; `"control_variate"` adds the forward gradient of what it leaves over,
+    - `rate`: how fast F follows, in (0, 1], relative to the fastest stable rate. A smaller rate
+      means less noise in F, and more lag behind a changing network.
+    - `use`: `"feedback"` takes F e as the cotangent. `"control_variate"` adds the forward gradient
+      of the rest,
 
             delta_i = guess_i + 1/K sum_k (d_ik - sum over sites guess_i . u_ik) u_ik,
 
       which is unbiased for any F, since F does not depend on the noise of the step.
+    - `every`: one step in `every` has noise, and F learns. The other steps cost a forward pass and
+      the weight gradients alone. Their `directional` is `None`, and a weight that is not at a site
+      gets zero, as it learns from noise only.
+    - `tail`: the number of sites in a row, from the loss, with an exact cotangent, by reverse mode
+      of them and what follows. With 1 no cotangent crosses a weight. With 2 it crosses the last
+      one, which is cheap where outputs are few, and only the sites before it need a guess.
 
-    - `every`: on how many steps one is with noise, and F learns. The others cost a forward pass and the weight gradients alone;
-      their `directional` is `None`, and a weight that is not at a site, and so only learns from noise, gets zero.
+    **State:** a `FeedbackState`: F for every site before the tail, [units, outputs] in float32 (one
+    for each iteration of an enclosing loop), zero at first; and the number of steps. `units` and
+    `outputs` count all entries of a site's value for one example. For a value of a sequence both
+    grow with its length, and the state with the square of it.
 
-    - `tail`: how many sites in a row, from the loss, have their exact cotangent, by reverse mode of them and what follows. With 1 no cotangent
-      crosses a weight. With 2 it crosses the last one, which is cheap where outputs are few, and only the sites before need a
-      guess.
+    **Bias:** `"feedback"`: E[delta_i] - delta_i = phi' * (E F - J_i) e_i: the Jacobian of the
+    average example stands for each one's own. `"control_variate"`: none.
 
-    **State:** a `FeedbackState`: F for every site before the tail, [units, outputs] in float32 (one for each iteration of an enclosing loop), zero at
-    first; and the number of the step.
+    **Variance:** `"feedback"`: that of F, which falls with `rate` and the batch;
+    `"control_variate"`: that of `ActivityPerturbation` for the gradient that the guess leaves,
+    |delta - guess|^2 instead of |delta|^2.
 
-    **Bias:** `"feedback"`: E[delta_i] - delta_i = phi' * (E F - J_i) e_i: the Jacobian of the average example stands for each one's
-    own. `"control_variate"`: none.
+    **Cost:** that of `ActivityPerturbation` on steps with noise, a third less on the others, plus
+    units x outputs multiply-adds per example and site, three times.
 
-    **Variance:** `"feedback"`: that of F, which falls with `rate` and the batch; `"control_variate"`: that of
-    `ActivityPerturbation` for the gradient that the guess leaves over, |delta - guess|^2 instead of |delta|^2.
+    **Errors:** as `ActivityPerturbation`; `ValueError` for a rate outside (0, 1], a state from
+    another model, a tail longer than the number of sites outside of loops; `RuntimeWarning` from
+    `init` for a state of more than 256 MiB and 16 times the parameters.
 
-    **Cost:** that of `ActivityPerturbation` on steps with noise, a third less on the others, and units x outputs multiply-adds per example and site, three times.
-
-    **Errors:** as `ActivityPerturbation`; `ValueError` for a rate outside (0, 1], a state from another model, a tail longer
-    than there are sites outside of loops.
-
-    **Source:** Bacho and Chu, arXiv 2212.07282 (FDFA), who average dy u^T; here the residual of the regression is averaged, which
-    leaves out the noise that the other units make.
+    **Source:** Bacho and Chu, arXiv 2212.07282 (FDFA), who average dy u^T. Here the residual of the
+    regression is averaged, which drops the noise that the other units make.
 
     Examples:
         >>> import jax, jax.numpy as jnp, prograde as pg
         >>> def losses(params, x, y):
         ...     return jnp.sum((jnp.tanh(x @ params["in"]) @ params["out"] - y) ** 2, axis=-1)
         >>> params = {"in": jnp.ones((8, 16)) / 8, "out": jnp.ones((16, 4)) / 16}
-        >>> batch = jnp.ones((32, 8)), jnp.zeros((32, 4))
+        >>> x, y = jnp.ones((32, 8)), jnp.zeros((32, 4))
         >>> estimator = pg.LearnedFeedback(rate=0.1)
-        >>> state = estimator.init(losses, params, *batch)
-        >>> result = estimator.estimate(losses, jax.random.key(0), state, params, *batch)
+        >>> state = estimator.init(losses, params, x, y)
+        >>> result = estimator.estimate(losses, jax.random.key(0), state, params, x, y)
         >>> result.grads["in"].shape, result.state.feedback[0].shape
         ((8, 16), (16, 4))
     """
@@ -106,12 +115,14 @@ class LearnedFeedback(SiteEstimator):
         check_whole("tail", self.tail)
         if self.every > 1 and self.use == "control_variate":
             raise ValueError(
-                f"every={self.every} with use='control_variate', but that needs the noise of every step. Use every=1."
+                f"every={self.every} with use='control_variate', but that needs the noise of every "
+                "step. Use every=1."
             )
 
     def init(self, fun, params, *args, has_aux=False):
         program, floats = self.program(fun, params, args, has_aux)
         shapes = self._feedback_shapes(program, floats)
+        _warn_of_size(4 * sum(math.prod(s) for s in shapes if s is not None), floats)
         feedback = [None if s is None else jnp.zeros(s, jnp.float32) for s in shapes]
         return FeedbackState(feedback, jnp.zeros((), jnp.int32))
 
@@ -148,12 +159,12 @@ class LearnedFeedback(SiteEstimator):
     def _following(
         self, program: Program, floats: PyTree, key: Any, state: FeedbackState
     ) -> Estimate:
-        """A step with the feedback as it is: no noise, and no tangent."""
+        """A step without noise and tangents, with the feedback as it is."""
         run = self.plain_run(program, floats, key)
         hidden = self.hidden(run)
         error = self._at_heads(program, floats, run, list(run.errors.values()), 0)
         cotangents = [
-            jnp.zeros_like(site.noise)
+            jnp.zeros_like(site.perturbation)
             if feedback is None
             else as_value(self._guess(site, feedback, error), site) / len(error)
             for site, feedback in zip(hidden, state.feedback, strict=True)
@@ -180,7 +191,7 @@ class LearnedFeedback(SiteEstimator):
             guess = None
             if feedback is not None:
                 guess = self._guess(site, feedback, error)
-                noise = by_example(site.noise, site, site.depth + 1).astype(feedback.dtype)
+                noise = by_example(site.perturbation, site, site.depth + 1).astype(feedback.dtype)
                 felt = noise * _gain(site)[..., None, :, :]
                 residual = residual - jnp.einsum(
                     "luo,lkbu->kbo", _flat_loops(feedback, 2), _flat_loops(felt, 3)
@@ -191,13 +202,13 @@ class LearnedFeedback(SiteEstimator):
                 )
             guesses.append(guess)
 
-        # normalised, as least mean squares must be: with many more units than examples a step would overshoot
+        # Normalised least mean squares: with many more units than examples a plain step overshoots.
         rate = self.rate / (1 + power / residual[..., 0].size)
         learned, cotangents = [], []
         for site, feedback, guess in zip(hidden, state.feedback, guesses, strict=True):
             cotangent = None
             if feedback is not None:
-                noise = by_example(site.noise, site, site.depth + 1).astype(feedback.dtype)
+                noise = by_example(site.perturbation, site, site.depth + 1).astype(feedback.dtype)
                 felt = noise * _gain(site)[..., None, :, :]
                 correlation = (
                     jnp.einsum("kbo,...kbu->...uo", residual, felt) / residual[..., 0].size
@@ -226,7 +237,7 @@ class LearnedFeedback(SiteEstimator):
         values: list[Array],
         lead: int,
     ) -> Array:
-        """Of values at all exact sites those at the heads, side by side: [..., batch, outputs]."""
+        """The values at the heads, out of those at all exact sites: [..., batch, outputs]."""
         ranks = self.exact(program, floats)
         parts = []
         for i, value in zip(run.errors, values, strict=True):
@@ -240,17 +251,17 @@ class LearnedFeedback(SiteEstimator):
         return jnp.einsum("...uo,bo->...bu", feedback, error.astype(feedback.dtype)) * _gain(site)
 
     def _feedback_shapes(self, program, floats):
-        """The shape of each hidden site's feedback, `None` for sites that have no examples of their own."""
+        """The shape of each hidden site's feedback, `None` for sites without examples."""
         records = self.shapes(program, floats)
         ranks = self.exact(program, floats)
         heads = [records[i] for i, rank in ranks.items() if rank == 0]
         hidden = [site for site in sites(records) if not any(site is records[i] for i in ranks)]
         batch = program.batch or 1
-        outputs = sum(head.noise.size // batch for head in heads if isinstance(head, Site))
+        outputs = sum(head.perturbation.size // batch for head in heads if isinstance(head, Site))
         whole = lambda site: program.batch is not None and site.axis is None  # noqa: E731
-        units = lambda site: math.prod(site.noise.shape[site.depth :]) // batch  # noqa: E731
+        units = lambda site: math.prod(site.perturbation.shape[site.depth :]) // batch  # noqa: E731
         return [
-            None if whole(site) else (*site.noise.shape[: site.depth], units(site), outputs)
+            None if whole(site) else (*site.perturbation.shape[: site.depth], units(site), outputs)
             for site in hidden
         ]
 
@@ -261,13 +272,28 @@ class LearnedFeedback(SiteEstimator):
         )
         if given != wanted:
             raise ValueError(
-                f"state holds feedback of shapes {given}, but the sites of this function need {wanted}. Make the state by "
-                "estimator.init with this function and parameters, and a batch like this one."
+                f"state holds feedback of shapes {given}, but the sites of this function need "
+                f"{wanted}. Make the state by estimator.init with this function and parameters, "
+                "and a batch like this one."
             )
 
 
+def _warn_of_size(state_bytes: int, floats: PyTree[Array]) -> None:
+    """Warns, before anything is allocated, of a state that is much larger than the parameters."""
+    param_bytes = sum(w.nbytes for w in jax.tree.leaves(floats))
+    if state_bytes > max(2**28, 16 * param_bytes):
+        warnings.warn(
+            f"the state of LearnedFeedback takes {state_bytes / 2**20:,.0f} MiB, the parameters "
+            f"{param_bytes / 2**20:,.0f} MiB: it has units x outputs numbers for each site, which "
+            "grows with the square of the length of a sequence. Shorten the sequence, reduce the "
+            "output before the last product, or use ActivityPerturbation, which has no state.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _gain(site: Site) -> Array:
-    """phi'(z) as [*loops, batch, units], or one that broadcasts."""
+    """phi'(z) as [*loops, batch, units], or ones that broadcast to it."""
     if site.gain is None:
         return jnp.ones((1,) * (site.depth + 2))
     return by_example(site.gain, site, site.depth).astype(jnp.float32)

@@ -382,8 +382,8 @@ def _like_leaves(scales: PyTree, floats: PyTree[Array]) -> PyTree[Array]:
         ):
             raise ValueError(
                 f"the scale of params{jax.tree_util.keystr(path)} has shape {shape}, which does "
-                f"not broadcast to that of the parameter, {w.shape}. Give a number, or an array with "
-                "size 1 along the axes that share a scale: (rows, 1) for a scale for each row."
+                f"not broadcast to that of the parameter, {w.shape}. Give a number, or an array "
+                "with size 1 along the axes that share a scale: (rows, 1) for a scale for each row."
             )
         return jnp.asarray(c, w.dtype).reshape(padded)
 

@@ -11,9 +11,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from prograde._inject import varying_like
-from prograde._sites import Program, Reach, Run, Site, collect, reach_of, sites, with_cotangents
+from prograde._sites import (
+    Program,
+    Reach,
+    Run,
+    Site,
+    collect,
+    reach_of,
+    sites,
+    tangent_axes,
+    with_cotangents,
+)
 from prograde._sites.records import Place, Record
-from prograde.kit import Estimate, Estimator, Loss, check_choice, check_whole, unpack, wide
+from prograde.kit import (
+    Estimate,
+    Estimator,
+    Loss,
+    check_choice,
+    check_whole,
+    unpack,
+    warn_of_tangents,
+    wide,
+)
 from prograde.tangents import Normal, Rademacher, threefry
 
 
@@ -127,7 +146,7 @@ class SiteEstimator(Estimator):
 
         # all tangents have the same records but for the noise, which gets an axis for them
         each = jax.eval_shape(one_tangent, jnp.asarray(0))
-        noise: Any = _noise_axes(each.records)
+        noise: Any = tangent_axes(each.records)
         axes: Any = Perturbed(*(None, None, 0, noise, None, 0))  # pyright: ignore
         return jax.vmap(one_tangent, out_axes=axes)(jnp.arange(self.num_tangents))
 
@@ -166,7 +185,9 @@ class SiteEstimator(Estimator):
         records = self.shapes(program, floats)
         origin = [*jax.tree.leaves(floats), *program.arrays]
         values = {
-            i: site.noise for i, site in enumerate(records) if i in exact and isinstance(site, Site)
+            i: site.perturbation
+            for i, site in enumerate(records)
+            if i in exact and isinstance(site, Site)
         }
         zeros = {
             i: varying_like(jnp.zeros(value.shape, value.dtype), *origin)
@@ -177,7 +198,7 @@ class SiteEstimator(Estimator):
         return losses, pull(ones)[0], others
 
     def from_noise(self, site: Site, directional: Array) -> Array:
-        """1/(K B) sum_k d_k u_k, a site's cotangent of the mean loss; d is [num_tangents, batch]."""
+        """1/(K B) sum_k d_k u_k, a site's cotangent of the mean loss, for d [tangents, batch]."""
         weights = site.per_example(directional)
         weights = weights.reshape(len(weights), *(1,) * site.depth, *weights.shape[1:])
         return weighted_noise(site, weights) / directional.shape[1]
@@ -203,6 +224,7 @@ class SiteEstimator(Estimator):
         directional = sum(jnp.sum(d, axis=tuple(range(2, d.ndim))) for d in run.directional)
         assert isinstance(directional, jax.Array)  # there is a loss
         directional = directional if program.batch is not None else directional[:, 0]
+        warn_of_tangents(run.value, directional)
         return Estimate(run.value, unpack(run.aux), treedef.unflatten(grads), directional, state)
 
     def hidden(self, run: Perturbed) -> list[Site]:
@@ -275,7 +297,7 @@ def weighted_noise(site: Site, weights: Array) -> Array:
 
     `weights` has the axes of the tangents, of loops and of the value, or size 1 in their place.
     """
-    noise = jnp.moveaxis(site.noise, site.depth, 0).astype(weights.dtype)
+    noise = jnp.moveaxis(site.perturbation, site.depth, 0).astype(weights.dtype)
     if site.scale is not None:  # divided twice, for a square may be too small
         noise = noise / site.scale / site.scale
     return jnp.mean(weights * noise, axis=0)
@@ -288,13 +310,6 @@ def _mean(losses: Sequence[Array]) -> Array:
     return total
 
 
-def _noise_axes(records: Sequence[Record]) -> Any:
-    """The `out_axes` of records under `vmap` over tangents."""
-    nothing = jax.tree.map(lambda _: None, tuple(records))
-    depths = [site.depth for site in sites(records)]
-    return with_cotangents(nothing, depths)  # pyright: ignore[reportArgumentType]
-
-
 def by_example(x: Array, site: Site, lead: int) -> Array:
     """A value of a site, after `lead` other axes, as [..., batch, units]."""
     if site.axis is None:
@@ -305,7 +320,7 @@ def by_example(x: Array, site: Site, lead: int) -> Array:
 
 def as_value(x: Array, site: Site) -> Array:
     """Undoes `by_example` for [*loops, batch, units]."""
-    shape = site.noise.shape[site.noise.ndim - site.ndim :]
+    shape = site.perturbation.shape[site.perturbation.ndim - site.ndim :]
     if site.axis is None:
         return x.reshape(*x.shape[: site.depth], *shape)
     rest = shape[: site.axis] + shape[site.axis + 1 :]

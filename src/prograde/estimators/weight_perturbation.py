@@ -42,9 +42,10 @@ class WeightPerturbation(SeededEstimator):
     - `tangents`: the distribution of v, such as `Normal()` or `LowRank(rank=1)`.
     - `num_tangents`: K, at least 1.
     - `chunk`: the number of tangents that run through the function together. `None` takes as many
-      as fit into the memory of the parameters, or into 256 MiB where that is more, by a count of
-      what is live at once. The result does not depend on it (up to rounding). The memory does:
-      it holds the activations of one layer for `chunk` tangents.
+      as need no more memory than the parameters, or than 256 MiB where that is more, by a count of
+      what is live at once. The result does not depend on it
+      (up to rounding). The memory does: it holds the activations of one layer for `chunk` tangents,
+      and whatever else the function saves.
     - `combine`: how the K tangents, the columns of V, and d = V^T grad f make the estimate:
         - `"mean"`: g = V d / K, the unbiased estimate;
         - `"shrunk"`: a V d / K with a = 1/c and c = E |V d / K|^2 / |grad f|^2. No other multiple
@@ -247,9 +248,9 @@ class WeightPerturbation(SeededEstimator):
         if self.combine == "projection":
             return 1.0
         num_tangents = self.num_tangents * self.num_groups
-        if self.combine == "mean":
-            return 1 / num_tangents
         sizes = [w.size for w in jax.tree.leaves(floats)]
+        if self.combine == "mean" or not any(sizes):
+            return 1 / num_tangents
         moments = jax.tree.leaves(self.tangents.second_moment_of_mean(floats, num_tangents))
         return sum(sizes) / sum(c * n for c, n in zip(moments, sizes, strict=True)) / num_tangents
 

@@ -18,7 +18,7 @@ the function in a `Loss`, draws tangents, runs the loss along them, and returns 
 - **Sums**: `weighted_sum`, `inner_products`, `inner_products_with`, `projected`, for tangents with
   a leading axis k.
 - **Many tangents**: `tangents_at_once` chooses the size of a chunk from memory, `in_chunks` runs
-  the chunks, `in_groups` cuts a batch.
+  the chunks, `in_groups` cuts a batch, `group_ratio` tells whether a loss may be cut.
 - **Dtypes**: directional derivatives and sums are kept in `wide_dtype`: float32, or float64 where
   the values are float64. `wide` casts to it, `wide_zeros` starts a sum in it. Gradients are
   returned in the dtype of their parameter, which `Loss.estimate` sees to.
@@ -44,9 +44,10 @@ from prograde.kit._arguments import (
     check_tangents,
     check_whole,
 )
-from prograde.kit._chunks import in_chunks, in_groups, tangents_at_once
+from prograde.kit._chunks import in_chunks, tangents_at_once
 from prograde.kit._estimator import Estimate, Estimator
-from prograde.kit._loss import Loss, checked_loss
+from prograde.kit._groups import group_ratio, in_groups
+from prograde.kit._loss import Loss, checked_loss, warn_of_tangents
 from prograde.kit._seeded import SeededEstimator, Share
 from prograde.kit._trees import (
     checked_floats,
@@ -77,6 +78,7 @@ __all__ = [
     "checked_floats",
     "checked_loss",
     "float_leaves",
+    "group_ratio",
     "in_chunks",
     "in_groups",
     "inner_products",
@@ -86,6 +88,7 @@ __all__ = [
     "projected",
     "tangents_at_once",
     "unpack",
+    "warn_of_tangents",
     "weighted_sum",
     "wide",
     "wide_dtype",

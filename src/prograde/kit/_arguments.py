@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from prograde.tangents import TangentDistribution
 
@@ -44,7 +45,9 @@ def check_whole(name: str, value: Any) -> None:
         ValueError: num_tangents=0, but a whole number of at least 1 is needed.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}, but a whole number of at least 1 is needed.")
+        whole = isinstance(value, np.integer) and value >= 1
+        remedy = f" Pass a Python int: int({name})." if whole else ""
+        raise ValueError(f"{name}={value!r}, but a whole number of at least 1 is needed.{remedy}")
 
 
 def check_positive(name: str, value: Any, at_most: float = math.inf) -> None:

@@ -1,18 +1,17 @@
-"""Many tangents: how many run together, and a batch cut into groups with tangents of their own."""
+"""Many tangents: how many run through a function together, and the loop over chunks of them."""
 
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
-from prograde._jaxprs import live_bytes
+from prograde._costs import live_bytes
 
-_CHUNK_BYTES = 2**28  # memory for the tangents of a chunk, unless the parameters take more
+_CHUNK_BYTES = 2**28  # for a chunk, unless the parameters take more
+_UNCOUNTED = 16  # tangents of a chunk where memory cannot be counted
 
 
 def tangents_at_once(
@@ -21,10 +20,12 @@ def tangents_at_once(
     fun: Callable[..., Any],
     params: PyTree[Array],
     along_all: Callable[..., Any],
+    least: int = _CHUNK_BYTES,
 ) -> int:
     """`chunk`, or the number of tangents that fit into memory together.
 
     Without `chunk` they may take as much memory as the parameters, or 256 MiB where that is more.
+    It is 16 for a function that branches on the values of arrays, which cannot be traced to count.
 
     **Arguments:**
 
@@ -33,21 +34,28 @@ def tangents_at_once(
     - `fun`, `params`: `fun(params)` is the run without tangents.
     - `along_all`: `along_all(indices)` is the run along tangents with these indices, an int32 array
       [K]. It is traced to count the bytes that are live at once, and not run.
+    - `least`: bytes that a chunk may always take. If it is less than 256 MiB, a chunk may take more
+      only as far as the run without tangents takes as much for its own intermediate results.
 
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from prograde.kit import tangents_at_once
-        >>> fun, params = jnp.sin, jnp.zeros(2**20)
+        >>> fun, params = jnp.sin, jnp.zeros(2**23)
         >>> along = jax.vmap(lambda i: jax.jvp(fun, (params,), (params + i,)))
-        >>> tangents_at_once(None, 1000, fun, params, along) < 100
+        >>> tangents_at_once(None, 1000, fun, params, along) < 10
         True
     """
     if chunk is not None or num_tangents == 1:
         return min(chunk or 1, num_tangents)
-    bare = live_bytes(jax.make_jaxpr(fun)(params).jaxpr)
     indices = jnp.arange(num_tangents, dtype=jnp.int32)
-    together = live_bytes(jax.make_jaxpr(along_all)(indices).jaxpr) - bare
-    budget = max(_CHUNK_BYTES, sum(w.nbytes for w in jax.tree.leaves(params)))
+    try:
+        bare = live_bytes(jax.make_jaxpr(fun)(params).jaxpr)
+        together = live_bytes(jax.make_jaxpr(along_all)(indices).jaxpr) - bare
+    except jax.errors.ConcretizationTypeError:
+        return min(_UNCOUNTED, num_tangents)
+    budget = max(
+        min(max(bare, least), _CHUNK_BYTES), sum(w.nbytes for w in jax.tree.leaves(params))
+    )
     return min(num_tangents, max(1, budget * num_tangents // max(1, together)))
 
 
@@ -93,13 +101,21 @@ def in_chunks(
     # The first chunk is not in the loop: it alone returns what is shared, and inside `shard_map`
     # the start varies along other axes than what is added to it.
     carry, shared, each = step(start, chunks[0])
+
+    def next_chunk(carry: PyTree, indices: Array) -> tuple[PyTree, Any]:
+        carry, _, each = step(carry, indices)
+        return carry, each
+
     if num_chunks > 1:
-
-        def next_chunk(carry: PyTree, indices: Array) -> tuple[PyTree, Any]:
-            carry, _, each = step(carry, indices)
-            return carry, each
-
-        carry, others = lax.scan(next_chunk, carry, chunks[1:])
+        try:
+            carry, others = lax.scan(next_chunk, carry, chunks[1:])
+        except jax.errors.ConcretizationTypeError:
+            # The function branches on the value of an array, which it may outside of a loop.
+            found = []
+            for indices in chunks[1:]:
+                carry, other = next_chunk(carry, indices)
+                found.append(other)
+            others = jax.tree.map(lambda *x: jnp.stack(x), *found)
         joined = lambda x, rest: jnp.concatenate([x, _merged(rest)])[:num_tangents]  # noqa: E731
         each = jax.tree.map(joined, each, others)
     return carry, shared, each
@@ -108,35 +124,3 @@ def in_chunks(
 def _merged(x: Array) -> Array:
     """The first two axes as one. No -1 in the shape, as a leaf may be empty."""
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-
-
-def in_groups(args: tuple[Any, ...], num_groups: int) -> tuple[PyTree, PyTree]:
-    """(arrays, rest) of the arguments, the arrays cut into groups of examples.
-
-    Arrays with axes have the examples along the first one, and get a leading axis for the groups:
-    [batch, ...] becomes [num_groups, batch / num_groups, ...]. One group changes nothing.
-
-    **Errors:** `ValueError` where the first axes differ, or the groups do not divide them.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from prograde.kit import in_groups
-        >>> (x, scale), rest = in_groups((jnp.ones((6, 2)), 3.0), num_groups=2)
-        >>> x.shape, scale, rest
-        ((2, 3, 2), None, (None, 3.0))
-    """
-    has_axes = lambda x: isinstance(x, jax.Array | np.ndarray) and x.ndim > 0  # noqa: E731
-    arrays, rest = eqx.partition(args, has_axes)
-    if num_groups == 1:
-        return arrays, rest
-    shapes = [x.shape for x in jax.tree.leaves(arrays)]
-    lengths = {shape[0] for shape in shapes}
-    batch = lengths.pop() if len(lengths) == 1 else None
-    if batch is None or batch % num_groups:
-        raise ValueError(
-            f"num_groups={num_groups}, but the arrays in the arguments have shapes {shapes}. All "
-            "need one first axis, that of the examples, which the number of groups divides. Close "
-            "over what is the same for all examples, and choose num_groups accordingly."
-        )
-    cut = lambda x: jnp.reshape(x, (num_groups, batch // num_groups, *x.shape[1:]))  # noqa: E731
-    return jax.tree.map(cut, arrays), rest

@@ -1,11 +1,13 @@
 """The function to differentiate, checked, as a function of the float arrays of its parameters."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from prograde._custom_vjp import inline_custom_vjp
@@ -105,7 +107,8 @@ class Loss:
 
         `tangents` is a tree like `floats` of arrays, or of structured tangents, which are not
         formed where a rule for their factors exists. `directional` is in `wide_dtype`, a scalar,
-        or [batch] where the loss is given per example.
+        or [batch] where the loss is given per example. Outside of `jit` the function may branch on
+        the values of arrays that have no tangent; structured tangents are then formed.
         """
         value, directional, aux = directional_derivative(self._of_floats, self.floats, tangents)
         return jnp.mean(value), wide(directional), aux
@@ -118,6 +121,37 @@ class Loss:
         aux: PyTree,
         state: PyTree,
     ) -> Estimate:
-        """The `Estimate`: gradients in the dtypes of their parameters, `aux` unpacked."""
+        """The `Estimate`: gradients in the dtypes of their parameters, `aux` unpacked.
+
+        Outside of `jit` it warns where the loss is finite and its derivative is not.
+        """
         grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, self.floats)
+        warn_of_tangents(value, grads if directional is None else directional)
         return Estimate(value, unpack(aux), grads, directional, state)
+
+
+def warn_of_tangents(value: Array, derivatives: PyTree[Array]) -> None:
+    """Warns where the loss is finite and its derivatives are not. Traced values pass silently.
+
+    Examples:
+        >>> import jax.numpy as jnp, warnings
+        >>> from prograde.kit import warn_of_tangents
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     warn_of_tangents(jnp.ones(()), jnp.array([1.0, jnp.nan]))
+        >>> print(caught[0].message)
+        the loss is finite, 1, but 1 of 2 derivatives are not. ...
+    """
+    leaves = jax.tree.leaves(derivatives)
+    if any(isinstance(x, Tracer) for x in (value, *leaves)) or not jnp.isfinite(value):
+        return
+    total = sum(x.size for x in leaves)
+    if wrong := total - sum(int(jnp.sum(jnp.isfinite(x))) for x in leaves):
+        warnings.warn(
+            f"the loss is finite, {float(value):.4g}, but {wrong} of {total} derivatives are not. "
+            "Look for an infinite slope times zero, such as sqrt at 0, which forward mode makes "
+            "NaN where reverse mode may not; for a rule that custom_vjp='inline' left aside; or "
+            "for an overflow of the dtype. diagnostics.first_nonfinite names the operation.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

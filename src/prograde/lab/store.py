@@ -236,7 +236,7 @@ def environment() -> dict[str, Any]:
 
     commit = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", __file__) else None
     package = str(Path(__file__).parents[1])
-    names = ("prograde", "jax", "jaxlib", "equinox", "quax", "optax", "numpy")
+    names = ("prograde", "jax", "jaxlib", "equinox", "optax", "numpy")
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": commit,

@@ -18,16 +18,11 @@ if _missing := [
 
 from prograde.lm.architecture import Architecture, ModelError
 from prograde.lm.decoder import Blocks, Decoder, LowRankUpdate, matrix_shapes
-from prograde.lm.files import (
-    Dtype,
-    byte_tokenizer,
-    load,
-    load_tokenizer,
-    save,
-    save_weights,
-    smollm2,
-)
+from prograde.lm.files import Dtype, byte_tokenizer, load, load_tokenizer
+from prograde.lm.gguf_output import save_gguf
+from prograde.lm.known_models import smollm2
 from prograde.lm.quantized import Quantized
+from prograde.lm.saving import save, save_weights
 
 __all__ = [
     "Architecture",
@@ -42,6 +37,7 @@ __all__ = [
     "load_tokenizer",
     "matrix_shapes",
     "save",
+    "save_gguf",
     "save_weights",
     "smollm2",
 ]

@@ -1,4 +1,7 @@
-"""A decoder from named tensors, whatever kind of file they are in: everything is compared with what is asked for before anything is read."""
+"""A decoder from the named tensors of any kind of file.
+
+Names and shapes are compared with the architecture before anything is built or read.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -40,7 +43,7 @@ HUGGING_FACE, GGUF = 0, 1  # columns
 
 
 class Weights(Protocol):
-    """The tensors of a file, or of several."""
+    """The tensors of a file, or of several: `where` they are, and who asks for them."""
 
     where: Path
     asked_by: str
@@ -48,7 +51,7 @@ class Weights(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of all tensors there are."""
+        """The shape of each tensor."""
         ...
 
     def array(self, name: str) -> np.ndarray:
@@ -56,16 +59,17 @@ class Weights(Protocol):
         ...
 
     def quantized(self, names: list[str]) -> Quantized | None:
-        """Tensors in one stack as the file has them, or nothing where they are to be numbers."""
+        """Tensors in one stack as the file has them, or `None` where they are to be numbers."""
         ...
 
     def may_be_ignored(self, name: str) -> bool:
-        """Whether a tensor is without effect on the result."""
+        """Whether a tensor has no effect on the result."""
         ...
 
 
 def assemble(a: Architecture, dtype: Any, weights: Weights) -> Decoder:
-    """A decoder, each tensor read, converted and in its place before the next one."""
+    """A decoder. Each tensor is read, converted and put in its place before the next one."""
+    _check_counts(a, weights)
     parts = {name: tuple(reversed(shape)) for name, shape in matrix_shapes(a).items()}
     biases = {
         f"{name}_bias": parts[name][:1] for name in ("query", "key", "value") if a.attention_bias
@@ -114,23 +118,34 @@ def assemble(a: Architecture, dtype: Any, weights: Weights) -> Decoder:
     )
 
 
+def _check_counts(a: Architecture, weights: Weights) -> None:
+    """Raises where there are fewer tensors than layers: their names alone could fill the memory."""
+    if a.num_layers > len(weights.shapes):
+        raise ModelError(
+            f"{weights.where}: {weights.asked_by} asks for {a.num_layers:,} layers, but there are "
+            f"{len(weights.shapes):,} tensors. The two belong to two models."
+        )
+
+
 def _compare(asked: Mapping[str, tuple[int, ...]], weights: Weights) -> None:
     where, by = weights.where, weights.asked_by
     if missing := [name for name in asked if name not in weights.shapes]:
         raise ModelError(
-            f"{where} has no tensor {_few(missing)}, which {by} asks for. The two belong to two models."
+            f"{where} has no tensor {_few(missing)}, which {by} asks for. The two belong to two "
+            "models."
         )
     for name, shape in asked.items():
         if (found := weights.shapes[name]) != shape:
             raise ModelError(
-                f"{where}: {name} has shape {found}, and {by} asks for {shape}. The two belong to two models."
+                f"{where}: {name} has shape {found}, and {by} asks for {shape}. The two belong to "
+                "two models."
             )
     if unknown := [
         name for name in weights.shapes if name not in asked and not weights.may_be_ignored(name)
     ]:
         raise ModelError(
-            f"{where} holds {_few(unknown)}, for which a decoder as {by} describes it has no place: without it the logits would be others. "
-            "This model is not supported."
+            f"{where} holds {_few(unknown)}, for which a decoder as {by} describes it has no "
+            "place: without it the logits would be others. This model is not supported."
         )
 
 
@@ -140,5 +155,5 @@ def _few(names: list[str]) -> str:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _placed(whole: Array, layer: Array, values: Array) -> Array:
-    """A stack with one layer in its place, in memory that is JAX's own: what NumPy lent could not be donated to a step."""
+    """A stack with one layer in its place, in memory of JAX: NumPy's could not be donated."""
     return lax.dynamic_update_index_in_dim(whole, values, layer, 0)

@@ -1,4 +1,7 @@
-"""A Llama-family decoder: grouped-query attention, rotary positions, RMSNorm, gated feed-forward layers, scanned over layers."""
+"""A Llama-family decoder, scanned over layers.
+
+Grouped-query attention, rotary positions, RMSNorm, gated feed-forward layers.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,21 +20,26 @@ Matrix = Float[Array, "*layers inputs outputs"] | Quantized
 
 
 class LowRankUpdate(eqx.Module):
-    """A matrix that stays as it is, plus a product of two thin ones that are learned.
+    """A matrix that stays as it is, plus a product of two thin matrices that are learned.
 
         W = base + down @ up
 
-    **Cost:** (inputs + outputs) x rank multiply-adds a token beside those of the base; the product is not formed.
+    **Fields:** `base`, an array or `Quantized`; `down` and `up`.
+
+    **Cost:** (inputs + outputs) x rank multiply-adds a token in addition to those of the base. The
+    product is not formed.
 
     **Source:** LoRA, arXiv 2106.09685.
 
     Examples:
         >>> import equinox as eqx, jax, jax.numpy as jnp
         >>> from prograde.lm import Architecture, Decoder, LowRankUpdate
-        >>> tiny = Architecture(vocab_size=256, width=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden=128)
+        >>> tiny = Architecture(
+        ...     vocab_size=256, width=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden=128)
         >>> model = Decoder.create(jax.random.key(0), tiny)
-        >>> beside = LowRankUpdate(model.segments[0].query, jnp.ones((2, 64, 1)), jnp.zeros((2, 1, 64)))
-        >>> learned = eqx.tree_at(lambda m: m.segments[0].query, model, beside)
+        >>> query = model.segments[0].query
+        >>> update = LowRankUpdate(query, jnp.ones((2, 64, 1)), jnp.zeros((2, 1, 64)))
+        >>> learned = eqx.tree_at(lambda m: m.segments[0].query, model, update)
         >>> learned(jnp.zeros((1, 8), jnp.int32)).shape
         (1, 8, 64)
     """
@@ -42,7 +50,22 @@ class LowRankUpdate(eqx.Module):
 
 
 class Blocks(eqx.Module):
-    """Layers that follow each other, their arrays stacked along the first axis."""
+    """Layers that follow each other. Their arrays are stacked along the first axis.
+
+    **Fields:** a norm scale, matrix or bias of all the layers each, by the names of
+    `matrix_shapes`. Biases are `None` where the architecture has none.
+
+    **Source:** arXiv 2302.13971.
+
+    Examples:
+        >>> import jax
+        >>> from prograde.lm import Architecture, Decoder
+        >>> tiny = Architecture(
+        ...     vocab_size=256, width=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden=128)
+        >>> (blocks,) = Decoder.create(jax.random.key(0), tiny).segments
+        >>> blocks.count, blocks.query.shape
+        (2, (2, 64, 64))
+    """
 
     attention_norm: Float[Array, "layers width"]
     query: Any
@@ -59,7 +82,7 @@ class Blocks(eqx.Module):
 
     @property
     def count(self) -> int:
-        """How many layers."""
+        """The number of layers."""
         return len(self.attention_norm)
 
     def __getitem__(self, layers: slice) -> "Blocks":
@@ -69,11 +92,12 @@ class Blocks(eqx.Module):
 class Decoder(eqx.Module):
     """A language model, as a tree of arrays.
 
-    **Fields:** `embedding` [vocabulary, width]; `segments`, the layers in one or several stacks (see `split`); `norm`; `head` [width, vocabulary], or
-    `None` where it is the embedding; `architecture`, static.
+    **Fields:** `embedding` [vocabulary, width]; `segments`, the layers in one or several stacks
+    (see `split`); `norm`; `head` [width, vocabulary], or `None` where the embedding is the head;
+    `architecture`, static.
 
-    Matrices have their inputs first, [inputs, outputs]. They may be arrays, `Quantized`, or a `LowRankUpdate` of either; the embedding an array or
-    `Quantized`.
+    Matrices have their inputs first, [inputs, outputs]. They may be arrays, `Quantized`, or a
+    `LowRankUpdate` of either. The embedding is an array or `Quantized`.
 
     **Cost:** about 2 multiply-adds per weight and token, and the memory of one layer at a time.
 
@@ -82,7 +106,8 @@ class Decoder(eqx.Module):
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from prograde.lm import Architecture, Decoder
-        >>> tiny = Architecture(vocab_size=256, width=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden=128)
+        >>> tiny = Architecture(
+        ...     vocab_size=256, width=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden=128)
         >>> model = Decoder.create(jax.random.key(0), tiny)
         >>> model.logits(model(jnp.zeros((1, 8), jnp.int32))).shape
         (1, 8, 256)
@@ -129,18 +154,21 @@ class Decoder(eqx.Module):
 
     @property
     def dtype(self) -> Any:
-        """That of the computation."""
+        """The dtype of the computation."""
         return self.norm.dtype
 
     def split(self, first: int, last: int) -> "Decoder":
-        """The same model with the layers from `first` to before `last` as a stack of their own, to be trained or kept apart.
+        """The same model with the layers `first` to `last` - 1 as a stack of their own.
+
+        Such a stack can be trained, or kept as it is, apart from the others.
 
         **Errors:** `ValueError` for layers the model does not have, or none.
         """
         count = self.architecture.num_layers
         if not 0 <= first < last <= count:
             raise ValueError(
-                f"layers {first} to {last} of {count}: from 0 to {count}, and at least one, are allowed."
+                f"layers {first} to {last} of {count}: from 0 to {count}, and at least one, are "
+                "allowed."
             )
         (blocks,) = self.joined().segments
         cuts = [slice(0, first), slice(first, last), slice(last, count)]
@@ -150,15 +178,17 @@ class Decoder(eqx.Module):
     def joined(self) -> "Decoder":
         """The same model with all layers in one stack.
 
-        **Errors:** `ValueError` for stacks that differ in what their matrices are, such as where one alone has a `LowRankUpdate`.
+        **Errors:** `ValueError` for stacks whose matrices are of different kinds, such as where
+        only one has a `LowRankUpdate`.
         """
         if len(self.segments) == 1:
             return self
         kinds = {jax.tree.structure(blocks) for blocks in self.segments}
         if len(kinds) > 1:
             raise ValueError(
-                "the segments differ in what their matrices are (arrays, Quantized, LowRankUpdate), and cannot be one stack. Add each "
-                "LowRankUpdate to its matrix, or keep the segments."
+                "the segments differ in the kinds of their matrices (arrays, Quantized, "
+                "LowRankUpdate), and cannot be one stack. Add each LowRankUpdate to its matrix, or "
+                "keep the segments."
             )
         blocks = jax.tree.map(lambda *x: jnp.concatenate(x), *self.segments)
         return eqx.tree_at(lambda m: m.segments, self, (blocks,))
@@ -166,7 +196,10 @@ class Decoder(eqx.Module):
     def __call__(
         self, tokens: Int[Array, "batch length"], valid: Bool[Array, "batch length"] | None = None
     ) -> Float[Array, "batch length width"]:
-        """The residual stream after the last layer, normalised. `valid` marks tokens; what is not valid is not attended to."""
+        """The residual stream after the last layer, normalised. No token attends to padding.
+
+        `valid` is false for padding, which may be at either end.
+        """
         states = self.embed(tokens)
         return self.finish(self.layers(states, valid, self.segments))
 
@@ -188,9 +221,7 @@ class Decoder(eqx.Module):
         mask = jnp.tril(jnp.ones((length, length), bool))[None]
         if self.architecture.window is not None:
             mask = mask & ~jnp.tril(jnp.ones((length, length), bool), -self.architecture.window)
-        if (
-            valid is not None
-        ):  # what is not a token looks at itself alone, for a softmax needs something
+        if valid is not None:  # padding attends to itself so that softmax stays defined
             mask = mask & valid[:, None, :] | jnp.eye(length, dtype=bool)[None]
         for blocks in segments:
             states, _ = lax.scan(
@@ -199,7 +230,7 @@ class Decoder(eqx.Module):
         return states
 
     def finish(self, states: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        """What the head acts on."""
+        """The input of the head: the residual stream, normalised."""
         return _rms_norm(states, self.norm, self.architecture.norm_eps)
 
     def logits(
@@ -207,7 +238,7 @@ class Decoder(eqx.Module):
         states: Float[Array, "*batch width"],
         tokens: Int[np.ndarray, " choices"] | None = None,
     ) -> Float[Array, "*batch choices"]:
-        """The logits of all tokens, or of a few."""
+        """The logits of all tokens of the vocabulary, or of those in `tokens`."""
         if tokens is not None and self.head is None:
             return states @ self.embed(jnp.asarray(tokens)).astype(states.dtype).T
         if self.head is not None:
@@ -245,11 +276,12 @@ class Decoder(eqx.Module):
 def matrix_shapes(a: Architecture) -> dict[str, tuple[int, int]]:
     """[inputs, outputs] of the matrices of a layer, by their names in `Blocks`.
 
-    **Source:** arXiv 2302.13971, and arXiv 2305.13245 for keys and values that several heads share.
+    **Source:** arXiv 2302.13971; arXiv 2305.13245 for keys and values that several heads share.
 
     Examples:
         >>> from prograde.lm import Architecture, matrix_shapes
-        >>> tiny = Architecture(vocab_size=256, width=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden=128)
+        >>> tiny = Architecture(
+        ...     vocab_size=256, width=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden=128)
         >>> matrix_shapes(tiny)["key"]
         (64, 32)
     """
@@ -274,7 +306,7 @@ def _times(x: Array, weight: Any) -> Array:
 
 
 def _of_outputs(weight: Any, outputs: Array) -> Any:
-    """The columns of a matrix, of whatever kind it is."""
+    """Some columns of a matrix of any kind."""
     if isinstance(weight, LowRankUpdate):
         return LowRankUpdate(_of_outputs(weight.base, outputs), weight.down, weight.up[:, outputs])
     if isinstance(weight, Quantized):
@@ -302,7 +334,7 @@ def _rotation(a: Architecture, length: int) -> tuple[Array, Array]:
 
 
 def _rotated(x: Array, rotation: tuple[Array, Array]) -> Array:
-    """Each half of a head's numbers with the other, as Hugging Face lays them out."""
+    """Rotates the halves of a head's numbers against each other, as Hugging Face has them."""
     cos, sin = (part.astype(x.dtype) for part in rotation)
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

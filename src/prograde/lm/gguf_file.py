@@ -31,7 +31,8 @@ _NUMBERS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
-_CONTROL, _USER_DEFINED = 3, 4  # kinds of token
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # kinds of token
+_DEEPEST = 8  # lists in lists
 
 
 def from_gguf(path: Path, dtype: Any, quantized: bool) -> tuple[Decoder, Tokenizer]:
@@ -48,9 +49,10 @@ def from_gguf(path: Path, dtype: Any, quantized: bool) -> tuple[Decoder, Tokeniz
     tokenizer = gguf_tokenizer(fields, path)
     if "rope_freqs.weight" in tensors:
         raise ModelError(
-            f"{path} has rotary positions that are scaled by rope_freqs.weight, which is not supported. Give a directory with config.json."
+            f"{path} has rotary positions that are scaled by rope_freqs.weight, which is not "
+            "supported. Give a directory with config.json."
         )
-    # llama.cpp turns neighbouring numbers of a head, where Hugging Face turns the two halves
+    # llama.cpp turns neighbouring numbers of a head, Hugging Face turns the two halves
     heads = (
         {"attn_q": a.num_heads, "attn_k": a.num_kv_heads}
         if fields["general.architecture"] == "llama"
@@ -125,7 +127,7 @@ class _Weights:
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory as XLA wants it, so that on the CPU `jax.device_put` takes it over and does not copy it."""
+    """Memory aligned so that on the CPU `jax.device_put` takes it over without a copy."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -133,9 +135,9 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """What a file says about itself, and its tensors, mapped into memory and not read.
+    """The fields of a header, and the tensors, which are mapped into memory and not read.
 
-    The package gguf does the same with a view of the file for each word of the vocabulary, in seconds.
+    The package gguf makes a view of the file for each word of the vocabulary, which takes seconds.
 
     **Errors:** `ModelError` for a file of another kind, and for one that is cut off or damaged.
     """
@@ -144,11 +146,12 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     try:
         with open(path, "rb") as file:
             raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: there is nothing in it
+    except (OSError, ValueError) as error:  # ValueError: the file is empty
         raise ModelError(f"{path} cannot be read ({error}).") from None
     if raw[:4] != b"GGUF":
         raise ModelError(
-            f"{path} is no GGUF file: it begins with {raw[:4]!r}. Give a .gguf file, or a directory with config.json."
+            f"{path} is no GGUF file: it begins with {raw[:4]!r}. Give a .gguf file, or a "
+            "directory with config.json."
         )
     if (version := int.from_bytes(raw[4:8], "little")) not in (2, 3):
         raise ModelError(
@@ -162,6 +165,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         num_tensors, num_fields = cursor.number("Q"), cursor.number("Q")
         for _ in range(num_fields):
             name = cursor.text()
+            if name in fields:
+                raise ValueError("the field is there twice")
             fields[name] = cursor.value(cursor.number("I"))
         found = []
         for _ in range(num_tensors):
@@ -169,13 +174,18 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
             shape = tuple(cursor.number("Q") for _ in range(cursor.number("I")))
             found.append((name, shape[::-1], cursor.number("I"), cursor.number("Q")))
         alignment = fields.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"general.alignment={alignment!r}")
         start = -(-cursor.at // alignment) * alignment
         for name, shape, number, offset in found:
             known = {kind.value: kind for kind in GGMLQuantizationType}
             if number not in known:
                 raise ModelError(
-                    f"{path}: {name} is in a kind with the number {number}. Supported: {', '.join(_KINDS)}."
+                    f"{path}: {name} is in a kind with the number {number}. Supported: "
+                    f"{', '.join(_KINDS)}."
                 )
+            if name in tensors:
+                raise ValueError("the tensor is there twice")
             block, size = GGML_QUANT_SIZES[known[number]]
             if not shape or shape[-1] % block:
                 raise ValueError(f"rows of {shape} in blocks of {block}")
@@ -183,9 +193,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
             cursor.need(start + offset, count := int(np.prod(bytes_shape, dtype=object)))
             data = np.frombuffer(raw, np.uint8, count, start + offset).reshape(bytes_shape)
             tensors[name] = Stored(known[number].name, shape, data)
-    except (struct.error, ValueError, TypeError, ZeroDivisionError, EOFError) as error:
+    except (struct.error, ValueError, TypeError, ArithmeticError, EOFError) as error:
         raise ModelError(
-            f"{path} is cut off or damaged at {name or 'its beginning'!r} ({error}). Fetch it again."
+            f"{path} is cut off or damaged at {name or 'its beginning'!r} ({error}). "
+            "Fetch it again."
         ) from None
     return fields, tensors
 
@@ -211,7 +222,9 @@ class _Cursor:
         self.at += count
         return self.raw[self.at - count : self.at].decode()
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if depth > _DEEPEST:
+            raise ValueError(f"lists in lists, more than {_DEEPEST} deep")
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
@@ -220,7 +233,7 @@ class _Cursor:
         if kind == _STRING:
             return [self.text() for _ in range(count)]
         if kind == _ARRAY:
-            return [self.value(_ARRAY) for _ in range(count)]
+            return [self.value(_ARRAY, depth + 1) for _ in range(count)]
         code = self._code(kind)
         self.need(self.at, count * struct.calcsize(f"<{code}"))
         values = struct.unpack_from(f"<{count}{code}", self.raw, self.at)
@@ -238,13 +251,18 @@ def gguf_tokenizer(fields: Mapping[str, Any], path: Path) -> Tokenizer:
     kind, rule = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != "gpt2" or rule not in ("smollm", "gpt-2"):
         raise ModelError(
-            f"{path} has the tokenizer {kind!r} with the rule {rule!r}; of GGUF files 'gpt2' with 'smollm' or 'gpt-2' is supported. Give "
-            "a directory with tokenizer.json."
+            f"{path} has the tokenizer {kind!r} with the rule {rule!r}; in GGUF files 'gpt2' with "
+            "'smollm' or 'gpt-2' is supported. Give a directory with tokenizer.json."
         )
     try:
         words = fields["tokenizer.ggml.tokens"]
+        kinds = fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(words))
+        normal = [word for word, k in zip(words, kinds, strict=True) if k == _NORMAL]
+        # the package gguf leaves out a list that is empty, as it is where all words are bytes
+        fields = ({"tokenizer.ggml.merges": []} if max(map(len, normal)) == 1 else {}) | dict(
+            fields
+        )
         merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-        kinds = fields.get("tokenizer.ggml.token_type", [1] * len(words))
         tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
         for special, of in ((True, _CONTROL), (False, _USER_DEFINED)):
             added = [
@@ -255,10 +273,11 @@ def gguf_tokenizer(fields: Mapping[str, Any], path: Path) -> Tokenizer:
             (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
     except KeyError as error:
         raise ModelError(f"{path}: the header has no {error.args[0]!r}.") from None
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no narrower class
         raise ModelError(f"{path}: its tokenizer is damaged ({error}).") from None
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits_apart = [pre_tokenizers.Digits(individual_digits=True)] if rule == "smollm" else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits_apart, by_bytes])  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    # the library declares no types that can be assigned
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits_apart, by_bytes])  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
     return tokenizer

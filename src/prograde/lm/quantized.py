@@ -1,4 +1,4 @@
-"""Weights that stay as GGUF has them, a few bits each, and are made numbers a layer at a time, where they are used."""
+"""Weights that keep the few bits GGUF gives them, and become numbers where a layer uses them."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 BLOCK = 32  # weights that share a scale
 
-# bytes a block: a scale of two bytes, for Q4_1 a minimum of two more, then the weights
+# bytes of a block: two for a scale, for Q4_1 two more for a minimum, then the weights
 BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 
 
@@ -19,12 +19,13 @@ class Quantized(eqx.Module):
 
         W[32 i + j, o] = scale[o, i] * q[o, i, j] + offset[o, i]
 
-    **Fields:** `codes`, the weights, two to a byte where they have 4 bits; `scale` and `offset` in float16; `kind`, one of Q4_0, Q4_1, Q8_0.
+    **Fields:** `codes`, the weights, two to a byte where they have 4 bits; `scale` and `offset`, in
+    float16; `kind`, one of Q4_0, Q4_1, Q8_0.
 
-    **Cost:** 0.56 to 1.06 bytes a weight at rest, and the dense matrix for as long as it is used. It has no float leaf that an optimizer would
-    update: give it a `LowRankUpdate`, or train what is beside it.
+    **Cost:** 0.56 to 1.06 bytes a weight at rest, and the dense matrix while it is used. It has no
+    float leaf that an optimizer would update: give it a `LowRankUpdate`, or train other leaves.
 
-    **Errors:** `ValueError` for an unknown kind, and for rows that are no whole blocks.
+    **Errors:** `ValueError` for an unknown kind, and for rows that are not whole blocks.
 
     **Source:** the GGUF format of the ggml project.
 
@@ -32,7 +33,7 @@ class Quantized(eqx.Module):
         >>> import numpy as np
         >>> from gguf import GGMLQuantizationType, quantize
         >>> from prograde.lm import Quantized
-        >>> w = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)          # [outputs, inputs]
+        >>> w = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)  # 4 outputs
         >>> q = Quantized.from_gguf(quantize(w, GGMLQuantizationType.Q8_0), "Q8_0")
         >>> bool(abs(np.asarray(q.dense()) - w.T).max() < 0.02)
         True
@@ -50,7 +51,8 @@ class Quantized(eqx.Module):
             raise ValueError(f"kind={kind!r}, but one of {', '.join(BYTES)} is needed.")
         if data.dtype != np.uint8 or data.shape[-1] % BYTES[kind]:
             raise ValueError(
-                f"data is {data.dtype} {list(data.shape)}, but rows of uint8, {BYTES[kind]} a block of {kind}, are needed."
+                f"data is {data.dtype} {list(data.shape)}, but rows of uint8, {BYTES[kind]} a "
+                f"block of {kind}, are needed."
             )
         parts = {name: jnp.asarray(part) for name, part in split_blocks(data, kind).items()}
         return cls(parts["codes"], parts["scale"], parts.get("offset"), kind)
@@ -60,7 +62,7 @@ class Quantized(eqx.Module):
         return self._numbers(self.codes, self.scale, self.offset).astype(dtype).mT
 
     def rows(self, outputs: Int[Array, "*batch"]) -> Float[Array, "*batch inputs"]:
-        """The weights of some outputs: of an embedding, those of some tokens."""
+        """The weights of some outputs. For an embedding, those are tokens."""
         offset = None if self.offset is None else self.offset[outputs]
         return self._numbers(self.codes[outputs], self.scale[outputs], offset)
 
@@ -77,7 +79,7 @@ class Quantized(eqx.Module):
 
 
 def split_blocks(data: np.ndarray, kind: str) -> dict[str, np.ndarray]:
-    """What the bytes of a tensor hold, as views."""
+    """The parts of the blocks of a tensor, as views of its bytes."""
     blocks = data.reshape(*data.shape[:-1], -1, BYTES[kind])
     if kind == "Q4_1":
         return {"scale": blocks[..., :2], "offset": blocks[..., 2:4], "codes": blocks[..., 4:]}
@@ -85,5 +87,5 @@ def split_blocks(data: np.ndarray, kind: str) -> dict[str, np.ndarray]:
 
 
 def _half(x: Array) -> Array:
-    """Two bytes as the float16 they are, [..., 1] in float32."""
+    """Pairs of bytes read as float16, [..., 1] in float32."""
     return jax.lax.bitcast_convert_type(x, jnp.float16).astype(jnp.float32)[..., None]

@@ -1,15 +1,19 @@
-"""Learning while the data flows: the tangent of a recurrent state is carried with the state, and nothing is unrolled.
+"""Learning from a stream: the tangent of a recurrent state is carried with the state.
 
-- `_learner`: what every learner is, what it carries, and the checks that all of them make;
+Nothing is unrolled, so the memory does not grow with the length of the stream.
+
+- `_learner`: the interface of a learner, what it carries, and the checks that all share;
 - `rtrl`, `dodge`, `uoro`: one algorithm each;
 - `directions`: guesses for `DODGE`;
-- `_learn`: a loop over a chunk of a stream, which stops before a fault.
+- `_learn`: a loop over a chunk of a stream, which stops before a faulty step.
 
-**Source:** arXiv 1702.05043 sets the algorithms side by side; each names its own.
+**Source:** arXiv 1702.05043 compares the algorithms. Each class names its own source.
 
 Examples:
     >>> import jax, jax.numpy as jnp, prograde as pg
-    >>> cell = lambda w, state, x: (jnp.tanh(w * state + x),) * 2            # any (params, state, input) -> (state, output)
+    >>> def cell(w, state, x):                       # any (params, state, input) -> (state, output)
+    ...     state = jnp.tanh(w * state + x)
+    ...     return state, state
     >>> learner = pg.online.RTRL(cell, lambda output, target: (output - target) ** 2)
     >>> carry = learner.init(jnp.array(0.5), jnp.array(0.0))
     >>> for x in (0.1, 0.2, 0.3):

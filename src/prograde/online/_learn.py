@@ -11,28 +11,29 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from prograde.kit import check_key, float_leaves
-from prograde.online._learner import Carry, OnlineLearner
+from prograde.online._learner import Carry, OnlineLearner, check_carry, tree_differences
 
 
 class StreamError(ValueError):
-    """Something in a stream that is not finite. What was learned before it is kept.
+    """A step of a stream gave something that is not finite. What was learned before it is kept.
 
-    **Fields:** `carry` and `opt_state`, as they were before the step; `losses`, of the steps before it; `index`, of the faulty step
-    in the chunk. Continue from `carry` with what follows it.
+    **Fields:** `carry` and `opt_state`, as they were before the step; `losses` of the steps before
+    it; `index` of the faulty step in the chunk. Continue from `carry` with what follows it.
+
+    **Source:** none; a stream cannot be cleaned beforehand.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, prograde as pg
-        >>> learner = pg.online.RTRL(lambda w, s, x: (w * s + x,) * 2, lambda output, target: (output - target) ** 2)
-        >>> params, optimizer = jnp.array(0.5), optax.sgd(0.1)
+        >>> learner = pg.online.RTRL(
+        ...     lambda w, s, x: (w * s + x,) * 2, lambda output, target: (output - target) ** 2)
+        >>> params, optimizer, key = jnp.array(0.5), optax.sgd(0.1), jax.random.key(0)
         >>> carry, opt_state = learner.init(params, jnp.array(0.0)), optimizer.init(params)
         >>> inputs = jnp.array([0.1, 0.2, jnp.nan, 0.3])
         >>> try:
-        ...     pg.online.learn(learner, optimizer, jax.random.key(0), carry, opt_state, inputs, inputs)
+        ...     pg.online.learn(learner, optimizer, key, carry, opt_state, inputs, inputs)
         ... except pg.online.StreamError as error:
         ...     print(error.index, int(error.carry.step))
         2 2
-
-    **Source:** none; a stream is not a data set that one can clean beforehand.
     """
 
     def __init__(self, message: str, index: int, carry: Carry, opt_state: PyTree, losses: Array):
@@ -49,38 +50,47 @@ def learn(
     inputs: PyTree[Array],
     targets: PyTree[Array],
 ) -> tuple[Carry, PyTree, Float[Array, " steps"]]:
-    """Learns from a chunk of a stream: one step of the learner and of the optimizer for each input, in one compiled loop.
+    """Learns from a chunk of a stream, in one compiled loop.
+
+    Each input is one step of the learner and one of the optimizer.
 
     **Arguments:**
 
     - `learner`: such as `RTRL(cell, loss)`.
-    - `optimizer`: what has the method `update(grads, opt_state, params)` of Optax; `opt_state`: its state, such as
-      `optimizer.init(params)`, or `optimizer.init(equinox.filter(params, equinox.is_inexact_array))` where leaves are not float arrays.
+    - `optimizer`: an object with the method `update(grads, opt_state, params)` of Optax.
+    - `opt_state`: its state, such as `optimizer.init(params)`, or
+      `optimizer.init(equinox.filter(params, equinox.is_inexact_array))` where some leaves are not
+      float arrays.
     - `key`: the same for the whole stream.
     - `carry`: what `learner.init` or the last chunk gave.
     - `inputs`, `targets`: trees of arrays with a leading axis of steps.
 
-    **Returns:** `(carry, opt_state, losses)`, each loss before its update. A stream that is cut into chunks in another way, or saved in the middle
-    (`equinox.tree_serialise_leaves` of carry and optimizer state) and continued, gives the same numbers.
+    **Returns:** `(carry, opt_state, losses)`, each loss before its update. The numbers are the same
+    where a stream is cut into other chunks, or saved in the middle and continued
+    (`equinox.tree_serialise_leaves` of carry and optimizer state).
 
-    **Cost:** that of the learner's steps. Compiled once for each length of a chunk, and anew for another learner or optimizer: make them once. One
-    synchronisation with the host a chunk.
+    **Cost:** that of the learner's steps. The loop is compiled once for each length of a chunk, and
+    again for another learner or optimizer: make them once. The host waits once a chunk.
 
-    **Errors:** `StreamError` where a loss, the state, the gradient or the updated parameters are not finite, whether input or rate made them so; it holds
-    what there was before. `ValueError` for leading axes that differ, or have no steps. Inside `jit` nothing can be raised: the loop then ends with the faulty
-    step, and the losses from it on are NaN.
+    **Errors:** `StreamError` where a loss, the state, the gradient or the updated parameters are
+    not finite, because of the input or of the rate; it holds what there was before. `ValueError`
+    for leading axes that differ or have no steps, a carry of another learner, and an `opt_state` of
+    another optimizer; `TypeError` for something else than a learner, an optimizer or a carry.
+    Inside `jit` no `StreamError` can be raised: the loop then ends with the faulty step, and the
+    losses from it on are NaN.
 
     **Source:** arXiv 1702.05043 for learning at every step.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, prograde as pg
-        >>> learner = pg.online.RTRL(lambda w, s, x: (w * s + x,) * 2, lambda output, target: (output - target) ** 2)
-        >>> params, optimizer = jnp.array(0.1), optax.adam(0.03)
+        >>> learner = pg.online.RTRL(
+        ...     lambda w, s, x: (w * s + x,) * 2, lambda output, target: (output - target) ** 2)
+        >>> params, optimizer, key = jnp.array(0.1), optax.adam(0.03), jax.random.key(0)
         >>> carry, opt_state = learner.init(params, jnp.array(0.0)), optimizer.init(params)
         >>> inputs = jax.random.normal(jax.random.key(1), (1000,))
         >>> targets = jax.lax.scan(lambda s, x: (0.7 * s + x,) * 2, 0.0, inputs)[1]
         >>> carry, opt_state, losses = pg.online.learn(
-        ...     learner, optimizer, jax.random.key(0), carry, opt_state, inputs, targets)
+        ...     learner, optimizer, key, carry, opt_state, inputs, targets)
         >>> print(carry.params.round(2))
         0.7
     """
@@ -89,16 +99,18 @@ def learn(
     if len(lengths) != 1 or () in lengths:
         shapes = [np.shape(x) for x in jax.tree.leaves((inputs, targets))]
         raise ValueError(
-            f"inputs and targets have shapes {shapes}, but all need one leading axis, that of the steps."
+            f"inputs and targets have shapes {shapes}, but all need one leading axis, that of the "
+            "steps."
         )
     (length,) = lengths.pop()
     if length == 0:
         raise ValueError("inputs and targets have no steps, but at least one is needed.")
+    _check_arguments(learner, optimizer, carry, opt_state)
     arguments = (learner, optimizer, key, carry, opt_state, inputs, targets)
     _, sound, after, opt_after, losses = _steps(*arguments, jnp.asarray(length, jnp.int32), False)
     if isinstance(sound, Tracer) or sound:
         return after, opt_after, losses
-    # the steps are a function of key and carry: taken again, with an eye on all there is, they end with the fault, and then just before
+    # rerun with full checks to find the faulty step, then rerun to just before it
     done, *_ = _steps(*arguments, jnp.asarray(length, jnp.int32), True)
     index = int(done) - 1
     _, _, carry, opt_state, losses = _steps(*arguments, jnp.asarray(index, jnp.int32), False)
@@ -114,11 +126,37 @@ def learn(
         if names
         else "what the step makes of finite input (the loss, the state, the gradient or the update)"
     )
+    remedy = "Leave this input out, and continue." if names else "A lower learning rate may help."
     raise StreamError(
-        f"step {index} of the chunk, {int(carry.step)} of the stream: {what} is not finite. The carry before it is in this error's "
-        "`carry`. " + ("Leave this input out, and continue." if names else "A lower learning rate may help."),
-        index, carry, opt_state, losses[:index],
-    )  # fmt: skip
+        f"step {index} of the chunk, {int(carry.step)} of the stream: {what} is not finite. The "
+        f"carry before it is in this error's `carry`. {remedy}",
+        index,
+        carry,
+        opt_state,
+        losses[:index],
+    )
+
+
+def _check_arguments(learner: Any, optimizer: Any, carry: Any, opt_state: PyTree) -> None:
+    """Raises for arguments of other kinds, and for the state of another optimizer."""
+    if not isinstance(learner, OnlineLearner):
+        raise TypeError(
+            f"learner={learner!r}, but an online learner is needed, such as RTRL(cell, loss)."
+        )
+    if not callable(getattr(optimizer, "update", None)):
+        raise TypeError(
+            f"optimizer={optimizer!r}, but an object with the method update(grads, opt_state, "
+            "params) is needed, such as optax.sgd(0.1)."
+        )
+    check_carry(carry)
+    if not callable(getattr(optimizer, "init", None)):
+        return
+    wanted = jax.eval_shape(optimizer.init, float_leaves(carry.params))
+    if differences := tree_differences(wanted, opt_state):
+        raise ValueError(
+            f"opt_state is not that of the optimizer for these parameters: {differences}. Use "
+            "optimizer.init(params), with the float arrays of the parameters."
+        )
 
 
 def _finite(tree: PyTree) -> Bool[Array, ""]:
@@ -144,7 +182,8 @@ def _steps(
 ) -> tuple[Int[Array, ""], Bool[Array, ""], Carry, PyTree, Float[Array, " steps"]]:
     """At most `most` steps: (how many, whether all were sound, carry, optimizer state, losses).
 
-    What the learner keeps may be large: it is looked at after each step where `thorough`, and else after the last.
+    The memory of the learner may be large. It is checked after each step where `thorough`, else
+    after the last.
     """
     learning, fixed = eqx.partition((carry, opt_state), eqx.is_array)
 

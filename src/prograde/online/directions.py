@@ -16,7 +16,7 @@ from prograde.tangents import Normal, TangentDistribution
 
 
 class PastWindow(eqx.Module):
-    """What a direction function of `DODGE` knows: the window that has ended.
+    """The window that has ended, as a direction function of `DODGE` is given it.
 
     **Fields:**
 
@@ -26,18 +26,19 @@ class PastWindow(eqx.Module):
     - `inputs`, `targets`: those of the window, with a leading axis of its length.
     - `directions`: its directions, with a leading axis of `num_tangents`.
     - `grads`: the mean of its gradient estimates.
-    - `count`: how many windows there were; 0 before the first, when all else is zero.
+    - `count`: the number of windows so far; 0 before the first, when all else is zero.
+
+    **Source:** Silver et al. 2022, Learning by directional gradient descent (ICLR).
 
     Examples:
         >>> import jax, jax.numpy as jnp, prograde as pg
-        >>> def along_the_last_estimate(key, past):      # and a random one beside it
+        >>> def along_the_last_estimate(key, past):      # and along a random direction
         ...     return jnp.stack([past.grads, jax.random.normal(key, past.params.shape)])
+        >>> cell = lambda w, s, x: (jnp.tanh(w * s + x),) * 2
         >>> learner = pg.online.DODGE(
-        ...     lambda w, s, x: (jnp.tanh(w * s + x),) * 2, lambda output, target: jnp.sum((output - target) ** 2),
+        ...     cell, lambda output, target: jnp.sum((output - target) ** 2),
         ...     window=10, directions=along_the_last_estimate, num_tangents=2)
         >>> carry = learner.init(jnp.ones(3), jnp.zeros(3), jnp.zeros(3), jnp.zeros(3))
-
-    **Source:** Silver et al. 2022, Learning by directional gradient descent (ICLR).
     """
 
     learner: OnlineLearner = eqx.field(static=True)
@@ -52,14 +53,15 @@ class PastWindow(eqx.Module):
 
 @dataclass(frozen=True)
 class Guess(abc.ABC):
-    """Directions of which the first is a guess of the gradient, and the others are random. Subclass and implement `guess`.
+    """Directions: a guess of the gradient, then random ones. Subclass and implement `guess`.
 
-    With `combine="projection"` the estimate is the gradient's projection onto their span: at least as good as the guess corrected
-    in length, whatever the guess.
+    With `combine="projection"` the estimate is the gradient's projection onto their span. For any
+    guess, that is at least as good as the guess corrected in length.
 
     **Arguments:** `others`, the distribution of the other directions.
 
-    **Source:** Silver et al. 2022, Learning by directional gradient descent (ICLR); arXiv 2312.04709.
+    **Source:** Silver et al. 2022, Learning by directional gradient descent (ICLR); arXiv
+    2312.04709.
 
     Examples:
         >>> import prograde as pg
@@ -121,13 +123,16 @@ class Momentum(Guess):
 
 @dataclass(frozen=True)
 class TruncatedBackprop(Guess):
-    """The gradient of the past window by truncated backpropagation: what it holds of the true one is kept, and the rest corrected.
+    """The gradient of the past window by truncated backpropagation.
+
+    A projection keeps what it holds of the true gradient, and corrects the rest.
 
         guess = d/dtheta sum_(t in window) L_t,  from the state at its start, taken as a constant
 
     **Arguments:** `others`, as in `Guess`.
 
-    **Cost:** a window of inputs, and its backpropagation once a window: memory grows with the window.
+    **Cost:** keeps a window of inputs and backpropagates through it once a window: memory grows
+    with the window.
 
     **Source:** Silver et al. 2022, Learning by directional gradient descent (ICLR).
 

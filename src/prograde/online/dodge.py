@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -19,45 +19,55 @@ from prograde.tangents import Rademacher, TangentDistribution
 
 @dataclass(frozen=True)
 class DODGE(OnlineLearner):
-    """Deep online directional gradient estimation: exact directional derivatives along directions that stay for a window.
+    """Deep online directional gradient estimation: directional derivatives, window by window.
 
-        u_k <- dF/ds u_k + dF/dtheta v_k        d_k = dL/ds u_k + dL/dtheta v_k        g_t = (1/K) sum_k d_k v_k
+        u_k <- dF/ds u_k + dF/dtheta v_k
+        d_k  = dL/ds u_k + dL/dtheta v_k
+        g_t  = (1/K) sum_k d_k v_k
 
-    The tangent u_k = J v_k of the state along each direction v_k is carried with the state. When a window ends, new directions are drawn
-    and the tangents begin again at zero.
+    The learner carries the tangent u_k = J v_k of the state along each direction v_k. When a window
+    ends, new directions are drawn and the tangents start again from zero.
 
     **Arguments:**
 
-    - `cell`, `loss`: as in `OnlineLearner`.
-    - `window`: steps for which directions stay. The gradient reaches back to the start of the window: longer costs nothing, and
-      brings fewer new directions.
-    - `directions`: a `TangentDistribution`, or a direction function `(key, past) -> directions` of a `PastWindow`, which returns a tree like
-      the float arrays of the parameters with a leading axis of `num_tangents`: `Momentum()`, `TruncatedBackprop()`, or your own.
-    - `num_tangents`: K, how many directions.
-    - `combine`: `"mean"`, as above, for directions of zero mean and unit covariance; `"projection"`, V (V^T V)^+ d, the projection of the
-      gradient onto the span of any directions. When `None`, `"mean"` for a distribution and `"projection"` for a function.
+    - `cell`, `loss`, `max_bytes`: as in `OnlineLearner`.
+    - `window`: steps for which directions stay. The gradient reaches back to the start of the
+      window. A longer window costs nothing, and brings fewer new directions.
+    - `directions`: a `TangentDistribution`; or a direction function `(key, past) -> directions` of
+      a `PastWindow`, which returns a tree like the float arrays of the parameters with a leading
+      axis of `num_tangents`: `Momentum()`, `TruncatedBackprop()`, or your own.
+    - `num_tangents`: K, the number of directions.
+    - `combine`: `"mean"`, as above, for directions of zero mean and unit covariance; or
+      `"projection"`, V (V^T V)^+ d, the projection of the gradient onto the span of any directions.
+      When `None`, `"mean"` for a distribution and `"projection"` for a function.
 
-    **Bias:** none with `"mean"` for the sum of the losses of a window as a function of the parameters, its first state given, which is what
-    backpropagation through the window gives. A projection has none only where the gradient lies in the span. **Variance:** as
+    **Bias:** none with `"mean"` for the sum of the losses of a window as a function of the
+    parameters, its first state given: the gradient of backpropagation through the window. A
+    projection has none only where the gradient lies in the span. **Variance:** as
     `WeightPerturbation`: n times the squared gradient for one direction, falling as 1/K.
 
-    **Cost:** a forward run with K tangents a step; memory K (n + s) numbers, for structured directions far less than n. A direction
-    function also has the inputs of a window kept. Independent of the length of the stream, and of the window but for these.
+    **Cost:** a forward run with K tangents a step; memory K (n + s) numbers, for structured
+    directions far less than K n. A direction function also keeps the inputs of a window. Else
+    independent of the window, and always of the length of the stream.
 
-    **Errors:** as `OnlineLearner`; `ValueError` for `window` or `num_tangents` below 1, directions of another structure or shape, or no example
-    of inputs where a direction function needs one; `TypeError` for a cell that forward mode cannot pass.
+    **Errors:** as `OnlineLearner`; `ValueError` for `window` or `num_tangents` below 1, directions
+    of another structure or shape, or no example of inputs where a direction function needs one;
+    `TypeError` for a cell that forward mode cannot pass.
 
-    **Source:** Silver, Goyal, Danihelka, Hessel & van Hasselt 2022, Learning by directional gradient descent (ICLR); arXiv 2202.08587.
+    **Source:** Silver, Goyal, Danihelka, Hessel & van Hasselt 2022, Learning by directional
+    gradient descent (ICLR); arXiv 2202.08587.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, prograde as pg
         >>> cell = lambda params, s, x: (jnp.tanh(params @ jnp.append(s, x)), s)
-        >>> learner = pg.online.DODGE(cell, lambda output, target: jnp.mean((output - target) ** 2), window=20, num_tangents=4)
+        >>> loss = lambda output, target: jnp.mean((output - target) ** 2)
+        >>> learner = pg.online.DODGE(cell, loss, window=20, num_tangents=4)
         >>> params = 0.1 * jnp.ones((3, 4))
         >>> carry, optimizer = learner.init(params, jnp.zeros(3)), optax.sgd(0.05)
+        >>> opt_state, key = optimizer.init(params), jax.random.key(0)
         >>> inputs = jnp.sin(jnp.arange(200) / 5)
         >>> carry, _, losses = pg.online.learn(
-        ...     learner, optimizer, jax.random.key(0), carry, optimizer.init(params), inputs, 0.5 * inputs)
+        ...     learner, optimizer, key, carry, opt_state, inputs, 0.5 * inputs)
         >>> losses.shape, int(carry.step)
         ((200,), 200)
     """
@@ -69,6 +79,11 @@ class DODGE(OnlineLearner):
     num_tangents: int = 1
     combine: Literal["mean", "projection"] | None = None
 
+    _less_memory: ClassVar[str] = (
+        "DODGE keeps num_tangents x (parameters + state), and a window of inputs for a direction "
+        "function: lower num_tangents or window, or take directions of few numbers, LowRank(1). "
+    )
+
     def __post_init__(self):
         check_whole("window", self.window)
         check_whole("num_tangents", self.num_tangents)
@@ -76,8 +91,8 @@ class DODGE(OnlineLearner):
             check_choice("combine", self.combine, ("mean", "projection"))
         if not callable(self.directions) and not isinstance(self.directions, TangentDistribution):
             raise TypeError(
-                f"directions={self.directions!r}, but a distribution of tangents is needed, such as Rademacher(), or a function "
-                "(key, past) -> directions, such as Momentum()."
+                f"directions={self.directions!r}, but a distribution of tangents is needed, such "
+                "as Rademacher(), or a function (key, past) -> directions, such as Momentum()."
             )
 
     def memory(self, params, state, input, target):
@@ -94,8 +109,9 @@ class DODGE(OnlineLearner):
             )
         if input is None and target is None:
             raise ValueError(
-                f"input=None and target=None, but directions={self.directions!r} look at the inputs of a window: pass init(params, state, input, target) "
-                "examples of what will come, of which only shapes and dtypes matter."
+                f"input=None and target=None, but directions={self.directions!r} look at the "
+                "inputs of a window: pass init(params, state, input, target) examples of what "
+                "will come. Only their shapes and dtypes matter."
             )
         kept = lambda tree: jax.tree.map(  # noqa: E731
             lambda x: jnp.zeros((self.window, *jnp.shape(x)), jnp.result_type(x)), tree
@@ -108,8 +124,9 @@ class DODGE(OnlineLearner):
         drawn = jax.eval_shape(lambda key: self._draw(key, params, past), jax.random.key(0))
         if differences := tree_differences(past.directions, drawn):
             raise ValueError(
-                f"directions={self.directions!r} returned other directions than a tree like the float arrays of the parameters with a "
-                f"leading axis of num_tangents={k}: {differences}."
+                f"directions={self.directions!r} returned other directions than a tree like the "
+                "float arrays of the parameters with a leading axis of "
+                f"num_tangents={k}: {differences}."
             )
         return _Memory(past.directions, tangents, _Window(state, past.inputs, past.targets, grads))
 
@@ -164,12 +181,10 @@ class DODGE(OnlineLearner):
         grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, floats)
         window = memory.window
         if window is not None:
-            kept = jax.tree.map(lambda x: x[0], (window.inputs, window.targets))
-            if differences := tree_differences(kept, (input, target)):
-                raise ValueError(
-                    f"input and target are not like the examples that init was given: {differences}."
-                )
-            put = lambda kept, x: jax.tree.map(lambda k, v: k.at[place].set(v), kept, x)  # noqa: E731
+
+            def put(kept, x):
+                return jax.tree.map(lambda k, v: k.at[place].set(v), kept, x)
+
             window = _Window(
                 window.state,
                 put(window.inputs, input),
@@ -177,6 +192,19 @@ class DODGE(OnlineLearner):
                 jax.tree.map(jnp.add, window.grads, grads),
             )
         return _Memory(memory.directions, tangents, window), value, rest, grads
+
+    def _check_memory(self, carry, input, target):
+        if (window := getattr(carry.memory, "window", None)) is not None:
+            kept = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
+                (window.inputs, window.targets),
+            )
+            if differences := tree_differences(kept, (input, target)):
+                raise ValueError(
+                    "input and target are not like the examples that init was given: "
+                    f"{differences}."
+                )
+        super()._check_memory(carry, input, target)
 
     def _draw(self, key: Key[Array, ""], params: PyTree, past: PastWindow | None) -> PyTree:
         if not isinstance(self.directions, TangentDistribution):
@@ -188,7 +216,7 @@ class DODGE(OnlineLearner):
 
 
 class _Window(eqx.Module):
-    """What a direction function will look at: the state at the start of the window, its inputs, the sum of its estimates."""
+    """The window for a direction function: its first state, inputs, and the sum of estimates."""
 
     state: PyTree[Array]
     inputs: PyTree[Array]
@@ -197,7 +225,7 @@ class _Window(eqx.Module):
 
 
 class _Memory(eqx.Module):
-    """The directions v_k, and the tangent J v_k of the state along each."""
+    """The directions v_k, and the tangent J v_k of the state along each of them."""
 
     directions: PyTree
     state_tangents: PyTree[Array]

@@ -1,13 +1,14 @@
 """Real-time recurrent learning."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from prograde._jaxprs import multiply_adds
+from prograde._costs import multiply_adds
 from prograde._structured import coordinate_tangent, count, directional_derivative, from_coordinates
 from prograde.kit import check_whole, float_leaves, tangents_at_once, wide
 from prograde.online._learner import OnlineLearner
@@ -19,22 +20,26 @@ class RTRL(OnlineLearner):
 
         J_t = dF/ds J_(t-1) + dF/dtheta          g_t = dL/ds J_(t-1) + dL/dtheta
 
-    The whole Jacobian J of the state with respect to the parameters, the influence, is carried. The key is not used.
+    The learner carries the influence: the whole Jacobian J of the state with respect to the
+    parameters. The key is not used.
 
     **Arguments:**
 
-    - `cell`, `loss`: as in `OnlineLearner`.
-    - `chunk`: how many parameters are carried through a step together; when `None`, as many as fit into 256 MiB.
+    - `cell`, `loss`, `max_bytes`: as in `OnlineLearner`.
+    - `chunk`: how many parameters are carried through a step together. When `None`, as many as fit
+      into 256 MiB.
 
-    **Bias and variance:** none while the parameters stay; the sum of the gradients over a sequence is that of backpropagation
-    through time, untruncated. Where they change every step, J holds derivatives at the parameters there were: an error of the
-    size of the learning rate.
+    **Bias and variance:** none while the parameters stay. The sum of the gradients over a sequence
+    is then that of backpropagation through time, untruncated. Where the parameters change every
+    step, J holds derivatives at earlier parameters: an error of the size of the learning rate.
 
-    **Cost:** memory n s numbers, for n parameters and a state of s. A step takes n s^2 multiply-adds for one stream, and n tangents
-    through the cell where the state is that of many streams; for a GRU of 64 units some milliseconds. The tangent of a single entry
-    of a matrix is kept as factors, so that the parameters' own part costs n s. Independent of the length of the stream.
+    **Cost:** memory n s numbers, for n parameters and a state of s. A step takes n s^2
+    multiply-adds for one stream, and n tangents through the cell where the state is that of many
+    streams; for a GRU of 64 units some milliseconds. The tangent of a single entry of a matrix is
+    kept as factors, so the parameters' own part costs n s. Independent of the length of the stream.
 
-    **Errors:** as `OnlineLearner`; `ValueError` for a `chunk` below 1; `TypeError` for a cell that forward mode cannot pass.
+    **Errors:** as `OnlineLearner`; `ValueError` for a `chunk` below 1; `TypeError` for a cell that
+    forward mode cannot pass.
 
     **Source:** Williams & Zipser 1989, Neural Computation 1(2); arXiv 1702.05043, section 2.
 
@@ -47,14 +52,21 @@ class RTRL(OnlineLearner):
         >>> params = {"a": jnp.array(0.1), "b": jnp.array(0.1)}
         >>> carry, optimizer = learner.init(params, jnp.array(0.0)), optax.adam(0.01)
         >>> inputs = jax.random.normal(jax.random.key(1), (2000,))
-        >>> _, targets = jax.lax.scan(lambda s, x: cell({"a": 0.8, "b": 0.5}, s, x), jnp.array(0.0), inputs)
+        >>> true_cell = lambda s, x: cell({"a": 0.8, "b": 0.5}, s, x)
+        >>> _, targets = jax.lax.scan(true_cell, jnp.array(0.0), inputs)
+        >>> opt_state, key = optimizer.init(params), jax.random.key(0)
         >>> carry, _, losses = pg.online.learn(
-        ...     learner, optimizer, jax.random.key(0), carry, optimizer.init(params), inputs, targets)
+        ...     learner, optimizer, key, carry, opt_state, inputs, targets)
         >>> print(f"{carry.params['a']:.2f} {carry.params['b']:.2f}")
         0.80 0.50
     """
 
     chunk: int | None = None
+
+    _less_memory: ClassVar[str] = (
+        "RTRL keeps parameters x state numbers. DODGE with K tangents, or UORO with K products, "
+        "keeps K (parameters + state). "
+    )
 
     def __post_init__(self):
         if self.chunk is not None:
@@ -91,7 +103,7 @@ class RTRL(OnlineLearner):
         chunk = tangents_at_once(self.chunk, n, of_state, flat, together)
         (loss, following), rest = step(floats, state)
         if flat.size**2 < multiply_adds(jax.make_jaxpr(of_state)(flat).jaxpr):
-            # dF/ds once, and one product with it, is less than n tangents of the state through the cell
+            # dF/ds and one product with it cost less than n tangents of the state
             slope_of_state, across = jax.jacfwd(of_state)(flat)
             own_slopes, own = lax.map(
                 lambda i: along(i, jnp.zeros_like(flat)), indices, batch_size=chunk

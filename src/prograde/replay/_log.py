@@ -339,8 +339,8 @@ class ReplayLog:
             f"{self.path}: the parameters after {steps} steps have the fingerprint "
             f"{found[:16]}..., and those of the run had {wanted[:16]}.... They were last alike "
             f"after {before} steps. Either the update differs from the run's, or the machine or "
-            f"the versions do{machine}: the same bits come only from the same platform, versions and "
-            "number of cores. With verify=False they are not compared."
+            f"the versions do{machine}: the same bits come only from the same platform, versions "
+            "and number of cores. With verify=False they are not compared."
         )
 
     def _write(self, block: bytes) -> None:

@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, Key, PyTree
 from prograde.estimators import SeededEstimator
 from prograde.kit import float_leaves
 
+_LONGEST = 400  # letters that tell the state of an optimizer
+
 
 class Optimizer(Protocol):
     """What Optax calls a gradient transformation: an object with `init` and `update`.
@@ -253,7 +255,10 @@ def described(optimizer: Optimizer, params: PyTree) -> dict[str, str]:
     program = hashlib.sha256(_without_addresses(traced.pretty_print(use_color=False)).encode())
     for constant in traced.consts:
         program.update(np.asarray(constant).tobytes())
-    return {"state": _without_addresses(repr(words)), "program": program.hexdigest()}
+    text = _without_addresses(repr(words))
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}... ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
+    return {"state": text, "program": program.hexdigest()}
 
 
 def _without_addresses(text: str) -> str:

@@ -1,12 +1,12 @@
-"""Distributions of tangents: random directions v in parameter space with E[v] = 0 and E[v v^T] = I.
+"""Distributions of tangents: random directions v with E[v] = 0 and E[v v^T] = I.
 
-Any of them gives an unbiased estimate g = (grad f . v) v. They differ in the second moment of that estimate, which is
-known in closed form for all of them,
+Any of them gives an unbiased estimate g = (grad f . v) v. They differ in the second moment of that
+estimate, which is known in closed form,
 
     E |g|^2 = sum over leaves l of  c_l |grad_l f|^2
 
-(`second_moment` returns the c_l), and in what a step costs: dense tangents need one random number per parameter, low-rank
-ones need a few per row and column.
+(`second_moment` returns the c_l), and in the cost of a step: dense tangents need one random number
+per parameter, low-rank ones a few per row and column.
 """
 
 from prograde.tangents._distribution import TangentDistribution

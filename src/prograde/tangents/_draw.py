@@ -1,4 +1,4 @@
-"""Random arrays for every leaf of a tree, from one key, by few and small compiled programs."""
+"""Random arrays for every leaf of a tree, from one key, by few small compiled programs."""
 
 import hashlib
 import math
@@ -12,25 +12,26 @@ from jaxtyping import Array, Key, PyTree
 
 from prograde._inject import wider
 
-_SMALL = (
-    2**16
-)  # draws of fewer elements than this are cut into blocks, and all blocks drawn by one loop
+_SMALL = 2**16  # arrays of fewer elements are cut into blocks, and one loop draws all blocks
 _BLOCK = 64
 
 
 def leaf_words(params: PyTree[Array]) -> list[int]:
-    """One word per leaf to fold into a key, from the leaf's path: a leaf's tangent does not depend on its neighbours."""
+    """One word per leaf to fold into a key, from the leaf's path.
+
+    A leaf's tangent therefore does not depend on its neighbours.
+    """
     words: dict[int, None] = {}  # an ordered set
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
         name, salt = jax.tree_util.keystr(path), 0
-        while (
-            word := int.from_bytes(
-                hashlib.sha256(f"{name}{salt or ''}".encode()).digest()[:4], "big"
-            )
-        ) in words:
+        while (word := _word(f"{name}{salt or ''}")) in words:
             salt += 1
         words[word] = None
     return list(words)
+
+
+def _word(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 def draw(
@@ -40,16 +41,16 @@ def draw(
     shapes: list[tuple[tuple[int, ...], jnp.dtype]],
     entries: Callable,
 ) -> list[Array]:
-    """Arrays of random `entries`, each from the key folded with the tangent's index and a word of its own.
+    """Arrays of random `entries`, each from the key folded with the index and a word of its own.
 
-    A small array is cut into blocks, each from a key of its own, and the blocks of all small arrays are drawn in one loop:
-    otherwise XLA compiles the generator into every use of every factor, for minutes where there are many leaves.
+    A small array is cut into blocks, each from a key of its own, and one loop draws the blocks of
+    all small arrays. Otherwise XLA compiles the generator into every use of every factor, for
+    minutes where there are many leaves.
     """
     key = threefry(key)
-    zero = (
-        jax.random.key_data(key)[0] >> 31
-    ) >> 1  # of the key that all tangents share, so that `vmap` slices and not gathers
-    # an index that varies over devices makes JAX take the key for used up
+    # 0 as data, from the key that all tangents share, so that `vmap` slices and does not gather
+    zero = (jax.random.key_data(key)[0] >> 31) >> 1
+    # cloned, because JAX takes the key as used up by an index that varies over devices
     key = jax.random.fold_in(jax.random.clone(key), index)
     drawn: list[Array] = [jnp.zeros(())] * len(shapes)
     small: dict[jnp.dtype, list[int]] = {}
@@ -70,7 +71,7 @@ def draw(
         blocks = _draw_blocks(key, jnp.asarray(which, jnp.uint32).reshape(-1, 2), entries, dtype)
         start = 0
         for i, size, count in zip(members, sizes, counts, strict=True):
-            # the start is data to XLA, which compiles one kernel for all uses of equal shape instead of one for each
+            # The start is data to XLA, so that one kernel serves all uses of equal shape.
             at = (jnp.asarray([start, 1], jnp.uint32) + zero)[0]
             drawn[i] = lax.dynamic_slice(blocks, (at,), (size,)).reshape(shapes[i][0])
             start += count * _BLOCK
@@ -79,7 +80,10 @@ def draw(
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _draw_blocks(key: Key[Array, ""], which: Array, entries: Callable, dtype: jnp.dtype) -> Array:
-    """A block for each (word, block number), in a loop of two iterations, whose result XLA keeps and does not recompute."""
+    """A block for each (word, block number).
+
+    The loop has two iterations: XLA keeps the result of a loop, and does not recompute it.
+    """
 
     def one(word_and_number: Array) -> Array:
         word, number = word_and_number
@@ -89,12 +93,18 @@ def _draw_blocks(key: Key[Array, ""], which: Array, entries: Callable, dtype: jn
 
 
 def normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    # in fewer bits than float32 JAX's normal numbers have a mean that is not zero
+    """Standard normal numbers, drawn in float32 or wider.
+
+    JAX's normal numbers of fewer bits have a mean that is not zero.
+    """
     return jax.random.normal(key, shape, wider(dtype, jnp.float32)).astype(dtype)
 
 
 def threefry(key: Key[Array, ""]) -> Key[Array, ""]:
-    """A threefry key in place of any other, whose draws under `vmap` would depend on the size of the batch."""
+    """A threefry key made from any key.
+
+    Under `vmap` the draws of other kinds of keys depend on the size of the batch.
+    """
     if jax.random.key_impl(key) == "threefry2x32":
         return key
     data = jax.random.key_data(key)
@@ -107,20 +117,17 @@ def threefry(key: Key[Array, ""]) -> Key[Array, ""]:
 def signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     """Independent fair signs.
 
-    A large draw takes 32 signs from each random word. A small one, such as the factor of a low-rank tangent, takes a word
-    for each: XLA fuses the conversion into every use of the factor, and there it must be one load and two bit operations.
+    A large draw takes 32 signs from each random word. A small one, such as the factor of a low-rank
+    tangent, takes a word for each: XLA fuses the conversion into every use of the factor, where it
+    must be one load and two bit operations.
     """
     size = math.prod(shape)
     if size < _SMALL:
         words = jax.random.bits(key, shape, jnp.uint32)
     else:
         packed = jax.random.bits(key, (-(-size // 32),), jnp.uint32)
-        words = (
-            (packed[None, :] << jnp.arange(32, dtype=jnp.uint32)[:, None])
-            .reshape(-1)[:size]
-            .reshape(shape)
-        )
-    signed_one = (words & jnp.uint32(0x80000000)) | jnp.uint32(
-        0x3F800000
-    )  # the bits of +1.0 or -1.0 in float32
+        shifts = jnp.arange(32, dtype=jnp.uint32)
+        words = (packed[None, :] << shifts[:, None]).reshape(-1)[:size].reshape(shape)
+    # the bits of +1.0 or -1.0 in float32
+    signed_one = (words & jnp.uint32(0x80000000)) | jnp.uint32(0x3F800000)
     return lax.bitcast_convert_type(signed_one, jnp.float32).astype(dtype)

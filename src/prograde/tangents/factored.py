@@ -17,7 +17,10 @@ from prograde.tangents.independent import Normal, Rademacher
 
 @dataclass(frozen=True)
 class _Factored(TangentDistribution):
-    """Tangents v = r^(-1/2) sum of r products of independent random factors, each of which varies along some of the axes."""
+    """Tangents v = r^(-1/2) sum of r products of independent random factors.
+
+    Each factor varies along some of the axes.
+    """
 
     rank: int = 1
     factors: Normal | Rademacher = field(default_factory=Rademacher)
@@ -29,7 +32,8 @@ class _Factored(TangentDistribution):
             )
         if not isinstance(self.factors, Normal | Rademacher):
             raise ValueError(
-                f"factors={self.factors!r}, but factors need independent entries: Rademacher() or Normal()."
+                f"factors={self.factors!r}, but factors need independent entries: Rademacher() or "
+                "Normal()."
             )
 
     @abc.abstractmethod
@@ -37,12 +41,12 @@ class _Factored(TangentDistribution):
         """Groups of axes, one for each factor."""
 
     def _group_sizes(self, shape: tuple[int, ...]) -> list[int] | None:
-        """The sizes of the factors, or `None` where they would hold no fewer numbers than the array."""
+        """The sizes of the factors, or `None` where they hold no fewer numbers than the array."""
         sizes = [math.prod(shape[axis] for axis in axes) for axes in self._cut(shape)]
         return sizes if len(sizes) > 1 and self.rank * sum(sizes) < math.prod(shape) else None
 
     def _check_rank(self, shapes: list[tuple[int, ...]]) -> None:
-        """Raises where there are matrices that a lower rank would suit; vectors alone get dense tangents of any rank."""
+        """Raises where a lower rank would suit a matrix. Vectors get dense tangents at any rank."""
         of_rank_1 = dataclasses.replace(self, rank=1)
         suited = [
             (shape, n) for shape in shapes if (n := of_rank_1._group_sizes(shape)) is not None
@@ -51,8 +55,9 @@ class _Factored(TangentDistribution):
             shape, n = max(suited, key=lambda pair: math.prod(pair[0]))
             most = -(-math.prod(shape) // sum(n)) - 1
             raise ValueError(
-                f"rank={self.rank}, but no parameter is a matrix that large: the largest has shape {shape}, for which a rank "
-                f"of at most {most} takes fewer numbers than the matrix. Use rank <= {most}, or dense tangents: Rademacher()."
+                f"rank={self.rank}, but no parameter is a matrix that large: the largest has shape "
+                f"{shape}, for which factors of a rank of at most {most} hold fewer numbers than "
+                f"the matrix. Use rank <= {most}, or dense tangents: Rademacher()."
             )
 
     def sample(self, key, params, index=0, num_tangents=1):
@@ -101,12 +106,14 @@ class _Factored(TangentDistribution):
 class LowRank(_Factored):
     """Low-rank tangents: v = r^(-1/2) a b^T with r columns of random signs (or normals) in a and b.
 
-    The product x v is computed as (x a) b^T, so that a forward run along v costs little more than the forward run
-    itself, and v is never formed. A leaf with more than two axes is taken as a matrix by cutting its axes in two, where the
-    halves are nearest in size: attention weights [model, heads, head] as model x (heads head), a stack of layers
-    [layers, m, n] as (layers m) x n, a kernel [height, width, in, out] as (height width in) x out and one stored as
-    [out, in, height, width] as out x (in height width). Leaves whose factors would be no fewer numbers than the leaf (vectors,
-    tiny matrices) get dense tangents with independent entries.
+    The product x v is computed as (x a) b^T. A forward run along v therefore costs little more than
+    the forward run itself, and v is never formed. A leaf with more than two axes is taken as a
+    matrix: its axes are cut in two where the halves are nearest in size. Attention weights [model,
+    heads, head] become model x (heads head), a stack of layers [layers, m, n] becomes
+    (layers m) x n, a kernel [height, width, in, out] becomes (height width in) x out, and one
+    stored as [out, in, height, width] becomes out x (in height width). Leaves whose factors hold no
+    fewer numbers than the leaf (vectors, tiny matrices) get dense tangents with independent
+    entries.
 
     **Arguments:**
 
@@ -114,23 +121,24 @@ class LowRank(_Factored):
     - `factors`: the distribution of the entries of a and b, `Rademacher()` or `Normal()`.
 
     **Second moment:** for leaves taken as m x n matrices, with N parameters in all,
-    c = N + 2 (1 - 1/r) for signs: with r = 1 exactly that of dense signs, so structure costs no variance. For normal factors
-    c = N + ((m + 2)(n + 2) - m n) / r + 2 (1 - 1/r).
+    c = N + 2 (1 - 1/r) for signs: with r = 1 exactly that of dense signs, so structure costs no
+    variance. For normal factors c = N + ((m + 2)(n + 2) - m n) / r + 2 (1 - 1/r).
 
-    **Cost:** (m + n) r random numbers per leaf and tangent. Where the weight is used in a product or a convolution, x v takes
-    about as many multiply-adds per row of the input. Where something else is done to it, the dense tangent is formed and
-    the result stays exact; `prograde.check` lists these places.
+    **Cost:** (m + n) r random numbers per leaf and tangent. In a product or a convolution, x v
+    takes about as many multiply-adds per row of the input. Other operations on the weight form the
+    dense tangent, and the result stays exact; `prograde.check` lists these places.
 
-    **Errors:** `ValueError` for a rank below 1, a rank that is not low for any matrix there is, or another distribution of
-    factors.
+    **Errors:** `ValueError` for a rank below 1, a rank that is not low for any matrix of the
+    parameters, or another distribution of factors.
 
-    **Source:** rank-one directions for forward-only training: LOZO, arXiv 2410.07698; the second moments are derived in
-    the documentation and tested.
+    **Source:** rank-one directions for forward-only training: LOZO, arXiv 2410.07698; the second
+    moments are derived in the documentation and tested.
 
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from prograde import LowRank
-        >>> tangent = LowRank(rank=2).sample(jax.random.key(0), {"w": jnp.zeros((30, 20)), "b": jnp.zeros(20)})
+        >>> params = {"w": jnp.zeros((30, 20)), "b": jnp.zeros(20)}
+        >>> tangent = LowRank(rank=2).sample(jax.random.key(0), params)
         >>> [factor.shape for factor in tangent["w"].factors], tangent["b"].shape
         ([(30, 1, 2), (1, 20, 2)], (20,))
     """
@@ -144,26 +152,30 @@ class LowRank(_Factored):
 
 @dataclass(frozen=True)
 class Separable(_Factored):
-    """Separable tangents: v = r^(-1/2) times the sum of r outer products of one random vector per axis.
+    """Separable tangents: v = r^(-1/2) sum of r outer products of one random vector per axis.
 
-    Of a matrix this is `LowRank`. Arrays with more axes take fewer random numbers and multiply-adds still, but all of the array
-    hangs on few factors: the directional derivative has the same variance and heavier tails (a product of d factors instead
-    of two), so that single steps are larger and most are smaller. `LowRank` is the default for that reason.
+    For a matrix this is `LowRank`. Arrays with more axes need even fewer random numbers and
+    multiply-adds. But the whole array depends on few factors: the directional derivative has the
+    same variance and heavier tails (a product of d factors instead of two), so that a few steps are
+    larger and most are smaller. `LowRank` is the default for that reason.
 
     **Arguments:**
 
     - `rank`: r, at least 1.
     - `factors`: the distribution of the entries, `Rademacher()` or `Normal()`.
 
-    **Second moment:** with N parameters in all, c = N + 2 (1 - 1/r) for signs, as for `LowRank`. For normal factors and a leaf
-    with axes of sizes n_i, c = N + (prod (n_i + 2) - prod n_i) / r + 2 (1 - 1/r).
+    **Second moment:** with N parameters in all, c = N + 2 (1 - 1/r) for signs, as for `LowRank`.
+    For normal factors and a leaf with axes of sizes n_i,
+    c = N + (prod (n_i + 2) - prod n_i) / r + 2 (1 - 1/r).
 
-    **Cost:** r sum n_i random numbers per leaf and tangent; a product costs as much as with `LowRank`, or less.
+    **Cost:** r sum n_i random numbers per leaf and tangent; a product costs as much as with
+    `LowRank`, or less.
 
-    **Errors:** `ValueError` for a rank below 1, a rank that is not low for any matrix there is, or another distribution of
-    factors.
+    **Errors:** `ValueError` for a rank below 1, a rank that is not low for any matrix of the
+    parameters, or another distribution of factors.
 
-    **Source:** arXiv 2202.08587 for the condition E[v v^T] = I; the second moments are derived in the documentation.
+    **Source:** arXiv 2202.08587 for the condition E[v v^T] = I; the second moments are derived in
+    the documentation.
 
     Examples:
         >>> import jax, jax.numpy as jnp

@@ -17,7 +17,30 @@ from prograde.tangents._draw import draw, leaf_words, normal, signs
 
 @dataclass(frozen=True)
 class IndependentEntries(TangentDistribution):
-    """Every entry drawn independently."""
+    """A distribution that draws every entry by itself.
+
+    Subclass it as a frozen dataclass with a static method `entries(key, shape, dtype)`, an array of
+    random numbers with mean 0 and variance 1, and with `second_moment`:
+    c = n + kappa_4 - 1 for n parameters and entries with fourth moment kappa_4. `entries` must be
+    the same function object at each access, so that compiled draws are found again.
+
+    **Source:** arXiv 2202.08587.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from dataclasses import dataclass
+        >>> from prograde.kit import IndependentEntries
+        >>> @dataclass(frozen=True)
+        ... class Uniform(IndependentEntries):
+        ...     @staticmethod
+        ...     def entries(key, shape, dtype):
+        ...         return jax.random.uniform(key, shape, dtype, -3**0.5, 3**0.5)
+        ...     def second_moment(self, params):
+        ...         n = sum(w.size for w in jax.tree.leaves(params))
+        ...         return jax.tree.map(lambda _: n + 9 / 5 - 1, params)
+        >>> Uniform().sample(jax.random.key(0), {"w": jnp.zeros((3, 2))})["w"].shape
+        (3, 2)
+    """
 
     def sample(self, key, params, index=0, num_tangents=1):
         leaves, treedef = jax.tree.flatten(params)
@@ -27,7 +50,9 @@ class IndependentEntries(TangentDistribution):
 
     @staticmethod
     @abc.abstractmethod
-    def entries(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Array: ...
+    def entries(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        """Independent random numbers with mean 0 and variance 1."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,8 +61,8 @@ class Normal(IndependentEntries):
 
     **Second moment:** E |g|^2 = (n + 2) |grad f|^2 for n parameters.
 
-    **Cost:** one normal number per parameter and tangent; on a CPU drawing them takes longer than the forward run of
-    a multilayer perceptron at batch size 64.
+    **Cost:** one normal number per parameter and tangent. On a CPU, drawing them takes longer than
+    the forward run of a multilayer perceptron at batch size 64.
 
     **Source:** arXiv 2202.08587.
 
@@ -61,11 +86,13 @@ class Normal(IndependentEntries):
 class Rademacher(IndependentEntries):
     """Independent fair signs.
 
-    **Second moment:** E |g|^2 = n |grad f|^2 for n parameters, the least of all distributions with independent entries.
+    **Second moment:** E |g|^2 = n |grad f|^2 for n parameters, the least of all
+    distributions with independent entries.
 
     **Cost:** one random bit per parameter and tangent.
 
-    **Source:** simultaneous perturbation with signs is Spall's SPSA (1992); for forward gradients, arXiv 2310.14168.
+    **Source:** simultaneous perturbation with signs is Spall's SPSA (1992); for forward gradients,
+    arXiv 2310.14168.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -83,16 +110,18 @@ class Rademacher(IndependentEntries):
 
 @dataclass(frozen=True)
 class Sparse(IndependentEntries):
-    """Independent entries that are zero but for a share `density` of them, which are +-1/sqrt(density).
+    """Independent entries: a share `density` of them is +-1/sqrt(density), the others are zero.
 
     **Arguments:**
 
-    - `density`: the share p of entries that are not zero, more than 0 and at most 1. With p = 1 this is `Rademacher`.
+    - `density`: the share p of entries that are not zero, more than 0 and at most 1. With p = 1
+      this is `Rademacher`.
 
-    **Second moment:** E |g|^2 = (n + 1/p - 1) |grad f|^2 for n parameters: hardly more than dense signs as long as n p is large.
+    **Second moment:** E |g|^2 = (n + 1/p - 1) |grad f|^2 for n parameters: hardly more than that of
+    dense signs as long as n p is large.
 
-    **Cost:** one random number and one sign per parameter and tangent. The product with a sparse tangent is computed as a
-    dense one.
+    **Cost:** one random number and one sign per parameter and tangent. The product with a sparse
+    tangent is computed as a dense one.
 
     **Errors:** `ValueError` for a density outside (0, 1].
 
@@ -111,7 +140,8 @@ class Sparse(IndependentEntries):
     def __post_init__(self):
         if isinstance(self.density, bool) or not 0 < self.density <= 1:
             raise ValueError(
-                f"density={self.density!r}, but the share of non-zero entries is more than 0 and at most 1."
+                f"density={self.density!r}, but the share of non-zero entries is more than 0 and "
+                "at most 1."
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Tangents of which one entry, or one tangent, depends on all the others."""
+"""Tangents whose entries depend on each other, or that depend on the other tangents."""
 
 import itertools
 import math
@@ -22,12 +22,14 @@ class Sphere(TangentDistribution):
 
     **Cost:** one normal number per parameter and tangent, and one pass over them for the norm.
 
-    **Source:** arXiv 2310.14168 compares it with `Normal`; it is the direction of randomised gradient-free methods.
+    **Source:** arXiv 2310.14168 compares it with `Normal`; it is the direction of randomised
+    gradient-free methods.
 
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from prograde import Sphere
-        >>> tangent = Sphere().sample(jax.random.key(0), {"w": jnp.zeros((3, 2)), "b": jnp.zeros(4)})
+        >>> params = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(4)}
+        >>> tangent = Sphere().sample(jax.random.key(0), params)
         >>> norm_squared = sum(jnp.sum(leaf ** 2) for leaf in jax.tree.leaves(tangent))
         >>> f"{norm_squared:.4f}"
         '10.0000'
@@ -45,22 +47,24 @@ class Sphere(TangentDistribution):
 
 @dataclass(frozen=True)
 class Basis(TangentDistribution):
-    """Coordinate directions, sqrt(n) e_i, chosen without repetition among the tangents of one estimate.
+    """Coordinate directions sqrt(n) e_i. The tangents of one estimate are all different.
 
     With as many tangents as parameters the estimate is the exact gradient.
 
-    **Second moment:** E |g|^2 = n |grad f|^2 for one tangent, and (n / K) |grad f|^2 for the mean of K <= n of them.
+    **Second moment:** E |g|^2 = n |grad f|^2 for one tangent, and (n / K) |grad f|^2 for the mean
+    of K <= n of them.
 
     **Cost:** drawing K tangents sorts n numbers, so this is a tool for small models and for tests.
 
-    **Errors:** `ValueError` when more tangents are asked for than there are parameters.
+    **Errors:** `ValueError` for more tangents than parameters.
 
-    **Source:** randomised coordinate descent; the full basis is forward-mode differentiation of arXiv 2202.08587,
-    section 2.
+    **Source:** randomised coordinate descent; the full basis is forward-mode differentiation of
+    arXiv 2202.08587, section 2.
 
     Examples:
         >>> import jax, jax.numpy as jnp, prograde as pg
-        >>> grad_fn = pg.value_and_grad(lambda w: jnp.sum(w ** 2), pg.WeightPerturbation(pg.Basis(), num_tangents=3))
+        >>> estimator = pg.WeightPerturbation(pg.Basis(), num_tangents=3)
+        >>> grad_fn = pg.value_and_grad(lambda w: jnp.sum(w ** 2), estimator)
         >>> value, grads = grad_fn(jax.random.key(0), jnp.array([1.0, 2.0, 3.0]))
         >>> print(value, grads.round(4))
         14.0 [2. 4. 6.]
@@ -71,8 +75,8 @@ class Basis(TangentDistribution):
         n = count(params)
         if num_tangents > n:
             raise ValueError(
-                f"num_tangents={num_tangents}, but Basis has one tangent per parameter and the parameters hold {n}. "
-                f"Use num_tangents <= {n}."
+                f"num_tangents={num_tangents}, but Basis has one tangent per parameter and the "
+                f"parameters hold {n}. Use num_tangents <= {n}."
             )
         chosen = jax.random.permutation(jax.random.fold_in(threefry(key), 0), n)[index]
         tangents, start = [], 0
@@ -91,23 +95,27 @@ class Basis(TangentDistribution):
 
 @dataclass(frozen=True)
 class Orthogonal(TangentDistribution):
-    """Tangents of one estimate at right angles to each other, each uniform on the sphere of radius sqrt(n).
+    """Tangents at right angles to each other, each uniform on the sphere of radius sqrt(n).
 
-    The mean over K of them is n/K times the projection of the gradient onto a uniformly random subspace of dimension K.
+    The mean over K of them is n/K times the projection of the gradient onto a uniformly random
+    subspace of dimension K.
 
-    **Second moment:** E |g|^2 = n |grad f|^2 for one tangent, and (n / K) |grad f|^2 for the mean of K <= n of them, a little
-    less than the 1 + (n - 1) / K of independent ones; nothing is left to chance at K = n, where the estimate is the gradient.
+    **Second moment:** E |g|^2 = n |grad f|^2 for one tangent, and (n / K) |grad f|^2 for the mean
+    of K <= n of them, a little less than the 1 + (n - 1) / K of independent ones. At K = n the
+    estimate is the gradient, and nothing is random.
 
-    **Cost:** K normal numbers per parameter and a QR decomposition, about 2 n K^2 multiply-adds; all K tangents are held
-    at once. For small models.
+    **Cost:** K normal numbers per parameter and a QR decomposition, about 2 n K^2 multiply-adds.
+    All K tangents are held at once: for small models.
 
-    **Errors:** `ValueError` when more tangents are asked for than there are parameters.
+    **Errors:** `ValueError` for more tangents than parameters.
 
-    **Source:** orthogonal random directions are those of structured evolution strategies, arXiv 1804.02395.
+    **Source:** orthogonal random directions are those of structured evolution strategies, arXiv
+    1804.02395.
 
     Examples:
         >>> import jax, jax.numpy as jnp, prograde as pg
-        >>> grad_fn = pg.value_and_grad(lambda w: jnp.sum(w ** 2), pg.WeightPerturbation(pg.Orthogonal(), num_tangents=3))
+        >>> estimator = pg.WeightPerturbation(pg.Orthogonal(), num_tangents=3)
+        >>> grad_fn = pg.value_and_grad(lambda w: jnp.sum(w ** 2), estimator)
         >>> value, grads = grad_fn(jax.random.key(0), jnp.array([1.0, 2.0, 3.0]))
         >>> print(value, grads.round(4))
         14.0 [2. 4. 6.]
@@ -118,16 +126,15 @@ class Orthogonal(TangentDistribution):
         n = count(params)
         if num_tangents > n:
             raise ValueError(
-                f"num_tangents={num_tangents}, but no more than n tangents can be at right angles, and the parameters hold "
-                f"n={n}. Use num_tangents <= {n}."
+                f"num_tangents={num_tangents}, but at most n tangents can be at right angles, and "
+                f"the parameters hold n={n}. Use num_tangents <= {n}."
             )
         dtype = wider(jnp.float32, *(w.dtype for w in leaves))
-        # does not depend on the index, so that under `vmap` over tangents it is computed once
+        # this does not depend on the index, so that under `vmap` over tangents it is computed once
         normal = jax.random.normal(jax.random.fold_in(threefry(key), 0), (n, num_tangents), dtype)
         q, r = jnp.linalg.qr(normal)
-        direction = (
-            math.sqrt(n) * (q * jnp.sign(jnp.diagonal(r)))[:, index]
-        )  # without the signs q is not uniform
+        # without the signs q is not uniform
+        direction = math.sqrt(n) * (q * jnp.sign(jnp.diagonal(r)))[:, index]
         ends = list(itertools.accumulate(w.size for w in leaves))
         parts = jnp.split(direction, ends[:-1])
         return treedef.unflatten(

@@ -111,7 +111,7 @@ def kill_at_random(directory: Path, steps: int, chance: random.Random) -> Kill:
     said = any(f"worker {victim} was ended by SIGKILL" in text for text in group.said)
     if not said and group.status != 0 and not hung:
         raise RuntimeError(f"worker {victim} was killed, and `launch` said: {group.said}")
-    flushed = max(len(ReplayLog.open(path)) for path in directory.glob("*/run.log"))
+    flushed = max(len(ReplayLog.open(path, partial=True)) for path in directory.glob("*/run.log"))
     return Kill(victim, begun, flushed, seconds, hung, group.status, others.busy())
 
 
