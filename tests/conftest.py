@@ -72,7 +72,7 @@ OPTIMISED = {
     "test_compare",
     "test_diagnostics",
     "test_groups",
-    "test_lab",
+    "test_reproduce",
     "test_unbiased",
 }
 

@@ -151,8 +151,8 @@ def test_a_shared_run_goes_on_from_its_log_and_is_the_run_of_one_worker(data, tm
     np.testing.assert_allclose(curve(whole), curve(alone), rtol=1e-4)
 
     record.unlink()
+    another = dataclasses.replace(RUN, learning_rate=0.1)
     with pytest.raises(store.RecordError, match="the log of another run"):
-        another = dataclasses.replace(RUN, learning_rate=0.1)
         complete(trainer, another, tmp_path / "parts", data, mesh)
 
 
