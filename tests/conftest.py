@@ -65,11 +65,6 @@ def strict():
         yield
 
 
-# Tests that are marked optimised run for longer than they compile, or measure what the compiler
-# makes of a program. These files are as well:
-OPTIMISED = {"test_bench", "test_beyond_loops", "test_compare", "test_lab"}
-
-
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs(request):
     """Leave programs as they are unless the file says `pytestmark = pytest.mark.optimised`.
@@ -77,7 +72,7 @@ def compiled_programs(request):
     Most files compile many small programs and run each once. What a file compiled is of no use to
     the next one, and takes gigabytes in all.
     """
-    optimised = request.node.get_closest_marker("optimised") or request.node.path.stem in OPTIMISED
+    optimised = request.node.get_closest_marker("optimised") is not None
     jax.config.update("jax_disable_most_optimizations", not optimised)
     yield
     jax.clear_caches()

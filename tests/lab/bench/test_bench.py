@@ -21,6 +21,8 @@ from prograde.lab.studies.bench import methods, report, run
 from prograde.lab.studies.bench.plan import Bench
 from prograde.lab.study import UsageError
 
+pytestmark = pytest.mark.optimised
+
 ROOT = Path(__file__).parents[3]
 
 

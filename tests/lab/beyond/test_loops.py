@@ -31,6 +31,8 @@ from prograde.lab.studies.beyond.ode import report as ode_report
 from prograde.lab.studies.beyond.ode import run as ode
 from prograde.lab.studies.beyond.ode.run import Oregonator, programs
 
+pytestmark = pytest.mark.optimised
+
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 

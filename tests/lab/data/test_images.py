@@ -9,9 +9,9 @@ import numpy as np
 import pooch
 import pytest
 
-from prograde.lab import data
+from prograde.lab.data import images as data
 
-SHARED_MNIST = Path(__file__).parents[3] / "shared" / "data"
+SHARED_MNIST = Path(__file__).parents[4] / "shared" / "data"
 NAMES = list(data._IDX_FILES.values())
 
 
@@ -183,3 +183,19 @@ def test_mnist_from_a_data_directory(monkeypatch):
     assert list(mnist.test[1][:5]) == [7, 2, 1, 0, 4]
     monkeypatch.setenv("PROGRADE_DATA_DIR", str(SHARED_MNIST))
     assert data.load("mnist").fingerprint() == mnist.fingerprint()
+
+
+def test_a_data_directory_that_would_be_ignored_is_refused(directory):
+    with pytest.raises(data.DataError, match=r"--data-dir .* goes with --data mnist only"):
+        data.load("digits", directory)
+
+
+def test_one_training_example_in_ten_is_validation_and_none_is_in_two_parts():
+    """Which rows: 0, 10, 20, ... of the training data; the test part is left as it is."""
+    train, test = np.arange(25), np.arange(100, 104)
+    found = data._split("x", train[:, None], train, test[:, None], test)
+    assert found.validation[1].tolist() == [0, 10, 20]
+    assert found.train[1].tolist() == [i for i in range(25) if i % 10]
+    assert found.test[1].tolist() == test.tolist()
+    for images, labels in (found.train, found.validation, found.test):
+        assert images[:, 0].tolist() == labels.tolist()
