@@ -26,9 +26,9 @@ def floats(params):
     return eqx.filter(params, eqx.is_inexact_array)
 
 
-def close(actual, expected, tolerance):
+def close(actual, expected, tolerance, scale=1e-30):
+    """Equal to `tolerance`, relative to the larger of a leaf's largest entry and `scale`."""
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
-        np.testing.assert_allclose(
-            a, e, rtol=tolerance, atol=tolerance * max(1e-30, np.abs(e).max())
-        )
+        atol = tolerance * max(scale, np.abs(e).max())
+        np.testing.assert_allclose(a, e, rtol=tolerance, atol=atol)

@@ -146,6 +146,7 @@ def test_readme_runs_on_what_a_plain_install_brings():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
 def test_code_on_the_pages_runs(page):
     """The Python blocks of a page run one after the other in one namespace."""

@@ -484,3 +484,29 @@ def test_scales_and_states_that_do_not_fit_are_refused(key):
     for state in (None, pg.Scaled(scales="gradient").init(loss, params, *args)):
         with pytest.raises(ValueError, match=r"estimator\.init"):
             learned.estimate(loss, key, state, params, *args)
+
+
+def test_probes_average_plainly_first_and_then_with_the_decay(key):
+    """v^T H v of a bowl of curvature b is n b: the averages are those of a list, worked out here."""
+    estimator = pg.Scaled(scales="curvature", every=2, decay=0.75)
+    params = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
+    loss = lambda p, bend: bend * (jnp.sum(p["a"] ** 2) + 2 * jnp.sum(p["b"] ** 2)) / 2
+    state = estimator.init(loss, params, jnp.ones(()))
+    step = jax.jit(lambda k, s, bend: estimator.estimate(loss, k, s, params, bend).state)
+    bends = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0]
+    found = [np.asarray(state.bends)]
+    for i, bend in enumerate(bends):
+        state = step(jax.random.fold_in(key, i), state, jnp.asarray(bend))
+        found.append(np.asarray(state.bends))
+    # both leaves on the first two steps, then one on every second step, in turn
+    expected = np.zeros((13, 2))
+    average, count, at = [0.0, 0.0], [0, 0], 0
+    for i, bend in enumerate(bends):
+        if i < 2 or i % 2 == 0:
+            rate = max(1 / (count[at] + 1), 0.25)
+            average[at] += rate * (bend * (3, 8)[at] - average[at])
+            count[at] += 1
+            at = 1 - at
+        expected[i + 1] = average
+    assert count == [4, 3]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

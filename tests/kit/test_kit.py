@@ -170,3 +170,35 @@ def test_a_finite_loss_with_derivatives_that_are_not_is_named():
         pg.value_and_grad(lambda p: jnp.sum(jnp.log(-p)), pg.Backprop())(None, params)  # value: NaN
         _, grads = jax.jit(pg.value_and_grad(loss, pg.ForwardJacobian()))(None, params)
     assert np.isnan(grads).all()
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        pg.WeightPerturbation(pg.Normal(), 4, chunk=1),
+        pg.WeightPerturbation(pg.Normal(), 4, num_groups=2),
+        pg.CentralDifference(pg.Normal(), 4, step=0.5),
+    ],
+    ids=repr,
+)
+def test_shares_of_the_tangents_and_of_the_batch_make_the_whole(estimator):
+    """Concatenated, the derivatives of four workers are those of one, and so is the gradient."""
+    w, x = jnp.asarray([1.0, -2.0, 0.5]), jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
+    loss, key = lambda w, x: (x.astype(w.dtype) @ w) ** 2, jax.random.key(3)
+    parts = 2 if estimator.num_groups == 2 else 1
+    of = lambda share, x: np.asarray(
+        estimator.derivatives(loss, jax.random.clone(key), w, x, share=share)[2]
+    )
+    shares = [
+        np.concatenate(
+            [of(pg.Share(t, 2, g, parts), x[4 // parts * g :][: 4 // parts]) for g in range(parts)],
+            axis=1,
+        )
+        for t in range(2)
+    ]
+    whole = of(None, x)
+    np.testing.assert_allclose(np.concatenate(shares), whole, rtol=1e-4)
+    assert len(np.unique(whole.round(4))) == whole.size
+    found = estimator.estimate(loss, jax.random.clone(key), None, w, x).grads
+    gradient = estimator.gradient(jax.random.clone(key), w, jnp.asarray(whole))
+    np.testing.assert_allclose(gradient, found, rtol=1e-4, atol=1e-5)

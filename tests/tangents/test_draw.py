@@ -151,3 +151,48 @@ def test_covariance_is_one_and_second_moment_the_closed_form(distribution, key):
     moments = distribution.second_moment(params)
     expected = sum(moments[name] * float((g**2).sum()) for name, g in gradient.items())
     assert_mean(along**2 * squares / expected, 1.0, effect=0.1 if heavy else 0.06)
+
+
+# three points with the moments of a normal number up to the fifth, two with those of a sign
+POINTS = {
+    pg.Normal(): ([-(3**0.5), 0.0, 3**0.5], [1 / 6, 2 / 3, 1 / 6]),
+    pg.Rademacher(): ([-1.0, 1.0], [0.5, 0.5]),
+}
+
+
+@pytest.mark.parametrize("factors", POINTS, ids=repr)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("family", "shape"), [(pg.LowRank, (8, 9)), (pg.LowRank, (2, 4, 9)), (pg.Separable, (4, 5, 8))]
+)
+def test_second_moment_of_factors_is_exact(family, shape, rank, factors):
+    """E |(G . v) v|^2 by enumeration, for v of rank 1, and by independence for a sum of r of them.
+
+    The points go through the entries of the factors; G is a product itself, and so are all sums.
+    """
+    number = np.random.default_rng(1)
+    distribution = family(rank, factors)
+    sizes = distribution._group_sizes(shape)
+    parts = [number.normal(size=n) for n in sizes]  # G is the product of these
+    points, weights = POINTS[factors]
+    product = {"square": 1.0, "fourth": 1.0, "size": 1.0}
+    for (
+        g
+    ) in parts:  # moments of (g . a)^2, (g . a)^2 |a|^2 and |a|^2 over the entries of one factor
+        grid = np.stack(np.meshgrid(*[points] * 4, indexing="ij"), -1).reshape(-1, 4)
+        p = np.prod(np.stack(np.meshgrid(*[weights] * 4, indexing="ij"), -1).reshape(-1, 4), -1)
+        fourth = 0.0
+        for i in range(len(g)):  # E (g . a)^2 a_i^2, by the four entries that can matter at a time
+            square = p @ (grid[:, 0] ** 4)
+            fourth += g[i] ** 2 * square + (g @ g - g[i] ** 2) * (
+                p @ (grid[:, 0] ** 2 * grid[:, 1] ** 2)
+            )
+        product["square"] *= g @ g
+        product["fourth"] *= fourth
+        product["size"] *= len(g)
+    size, n = product["square"], product["size"]
+    # (x_1 + .. + x_r)^2 |v_1 + .. + v_r|^2 / r^2 for independent v_s with mean zero, x_s = G . v_s
+    same, pairs = rank * product["fourth"], rank * (rank - 1)
+    expected = (same + pairs * size * n + 2 * pairs * size) / rank**2
+    found = distribution.second_moment(jnp.zeros(shape)) * size
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
