@@ -82,12 +82,17 @@ def test_the_spread_is_mean_least_and_greatest(tmp_path):
     ]
 
 
-def test_no_example_is_on_both_sides_of_the_split():
+def test_no_text_is_on_both_sides_of_the_split():
+    different = [f"text {i}" for i in range(2500)]
     for seed in range(3):
-        train, held_out = curves.split(2500, seed)
+        train, held_out = curves.split(different, seed)
         assert (len(train), len(held_out)) == (1500, 1000)
         assert sorted(np.concatenate([train, held_out])) == list(range(2500))
-    assert curves.split(2500, 0)[1][:4].tolist() == [1861, 799, 68, 458]
+    assert curves.split(different, 0)[1][:4].tolist() == [1861, 799, 68, 458]
+    repeated = [f"text {i % 2000}" for i in range(2500)]
+    train, held_out = curves.split(repeated, 0)
+    assert len(held_out) == 1000
+    assert not {repeated[i] for i in train} & {repeated[i] for i in held_out}
 
 
 def test_a_run_that_is_recorded_is_not_made_again(tmp_path):

@@ -45,7 +45,7 @@ def measure(
     plan = Plan(train="norm", tangents=1, batch_size=16, label_tokens=tokens)
     states = Tuning(plan, model).prepare(examples)  # before the last norm, of all
     for seed in range(seeds):
-        train, held_out = split(len(rows), seed)
+        train, held_out = split([text for text, _ in rows], seed)
         start = Tuning(dataclasses.replace(plan, seed=seed), model)
         of = lambda index: tuple(x[index] for x in states)  # noqa: E731
         few = train[:TRAIN]
@@ -53,7 +53,9 @@ def measure(
         start.calibrate(calibration(start.logits(of(few)), examples.labels[few]))
         figures["calibrated"] = start.evaluate(of(held_out))
         store.once(f"zero-shot/{seed}", lambda figures=figures: figures)
-        middle: Any = None  # states before layer 12, which several methods share
+        middle: tuple[Batch, Batch] | None = (
+            None  # states before layer 12, which several methods share
+        )
         for method, settings in methods.items():
             name = record_name(method, seed)
             if name in store:
@@ -69,7 +71,8 @@ def measure(
             elif tuning.prefix and middle is not None:
                 parts = middle
             else:
-                parts = tuple(tuning.prepare(subset(examples, i)) for i in (learned, tested))
+                first, second = (subset(examples, index) for index in (learned, tested))
+                parts = tuning.prepare(first), tuning.prepare(second)
                 middle = parts if tuning.prefix else middle
             with display.stage(f"{method}, seed {seed}", 1):
                 found = train_for(tuning, *parts, minutes, "steps" in settings)
@@ -82,10 +85,12 @@ def record_name(method: str, seed: int) -> str:
     return f"runs/{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}-{seed}"
 
 
-def split(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The training examples and the held-out ones, by number."""
-    order = np.random.default_rng(seed).permutation(count)
-    return order[HELD_OUT:], order[:HELD_OUT]
+def split(texts: list[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The training examples and the held-out ones, by number. No text is on both sides."""
+    order = np.random.default_rng(seed).permutation(len(texts))
+    train, held_out = order[HELD_OUT:], order[:HELD_OUT]
+    there = {tables.same(texts[i]) for i in held_out}
+    return np.asarray([i for i in train if tables.same(texts[i]) not in there]), held_out
 
 
 def _short_rows(path: Path, tokenizer: Tokenizer) -> list[tables.Row]:
