@@ -32,6 +32,7 @@ from prograde.lab.studies.finetune.replaying import replay
 from prograde.lab.studies.finetune.tuning import Tuning
 from prograde.lab.study import UsageError
 
+GOOD = "text,label\n" + "".join(f"a{i},no\nb{i},yes\n" for i in range(8))
 TOKENS = tuple(lm.byte_tokenizer().token_to_id(letter) for letter in "ny")
 
 
@@ -55,7 +56,7 @@ def without_times(points):
     ("settings", "options"),
     [
         ({"train": "norm", "tangents": 4}, {"keep_last": False}),
-        ({"train": "subspace", "refresh": 2}, {}),
+        pytest.param({"train": "subspace", "refresh": 2}, {}, marks=pytest.mark.long),
         ({"train": "norm", "estimator": "backprop"}, {"keep_last": False}),
     ],
 )
@@ -151,6 +152,10 @@ def test_validation_and_held_out_rows_reach_no_step(study_of, run, tmp_path, mon
     assert len(train | validation | held_out) == 32
     assert seen["steps"] == train  # all of them, and nothing else
     assert set(seen["evaluated"]) == {frozenset(validation), frozenset(held_out)}
+    point = store.read_lines("curve")[0]
+    tuning.calibrate(tuple(store.read("summary")["label_offsets"]))
+    for figure, part in (("loss", parts.held_out), ("validation_loss", parts.validation)):
+        assert point[figure] == pytest.approx(tuning.evaluate(part)["loss"], rel=1e-5)
     # the search looks at the validation part alone: before its first point only zero-shot figures
     # are taken on held-out rows
     trials = len(search.FACTORS) * 5 * 2
@@ -431,15 +436,15 @@ def test_a_version_that_may_draw_otherwise_is_refused(
 
 
 def test_the_log_is_as_large_as_it_was_said(study_of, run, tmp_path):
-    study = study_of({"train": "norm", "steps": 1000, "tangents": 1})
+    study = study_of({"train": "norm", "steps": 300, "tangents": 4})
     console = Console(file=io.StringIO(), width=300)
     configs = study.configs()
     claim("finetune", {tmp_path / "run": configs["."]}, False)
     study.run({".": Store(tmp_path / "run")}, Display(console))
     told = re.search(r"The log takes about ([\d.]+)\s(\w+)\.", console.file.getvalue())
     size = (tmp_path / "run" / "replay.log").stat().st_size
-    assert size <= 16_000
-    assert float(told[1]) * {"kB": 1e3, "MB": 1e6, "B": 1}[told[2]] == pytest.approx(size, rel=0.5)
+    assert float(told[1]) * {"kB": 1e3, "MB": 1e6, "B": 1}[told[2]] == 300 * (8 + 4 * 4)
+    assert size == pytest.approx(300 * (8 + 4 * 4), abs=4_000)  # the header, digests, fingerprints
     assert "computed once, in about" in console.file.getvalue()
 
 
@@ -472,13 +477,15 @@ def test_plain_text_is_learned(directory, run, tmp_path):
     ("content", "settings", "message"),
     [
         ("text,label\na,no\nb,no\n", {}, "Two labels"),
-        ("text,label\na,no\nb,maybe\n", {}, "'maybe'"),
-        ("text,label\n" + "a,no\nb,yes\n" * 8, {"labels": ("no=never", "yes=y")}, "5 tokens"),
-        ("text,label\n" + "a,no\nb,yes\n" * 8, {"labels": ("no=n", "yes=n")}, "same token"),
-        ("text,label\na,no\nb,yes\n", {"template": "no place"}, r"\{text\}"),
-        ("text,label\na,no\nb,yes\n", {"held_out": 0}, "--held-out 0"),
-        ("text,label\na,no\nb,yes\n", {"labels": ("no", "yes=y")}, "LABEL="),
+        (GOOD + "c,maybe\n", {}, "'maybe'"),
+        (GOOD, {"labels": ("no=never", "yes=y")}, "5 tokens"),
+        (GOOD, {"labels": ("no=n", "yes=n")}, "same token"),
+        ("text,label\na,no\na,no\nb,yes\n", {}, "all 1 training examples have the label"),
+        (GOOD, {"template": "no place"}, r"\{text\}"),
+        (GOOD, {"held_out": 0}, "--held-out 0"),
+        (GOOD, {"labels": ("no", "yes=y")}, "LABEL="),
     ],
+    ids=lambda value: None if isinstance(value, str) and len(value) < 40 else "given",
 )
 def test_bad_data_are_refused_before_anything_is_claimed(
     content, settings, message, study_of, tmp_path, monkeypatch

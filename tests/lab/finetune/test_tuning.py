@@ -64,7 +64,12 @@ def test_every_choice_is_tested():
     assert PARTS.keys() == TRAIN.keys()
 
 
-@pytest.mark.parametrize("train", PARTS)
+QUICK = ("norm", "norms", "lora", "all")
+
+
+@pytest.mark.parametrize(
+    "train", [t if t in QUICK else pytest.param(t, marks=pytest.mark.long) for t in PARTS]
+)
 def test_only_what_is_trained_changes(train, model, examples, plan_of):
     tuning, _ = trained(
         plan_of(train=train, rate=0.01, tangents=2, **PARTS[train]), model, examples
@@ -109,7 +114,10 @@ def test_only_what_is_trained_changes(train, model, examples, plan_of):
     assert changed == wanted
 
 
-@pytest.mark.parametrize("train", ["norm", "norms", "readout", "lora"])
+@pytest.mark.parametrize(
+    "train",
+    ["norm", "lora", *(pytest.param(t, marks=pytest.mark.long) for t in ("norms", "readout"))],
+)
 def test_states_before_the_trained_layers_change_nothing(train, model, examples, plan_of):
     plan = plan_of(train=train, **({"layers": "1-2"} if train != "norm" else {}))
     tuning = Tuning(plan, model)
@@ -125,7 +133,13 @@ def test_states_before_the_trained_layers_change_nothing(train, model, examples,
     np.testing.assert_allclose(found, np.asarray(wanted), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        e if e in ("weight", "mezo", "backprop") else pytest.param(e, marks=pytest.mark.long)
+        for e in ESTIMATORS
+    ],
+)
 def test_estimators_agree_on_the_gradient(estimator, model, examples, plan_of):
     """Exact for reverse mode; the others come to within five standard errors of the mean."""
     backward = estimator in ("backprop", "checkpointed")
@@ -254,7 +268,9 @@ def test_calibration_finds_the_least_loss_and_leaves_the_auc():
     assert sum(offsets) == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("train", ["norm", "lora", "readout"])
+@pytest.mark.parametrize(
+    "train", ["lora", *(pytest.param(t, marks=pytest.mark.long) for t in ("norm", "readout"))]
+)
 def test_quantized_matrices_stay_quantized(train, examples, plan_of):
     gguf = pytest.importorskip("gguf")
     model = lm.Decoder.create(jax.random.key(3), TINY)

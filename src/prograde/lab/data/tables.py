@@ -296,12 +296,15 @@ def last_fifth(rows: Sequence[Row], most: int) -> int:
     return len(rows) - min(cuts, key=lambda cut: abs(cut - (len(rows) - wanted)))
 
 
-def check_labels(rows: Sequence[Row], where: Path) -> tuple[str, ...]:
-    """The labels of a table, sorted. Raises `DataError` if there is one only, or far too many."""
+def check_labels(rows: Sequence[Row], where: Path, part: str = "") -> tuple[str, ...]:
+    """The labels of a table, sorted. Raises `DataError` if there is one only, or far too many.
+
+    `part` says which examples these are, such as "training ".
+    """
     found = Counter(label for _, label in rows)
     if len(found) < 2:
         raise DataError(
-            f"{where}: all {len(rows)} examples have the label {next(iter(found))!r}. "
+            f"{where}: all {len(rows)} {part}examples have the label {next(iter(found))!r}. "
             "Two labels are needed."
         )
     if len(found) > _MOST_LABELS:

@@ -54,7 +54,7 @@ def rows_of(data: Data, seed: int) -> tuple[list[Row], list[Row], tuple[str, ...
     train = train[: data.examples]
     if not train:
         raise tables.DataError("all training examples have a text that is held out.")
-    tables.check_labels(train, data.data)
+    tables.check_labels(train, data.data, "training ")
     return train, held_out, labels, notes + tables.rare_labels(train, held_out, labels)
 
 
