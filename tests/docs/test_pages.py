@@ -13,8 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
-WIDE = {"compare"}
-NARROW = [page for page in PAGES if page.stem not in WIDE]
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -212,11 +210,10 @@ def test_readme_fits_120_lines():
     assert len(README.read_text().splitlines()) <= 120
 
 
-@pytest.mark.parametrize("page", NARROW, ids=lambda page: page.name)
+@named
 def test_prose_fits_120_columns(page):
     """Tables, code, pictures, and what is generated between marks may be wider."""
-    marks = r"<!-- (\w+: begin|records:).*?<!-- (\w+: end|end of records) -->"
-    text = re.sub(marks, "", page.read_text(), flags=re.S)
+    text = re.sub(r"<!-- records:.*?<!-- end of records -->", "", page.read_text(), flags=re.S)
     text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     for line in text.splitlines():
         prose = not line.startswith(("|", "    ", "![", "<"))
