@@ -15,7 +15,6 @@ from prograde.lab.studies.kills.group import PROGRAM, Group, begun_from, finals,
 from prograde.replay import ReplayLog
 
 STEPS = 200
-pytestmark = pytest.mark.long
 
 
 @pytest.fixture(autouse=True, scope="module")

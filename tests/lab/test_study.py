@@ -197,6 +197,7 @@ cli.main()
 """
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_with_130_while_a_device_works(tmp_path):
     """Device work that still runs does not crash the process, and the way to go on is said."""
     program = textwrap.dedent(PROGRAM.format(folder=os.path.dirname(__file__)))
@@ -215,6 +216,7 @@ def test_ctrl_c_ends_with_130_while_a_device_works(tmp_path):
     assert json.loads((tmp_path / "out" / "numbers" / "1.json").read_text()) == {"n": 1}
 
 
+@pytest.mark.long
 def test_help_piped_into_head_ends_quietly():
     command = f"{sys.executable} -m prograde.lab.cli --help | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

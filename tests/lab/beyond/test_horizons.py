@@ -3,8 +3,6 @@
 import dataclasses
 import io
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -168,14 +166,3 @@ def test_hyper_is_told_from_a_tiny_record(display):
         figures["errors"] = {"float32": 1e-3, "float64": 1e-14}
     said = hyper_report.conclusion(record)
     assert "is met in float64, in float32 not" in said
-
-
-@pytest.mark.parametrize("name", ["horizon", "hyper", "data_cleaning"])
-def test_the_examples_run(name, request):
-    """Each ends with an assertion about what it shows."""
-    done = subprocess.run(
-        [sys.executable, request.config.rootpath / "examples" / f"{name}.py"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr

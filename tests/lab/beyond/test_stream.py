@@ -1,8 +1,5 @@
 """Streams that are learned from: the tasks, and what the report says of them."""
 
-import subprocess
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -86,10 +83,3 @@ def test_stream_is_told_from_a_tiny_record():
     assert "(2 steps) at 1: higher" in conclusion(record)
     ends["RTRL"]["runs"].append({"loss": 0.1})
     assert "(2 steps) at 1: no clear difference" in conclusion(record)
-
-
-def test_the_example_of_a_stream_runs(request):
-    """It ends with an assertion about what it shows."""
-    example = request.config.rootpath / "examples" / "stream.py"
-    done = subprocess.run([sys.executable, example], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
