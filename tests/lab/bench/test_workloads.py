@@ -19,9 +19,12 @@ TINY = {
     "mlp": {"batch": 3},
     "cnn": {"batch": 2},
     "resnet": {"batch": 3, "size": 8, "width": 8, "stages": 2},
-    "transformer": {"layers": 2, "width": 16, "heads": 2, "vocabulary": 11, "batch": 2, "length": 6},
+    "transformer": {
+        "layers": 2, "width": 16, "heads": 2, "vocabulary": 11, "batch": 2, "length": 6,
+    },
     "smollm2": {
-        "layers": 2, "width": 24, "queries": 6, "keys": 2, "inner": 20, "vocabulary": 13, "batch": 2, "length": 5,
+        "layers": 2, "width": 24, "queries": 6, "keys": 2, "inner": 20,
+        "vocabulary": 13, "batch": 2, "length": 5,
     },
 }  # fmt: skip
 
@@ -33,7 +36,7 @@ quick = functools.partial(
 
 @pytest.fixture(scope="module", params=TINY)
 def tiny(request, seed):
-    """A workload at a size that runs in no time: (workload, params, state, batch, loss, gradient)."""
+    """A small workload: (workload, params, state, batch, loss, gradient)."""
     workload = workloads.WORKLOADS[request.param](**TINY[request.param])
 
     @quick
@@ -73,7 +76,7 @@ def test_loss_is_a_scalar_and_state_keeps_its_shape(tiny):
 
 
 def test_forward_gradient_is_the_slope_along_signs_times_the_signs(tiny):
-    """A rank-one tangent of signs is read off the estimate, and jax.jvp along it, dense, gives the same slope."""
+    """A rank-one tangent of signs is read off the estimate; jax.jvp along it gives the slope."""
     workload, params, state, batch, _, gradient = tiny
     grad_fn = pg.value_and_grad(
         workload.loss, pg.WeightPerturbation(pg.LowRank(rank=1)), has_aux=True

@@ -1,4 +1,4 @@
-"""`prograde basics`, `bounds` and `replay-speed`: what is measured over what, and what is reported."""
+"""`prograde basics`, `bounds` and `replay-speed`: what is compared with what, and reported."""
 
 import itertools
 from pathlib import Path

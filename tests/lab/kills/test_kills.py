@@ -44,7 +44,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(group, "Group", FakeGroup)
     lengths = {"0": 55, "1": 60}
     monkeypatch.setattr(group, "ReplayLog", type("Log", (), {
-        "open": staticmethod(lambda path: range(lengths[path.parent.name]))
+        "open": staticmethod(lambda path, partial: range(lengths[path.parent.name]))
     }))  # fmt: skip
     slept = []
     monkeypatch.setattr(group.time, "sleep", slept.append)

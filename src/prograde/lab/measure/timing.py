@@ -1,7 +1,7 @@
 """Times of programs that take turns in one run, and the ratios between them.
 
-What disturbs the machine disturbs all programs alike when they take turns round by round. A ratio is
-the median of the rounds' own ratios, not the ratio of the medians.
+What disturbs the machine disturbs all programs alike when they take turns round by round. A ratio
+is the median of the rounds' own ratios, not the ratio of the medians.
 """
 
 import itertools

@@ -18,7 +18,8 @@ from jaxtyping import PyTree
 
 import prograde as pg
 from prograde.lab.measure.memory import step_memory
-from prograde.lab.models.workloads import WORKLOADS, Loss, Workload
+from prograde.lab.models.workload import Loss, Workload
+from prograde.lab.models.workloads import WORKLOADS
 
 METHODS = {
     "bare": "forward pass alone",

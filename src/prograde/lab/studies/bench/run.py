@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from prograde.lab.display import Display
 from prograde.lab.measure import memory
 from prograde.lab.measure.timing import Turns, Visit, take_turns
-from prograde.lab.models.workloads import WORKLOADS, Workload
+from prograde.lab.models.workload import Workload
+from prograde.lab.models.workloads import WORKLOADS
 from prograde.lab.studies.bench.methods import METHODS, JaxSide, counted_ratios
 from prograde.lab.studies.bench.torch_side import TorchError, TorchSide
 

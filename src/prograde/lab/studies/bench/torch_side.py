@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from prograde.lab.models.workloads import Workload
+from prograde.lab.models.workload import Workload
 
 # Waiting threads of PyTorch spin less than a millisecond, which is as fast for it as its default,
 # and sleep when JAX has its turn. (OMP_WAIT_POLICY=PASSIVE, which does not spin at all, makes an
