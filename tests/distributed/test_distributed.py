@@ -221,9 +221,10 @@ def test_checksum_sees_every_bit_and_not_the_layout(dtype):
     swapped = x[::-1]
     sums = [tuple(checksums(v)[0].tolist()) for v in (x, changed, swapped, x.reshape(12, 5))]
     assert sums[3] == sums[0]  # positions are counted along all axes
-    assert len(set(sums[:2])) == 2
-    if dtype != "bool":
-        assert len(set(sums[:3])) == 3
+    for one in zip(*sums, strict=True):  # each of the two sums by itself
+        assert len(set(one[:2])) == 2
+        if dtype != "bool":
+            assert len(set(one[:3])) == 3
     mesh = mesh_of(4)
     laid_out = jax.device_put(x, NamedSharding(mesh, P(None, "workers")))
     assert tuple(jax.jit(checksums)(laid_out)[0].tolist()) == sums[0]
@@ -315,6 +316,31 @@ def test_numbers_of_processes_from_the_environment_are_whole(monkeypatch):
         initialize("127.0.0.1:9")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"coordinator": 1234}, "coordinator=1234, but HOST:PORT"),
+        ({"coordinator": "localhost:http"}, "coordinator='localhost:http', but HOST:PORT"),
+        ({"timeout": 0.5}, r"timeout=0\.5"),
+        ({"num_processes": 0}, "num_processes=0"),
+        ({"process_id": 2}, "process_id=2, but a whole number from 0 to num_processes - 1 = 1"),
+        ({"process_id": -1}, "process_id=-1"),
+    ],
+    ids=repr,
+)
+def test_numbers_of_processes_that_cannot_be_are_refused(changes, message):
+    arguments = {"coordinator": "127.0.0.1:9", "num_processes": 2, "process_id": 1}
+    with pytest.raises(ValueError, match=message):
+        initialize(**arguments | changes)
+
+
+def test_payload_counts_arrays_alone():
+    params = {"w": jnp.zeros((3, 5)), "n": jnp.arange(4), "f": jnp.tanh, "name": "dense"}
+    assert payload(pg.Backprop(), params) == 8 * 15
+
+
 def test_facts_that_are_not_json_are_refused():
     with pytest.raises(TypeError, match="facts cannot be compared as JSON"):
         agree({"loss": len})
+    with pytest.raises(ValueError, match=r"timeout=0\.5"):
+        agree({}, timeout=0.5)  # pyright: ignore

@@ -53,6 +53,21 @@ def test_weights_that_are_saved_alone_are_those_of_a_directory(tmp_path):
         lm.save_weights(alone, model)
 
 
+def test_models_and_tokenizers_are_told_apart(tmp_path):
+    model, tokenizer = a_random_model(), lm.byte_tokenizer()
+    with pytest.raises(TypeError, match="model is Tokenizer, but a Decoder is needed"):
+        lm.save(tmp_path / "saved", tokenizer, model)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"tokenizer is dict, but a tokenizers.Tokenizer is needed"):
+        lm.save(tmp_path / "saved", model, {})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="model is dict, but a Decoder is needed"):
+        lm.save_weights(tmp_path / "saved.safetensors", {})  # pyright: ignore
+    with pytest.raises(TypeError, match="model is Tokenizer, but a Decoder is needed"):
+        lm.save_gguf(tmp_path / "saved.gguf", tokenizer, model)  # pyright: ignore
+    with pytest.raises(lm.ModelError, match="model=None, but a path or a name is needed"):
+        lm.load(None)  # pyright: ignore[reportArgumentType]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_directory_that_exists_is_not_touched(tmp_path):
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "note").write_text("mine")

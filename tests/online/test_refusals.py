@@ -101,6 +101,13 @@ def test_bad_input_is_refused_by_name(key):
         )
 
 
+def test_what_is_no_function_is_refused_by_name(key):
+    params, state, _, _ = problem(key)
+    for arguments, message in (((None, squared), "cell=None"), ((gru, 0.5), r"loss=0\.5")):
+        with pytest.raises(TypeError, match=f"{message}, but a function is needed"):
+            RTRL(*arguments).init(params, state)
+
+
 def test_a_memory_that_is_too_large_is_refused_before_it_is_allocated():
     """2.4 million parameters and 4,096 states: 39 GB for RTRL, 10 MB for one product of UORO."""
     cell = lambda w, s, x: (jnp.tanh(w[0] * s), s)

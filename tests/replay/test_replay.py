@@ -221,6 +221,8 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         replay(log, Update(ESTIMATORS["dense"], optax.sgd(1.0)), PARAMS)
     with pytest.raises(TypeError, match="an Update is needed"):
         replay(log, update.estimator, PARAMS)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="an Update is needed"):
+        ReplayLog.create(tmp_path / "other.log", PARAMS, update.estimator)  # pyright: ignore
     with pytest.raises(TypeError, match=r"such as ReplayLog.open\(path\)"):
         replay(str(log.path), update, PARAMS)  # pyright: ignore[reportArgumentType]
 

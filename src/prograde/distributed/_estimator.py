@@ -309,6 +309,5 @@ def payload(estimator: Estimator, params: PyTree) -> int:
     estimator = estimator.estimator if isinstance(estimator, Distributed) else estimator
     if isinstance(estimator, SeededEstimator):
         return 4 * (estimator.num_tangents * estimator.num_groups * estimator.num_numbers + 1)
-    return 8 * sum(
-        math.prod(w.shape) for w in jax.tree.leaves(params) if jnp.issubdtype(w.dtype, jnp.inexact)
-    )
+    arrays = [w for w in jax.tree.leaves(params) if hasattr(w, "dtype")]
+    return 8 * sum(math.prod(w.shape) for w in arrays if jnp.issubdtype(w.dtype, jnp.inexact))

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -11,6 +12,8 @@ import time
 from typing import Any
 
 import jax
+
+from prograde.kit import check_whole
 
 
 class StartError(RuntimeError):
@@ -65,15 +68,17 @@ def initialize(
         coordinator='no-port-here', but HOST:POR
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if not coordinator or ":" not in coordinator:
+    if not isinstance(coordinator, str) or not re.fullmatch(r".+:\d+", coordinator):
         raise ValueError(
             f"coordinator={coordinator!r}, but HOST:PORT of the first process is needed, or the "
             "environment variable JAX_COORDINATOR_ADDRESS. The port is open to whoever reaches it: "
             "use an address of a private network."
         )
-    _check_first()
+    check_whole("timeout", timeout)
     num_processes = _number(num_processes, "JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE")
     process_id = _number(process_id, "JAX_PROCESS_ID", "OMPI_COMM_WORLD_RANK")
+    _check_place(num_processes, process_id)
+    _check_first()
     bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator)
     if process_id == 0:
         _check_free(bound)
@@ -108,6 +113,18 @@ def initialize(
     finally:
         waiting.cancel()
     agree({"number of processes": _service().num_processes}, timeout=timeout)
+
+
+def _check_place(num_processes: int | None, process_id: int | None) -> None:
+    """Raises for numbers of processes that cannot be; those that are `None` JAX finds."""
+    if num_processes is not None:
+        check_whole("num_processes", num_processes)
+    count = 2**31 if num_processes is None else num_processes
+    if process_id is not None and (type(process_id) is not int or not 0 <= process_id < count):
+        raise ValueError(
+            f"process_id={process_id!r}, but a whole number from 0 to num_processes - 1 = "
+            f"{count - 1} is needed."
+        )
 
 
 def _check_first() -> None:
@@ -182,6 +199,7 @@ def agree(facts: dict[str, Any], *, timeout: int = 60) -> None:
         >>> import prograde as pg
         >>> pg.distributed.agree({"learning rate": 0.1})
     """
+    check_whole("timeout", timeout)
     try:
         own = json.loads(json.dumps(facts))
     except (TypeError, ValueError) as error:

@@ -1,6 +1,7 @@
 """Models and tokenizers from files: a Hugging Face directory, a GGUF file, or SmolLM2 by name."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -55,6 +56,8 @@ def load(
     """
     if dtype not in get_args(Dtype):
         raise ModelError(f"dtype={dtype!r}, but float32 or bfloat16 is needed.")
+    if not isinstance(model, str | os.PathLike):
+        raise ModelError(f"model={model!r}, but a path or a name is needed.")
     path = smollm2() if str(model) == "smollm2" else Path(model)
     if path.is_dir():
         if quantized:

@@ -11,7 +11,7 @@ from prograde.lm.architecture import Architecture, ModelError
 from prograde.lm.assembly import GGUF
 from prograde.lm.decoder import Decoder
 from prograde.lm.quantized import BLOCK
-from prograde.lm.saving import appearing, check_name, named_tensors
+from prograde.lm.saving import appearing, check_kinds, check_name, named_tensors
 
 Kind = Literal["F32", "F16", "Q8_0"]
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # kinds of token
@@ -53,8 +53,10 @@ def save_gguf(path: str | Path, model: Decoder, tokenizer: Tokenizer, kind: Kind
     """
     from gguf import GGMLQuantizationType, GGUFWriter, quantize
 
-    path, a = Path(path), model.architecture
+    path = Path(path)
     check_name(path, "save_gguf", ".gguf")
+    check_kinds(model, tokenizer)
+    a = model.architecture
     if path.suffix.lower() != ".gguf":
         raise ModelError(f"{path} does not end in .gguf, but save_gguf writes a .gguf file.")
     if kind not in get_args(Kind):

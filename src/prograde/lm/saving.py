@@ -51,6 +51,7 @@ def save(directory: str | Path, model: Decoder, tokenizer: Tokenizer) -> None:
     """
     directory = Path(directory)
     check_name(directory, "save", "")
+    check_kinds(model, tokenizer)
     dtype = str(np.dtype(model.dtype))
     config = json.dumps(model.architecture.to_config() | {"dtype": dtype}, indent=2)
     with appearing(directory) as whole:
@@ -82,8 +83,19 @@ def save_weights(path: str | Path, model: Decoder) -> None:
     """
     path = Path(path)
     check_name(path, "save_weights", ".safetensors")
+    check_kinds(model)
     with appearing(path) as whole:
         _write_tensors(whole, model)
+
+
+def check_kinds(model: Any, tokenizer: Any = None) -> None:
+    """Raises for something else than a model and a tokenizer."""
+    if not isinstance(model, Decoder):
+        raise TypeError(f"model is {type(model).__name__}, but a Decoder is needed.")
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            f"tokenizer is {type(tokenizer).__name__}, but a tokenizers.Tokenizer is needed."
+        )
 
 
 def check_name(path: Path, writer: str, ending: str) -> None:

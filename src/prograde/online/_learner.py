@@ -137,6 +137,9 @@ class OnlineLearner(abc.ABC):
         numbers; `ValueError` for a memory above `max_bytes`.
         """
         check_whole("max_bytes", self.max_bytes)
+        for name in ("cell", "loss"):
+            if not callable(function := getattr(self, name)):
+                raise TypeError(f"{name}={function!r}, but a function is needed.")
         # weakly typed scalars would compile everything twice
         strong = lambda x: jnp.asarray(x, jnp.result_type(x))  # noqa: E731
         params = jax.tree.map(lambda x: strong(x) if eqx.is_inexact_array(x) else x, params)

@@ -121,6 +121,8 @@ class ReplayLog:
         `config` that JSON cannot hold.
         """
         path = Path(path)
+        if not isinstance(update, Update):
+            raise TypeError(f"update={update!r}, but an Update is needed.")
         header = {
             "base": fingerprint(base),
             "shape": list(shape_of(update.estimator)),
