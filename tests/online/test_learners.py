@@ -90,11 +90,12 @@ def test_a_projection_onto_a_guess_reaches_the_gradient_that_lies_in_its_span(ke
 def test_momentum_is_the_running_mean_of_the_estimates(key):
     params, state, inputs, targets = problem(key)
     learner = DODGE(gru, squared, window=4, directions=Momentum(0.5), num_tangents=2)
+    step = jax.jit(learner.step)
     carry, mean = learner.init(params, state, inputs[0], targets[0]), None
     for start in range(0, T, 4):
         total = jax.tree.map(jnp.zeros_like, params)
         for t in range(start, start + 4):
-            carry, _, grads = learner.step(key, carry, inputs[t], targets[t])
+            carry, _, grads = step(key, carry, inputs[t], targets[t])
             total = jax.tree.map(lambda a, g: a + g / 4, total, grads)
         if start:
             assert_close(jax.tree.map(lambda v: v[0], carry.memory.directions), mean, 1e-5)
@@ -200,9 +201,9 @@ def test_uoro_forgets_with_the_state(key):
     inputs = inputs.at[7, 0].set(1000.0)
     step = {}
     for learner in (UORO(cell, squared), RTRL(cell, squared)):
-        carry = learner.init(params, state)
+        carry, advance = learner.init(params, state), jax.jit(learner.step)
         for t in range(9):
-            carry, _, grads = learner.step(key, carry, inputs[t], targets[t])
+            carry, _, grads = advance(key, carry, inputs[t], targets[t])
         step[type(learner)] = grads
     assert_close(step[UORO], step[RTRL], 1e-5)
 
@@ -211,6 +212,7 @@ def test_steps_with_one_key_draw_anew(key):
     """The same signs at every step would leave the cross terms of UORO in its mean."""
     params, state, inputs, targets = problem(key)
     learner = UORO(gru, squared)
-    carry, _, _ = learner.step(key, learner.init(params, state), inputs[0], targets[0])
-    again, _, _ = learner.step(key, carry, inputs[0], targets[0])
+    step = jax.jit(learner.step)
+    carry, _, _ = step(key, learner.init(params, state), inputs[0], targets[0])
+    again, _, _ = step(key, carry, inputs[0], targets[0])
     assert not np.array_equal(jnp.sign(carry.memory[0]), jnp.sign(again.memory[0]))
