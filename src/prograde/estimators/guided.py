@@ -90,7 +90,8 @@ class Guided(Estimator):
     custom_vjp: Literal["error", "inline"] = "error"
 
     def __post_init__(self):
-        if not callable(self.guess) and self.guess not in ("previous", "momentum"):
+        is_word = isinstance(self.guess, str) and self.guess in ("previous", "momentum")
+        if not callable(self.guess) and not is_word:
             raise ValueError(
                 f"guess={self.guess!r}, but it is 'previous', 'momentum' or a function of "
                 "(params, *args)."

@@ -81,6 +81,7 @@ class SiteEstimator(Estimator):
             )
         check_whole("num_tangents", self.num_tangents)
         check_choice("head", self.head, ("perturbed", "exact"))
+        check_choice("per_example", self.per_example, (True, False))
         check_choice("scale", self.scale, ("one", "rms"))
         check_choice("custom_vjp", self.custom_vjp, ("error", "inline"))
 

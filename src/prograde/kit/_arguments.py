@@ -75,7 +75,7 @@ def check_positive(name: str, value: Any, at_most: float = math.inf) -> None:
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raises `ValueError` unless `value` is one of the choices.
+    """Raises `ValueError` unless `value` is one of the choices, of the same type.
 
     Examples:
         >>> from prograde.kit import check_choice
@@ -84,7 +84,7 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         ...
         ValueError: combine='sum', but it is one of 'mean', 'projection'.
     """
-    if value not in choices:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name}={value!r}, but it is one of {', '.join(map(repr, choices))}.")
 
 

@@ -138,7 +138,8 @@ class Sparse(IndependentEntries):
     density: float = 0.1
 
     def __post_init__(self):
-        if isinstance(self.density, bool) or not 0 < self.density <= 1:
+        is_number = isinstance(self.density, int | float) and not isinstance(self.density, bool)
+        if not is_number or not 0 < self.density <= 1:
             raise ValueError(
                 f"density={self.density!r}, but the share of non-zero entries is more than 0 and "
                 "at most 1."
