@@ -1,4 +1,5 @@
-"""Fixtures that every test shares. Seeds are fixed; `--vary-seed` draws a new one, prints it, and uses it throughout."""
+"""Fixtures that every test shares. Seeds are fixed; `--vary-seed` draws a new one, prints it, and
+uses it throughout."""
 
 import atexit
 import os
@@ -16,7 +17,8 @@ os.environ.setdefault(
 )
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # the processes that tests start compile the same programs again and again: one cache for all of them, and none left behind
+    # the processes that tests start compile the same programs again and again: one cache for all of
+    # them, and none left behind
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="prograde-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

@@ -1,10 +1,12 @@
-"""Models in the style of other people's code: the examples of Equinox, Flax and Haiku, and Llama as Hugging Face writes it.
+"""Models in the style of other people's code: the examples of Equinox, Flax and Haiku, and Llama as
+Hugging Face writes it.
 
-Each takes a `Draw` and returns (params, loss, args), at toy sizes. The loss is a scalar; of those in `STATEFUL`, whose first
-argument after the parameters is a state, it is a pair of the loss and {"state": the new state, "dropped": what dropout left}.
+Each takes a `Draw` and returns (params, loss, args), at toy sizes. The loss is a scalar; of those
+in `STATEFUL`, whose first argument after the parameters is a state, it is a pair of the loss and
+{"state": the new state, "dropped": what dropout left}.
 
-The libraries say which arrays there are, and NumPy fills them: their own initialisation takes longer to compile than all
-tests take, and sets to zero what would then go untested.
+The libraries say which arrays there are, and NumPy fills them: their own initialisation takes
+longer to compile than all tests take, and sets to zero what would then go untested.
 """
 
 import functools
@@ -64,7 +66,8 @@ def _next_token_loss(logits, tokens):
     return _cross_entropy(logits[:, :-1], tokens[:, 1:])
 
 
-# --- Equinox -------------------------------------------------------------------------------------------------------------
+# --- Equinox
+# ----------------------------------------------------------------------------------------------
 
 
 class _EqxMLP(eqx.Module):
@@ -228,7 +231,8 @@ class _EqxTransformerLayer(eqx.Module):
 
 
 def eqx_bert(draw):
-    """Three embeddings, biased attention with a padding mask, dropout everywhere, a classifier on the first token."""
+    """Three embeddings, biased attention with a padding mask, dropout everywhere, a classifier on
+    the first token."""
 
     class Bert(eqx.Module):
         tokens: eqx.nn.Embedding
@@ -271,7 +275,8 @@ def eqx_bert(draw):
 
 
 def eqx_vit(draw):
-    """Patches by reshape and transpose, a class token in front, learned positions, dropout switched off."""
+    """Patches by reshape and transpose, a class token in front, learned positions, dropout switched
+    off."""
     patch, patches = 2, 9
 
     class ViT(eqx.Module):
@@ -310,7 +315,8 @@ def eqx_vit(draw):
 
 
 def eqx_unet(draw):
-    """Down by a strided convolution, linear attention by 1x1 convolutions, up by a transposed one, a skip, a time embedding."""
+    """Down by a strided convolution, linear attention by 1x1 convolutions, up by a transposed one,
+    a skip, a time embedding."""
 
     class UNet(eqx.Module):
         frequencies: jax.Array
@@ -378,7 +384,8 @@ def eqx_scan_over_layers(draw):
 
 
 def eqx_mamba(draw):
-    """A selective state space: a depthwise causal convolution and a recurrence whose decay is a parameter exponentiated."""
+    """A selective state space: a depthwise causal convolution and a recurrence whose decay is a
+    parameter exponentiated."""
     inner, states, rank = 16, 4, 3
 
     class Mamba(eqx.Module):
@@ -487,11 +494,13 @@ def eqx_batch_norm_and_dropout(draw):
     return draw.fill(model), loss, args
 
 
-# --- Flax NNX and Linen --------------------------------------------------------------------------------------------------
+# --- Flax NNX and Linen
+# ----------------------------------------------------------------------------------------------
 
 
 def _nnx(draw, make, loss, *args, of=nnx.Param):
-    """The functional form: `loss` takes the model, the result takes its parameters and merges it with the rest."""
+    """The functional form: `loss` takes the model, the result takes its parameters and merges it
+    with the rest."""
     graph, params, rest = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), of, ...)
     merged = lambda params, rest, *args: loss(nnx.merge(graph, params, rest, copy=True), *args)
     return draw.fill(params), merged, (draw.fill(rest, positive=True), *args)
@@ -594,7 +603,8 @@ def nnx_rnn(draw):
 
 
 def nnx_experts(draw):
-    """A mixture of experts: the two best of four for each token, dispatched and combined by `nnx.Einsum`."""
+    """A mixture of experts: the two best of four for each token, dispatched and combined by
+    `nnx.Einsum`."""
     experts = 4
 
     class Experts(nnx.Module):
@@ -708,11 +718,13 @@ def linen_batch_norm_and_dropout(draw):
     return draw.fill(variables["params"]), loss, (statistics, x, jnp.arange(4), draw.key())
 
 
-# --- Haiku ---------------------------------------------------------------------------------------------------------------
+# --- Haiku
+# ----------------------------------------------------------------------------------------------
 
 
 def _haiku(draw, make, loss_of_output, *args):
-    """`make(hk)` gives the function to transform; its arguments are `args` but the last, which is what to predict."""
+    """`make(hk)` gives the function to transform; its arguments are `args` but the last, which is
+    what to predict."""
     hk = pytest.importorskip("haiku")
     network = hk.without_apply_rng(hk.transform(make(hk)))
     params = jax.eval_shape(network.init, draw.key(), *args[:-1])
@@ -766,7 +778,8 @@ def haiku_lstm(draw):
 
 
 def haiku_autoencoder(draw):
-    """Convolutions down and up again, separable ones among them, group and instance normalisation, pooling."""
+    """Convolutions down and up again, separable ones among them, group and instance normalisation,
+    pooling."""
 
     def make(hk):
         def forward(x):
@@ -844,7 +857,8 @@ def haiku_resnet(draw):
     return draw.fill(params), loss, (draw.fill(state, positive=True), x, jnp.arange(4), draw.key())
 
 
-# --- Llama ---------------------------------------------------------------------------------------------------------------
+# --- Llama
+# ----------------------------------------------------------------------------------------------
 
 Q_HEADS, KV_HEADS, HEAD_DIM = 4, 2, 4
 
@@ -854,7 +868,8 @@ def _rms_norm(x, weight):
 
 
 def _rotate(x):
-    """Rotary positions on [batch, seq, ..., head_dim]: the halves are the two coordinates of a rotation."""
+    """Rotary positions on [batch, seq, ..., head_dim]: the halves are the two coordinates of a
+    rotation."""
     seq, dim = x.shape[1], x.shape[-1]
     angles = jnp.outer(jnp.arange(seq), 10000.0 ** (-jnp.arange(0, dim, 2) / dim))
     angles = jnp.concatenate((angles, angles), axis=-1).reshape(1, seq, *(1,) * (x.ndim - 3), dim)
@@ -870,7 +885,8 @@ def _causal_softmax(scores):
 
 
 def _attention_by_reshape(layer, x):
-    """Weights [out, in]; products reshaped to heads, keys and values repeated for the heads that share them."""
+    """Weights [out, in]; products reshaped to heads, keys and values repeated for the heads that
+    share them."""
     batch, seq, _ = x.shape
     q = _rotate((x @ layer["q_proj"].T).reshape(batch, seq, Q_HEADS, HEAD_DIM))
     k = _rotate((x @ layer["k_proj"].T).reshape(batch, seq, KV_HEADS, HEAD_DIM))
@@ -963,11 +979,13 @@ def llama_by_einsum_in_fori_loop(draw):
     return _llama(_attention_by_einsum, "fori", draw)
 
 
-# --- Plain JAX -----------------------------------------------------------------------------------------------------------
+# --- Plain JAX
+# ----------------------------------------------------------------------------------------------
 
 
 def experts_by_ragged_dot(draw):
-    """Tokens sorted by expert, one ragged product for all of them, and back by a gather of each token's own matrix."""
+    """Tokens sorted by expert, one ragged product for all of them, and back by a gather of each
+    token's own matrix."""
     params = {
         "router": draw.normal(WIDTH, 3),
         "up": draw.normal(3, WIDTH, 6),

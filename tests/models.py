@@ -1,4 +1,5 @@
-"""Small models on which identities are tested. Each is (params, loss, args); the loss is a scalar."""
+"""Small models on which identities are tested. Each is (params, loss, args); the loss is a
+scalar."""
 
 import equinox as eqx
 import jax

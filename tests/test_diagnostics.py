@@ -1,4 +1,5 @@
-"""Diagnostics: exact where the figures are known, a stored-estimates twin for all of them, then computed sample sizes."""
+"""Diagnostics: exact where the figures are known, a stored-estimates twin for all of them, then
+computed sample sizes."""
 
 import dataclasses
 import math
@@ -221,7 +222,8 @@ def test_shrinking_is_a_bias(key):
 
 
 def test_bias_of_few_noisy_estimates_is_zero_in_the_mean_and_its_error_is_right(key):
-    """30 estimates of variance 19: their average is off by 0.63 |grad|^2, of which nothing may be called bias."""
+    """30 estimates of variance 19: their average is off by 0.63 |grad|^2, of which nothing may be
+    called bias."""
     estimator = pg.WeightPerturbation(pg.Rademacher())
     found = [
         diagnose(bowl, estimator, k, jnp.ones(20), num_estimates=30)
@@ -235,7 +237,8 @@ def test_bias_of_few_noisy_estimates_is_zero_in_the_mean_and_its_error_is_right(
 
 
 def test_false_alarms_of_skewed_projections_are_rare(seed):
-    """Squares of products of two normals, as rank-one tangents give: 4 standard errors are passed in 2 % of the means of 100."""
+    """Squares of products of two normals, as rank-one tangents give: 4 standard errors are passed
+    in 2 % of the means of 100."""
     generator = np.random.default_rng(seed)
     samples = (generator.normal(size=(4000, 100)) * generator.normal(size=(4000, 100))) ** 2
     assert (
@@ -380,7 +383,8 @@ def test_half_precision_rounding_is_no_bias(key, strict):
 
 
 def test_memory_does_not_grow_with_the_number_of_estimates():
-    """Of a function of 100,000 parameters, 1000 more estimates take less than one more copy of them."""
+    """Of a function of 100,000 parameters, 1000 more estimates take less than one more copy of
+    them."""
     params = jnp.ones(100_000)
 
     def temp_bytes(count):

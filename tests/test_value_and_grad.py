@@ -1,4 +1,5 @@
-"""The drop-in: the same calls as jax.value_and_grad, the same structures back, under every transformation."""
+"""The drop-in: the same calls as jax.value_and_grad, the same structures back, under every
+transformation."""
 
 import dataclasses
 
@@ -158,7 +159,8 @@ def test_jit_vmap_and_scan_change_nothing(key):
 
 
 def test_shard_map_over_the_batch(key):
-    """Each device its part of the batch, the same tangent on all: the mean of the parts is the whole."""
+    """Each device its part of the batch, the same tangent on all: the mean of the parts is the
+    whole."""
     assert jax.device_count() >= 4
     params, loss, args = models.mlp(key)
     grad_fn = pg.value_and_grad(loss, LOW_RANK)
@@ -193,7 +195,8 @@ def test_second_call_does_not_compile_again(key):
 
 
 def test_dropout_mask_and_statistics_are_shared_by_all_tangents(key):
-    """The primal runs once for all tangents: one mask, one update of the statistics, the value of a plain call."""
+    """The primal runs once for all tangents: one mask, one update of the statistics, the value of a
+    plain call."""
 
     class Model(nnx.Module):
         def __init__(self):
@@ -225,7 +228,8 @@ def test_dropout_mask_and_statistics_are_shared_by_all_tangents(key):
 
 
 def test_programs_without_reverse_mode(key):
-    """A while loop whose length depends on the parameters: reverse mode refuses it, the forward gradient is exact."""
+    """A while loop whose length depends on the parameters: reverse mode refuses it, the forward
+    gradient is exact."""
 
     def newton_root(a):
         step = lambda x: x - (x**2 - a) / (2 * x)
@@ -334,7 +338,8 @@ def test_an_argument_named_twice_is_refused(argnums, key):
 
 
 def branches(w, x, flag):
-    """A loss that branches on a concrete argument, and on the number of its entries that are not 0."""
+    """A loss that branches on a concrete argument, and on the number of its entries that are not
+    0."""
     sparse = BCOO.fromdense(x)
     return jnp.sum((sparse @ w) ** 2) * (2.0 if flag > 0 else 1.0)
 

@@ -3,7 +3,8 @@
     python tests/docs/same_figures.py COMMIT [PAGE ...]
 
 Every number of a page counts, with its decimals, however the sentence around it reads. Prints the
-numbers that one page has and the other has not, and ends with 1 if a number of the old page is gone.
+numbers that one page has and the other has not, and ends with 1 if a number of the old page is
+gone.
 """
 
 import re

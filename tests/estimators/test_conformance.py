@@ -1,4 +1,5 @@
-"""What holds for every estimator, on every kind of parameters, under every transformation. A new estimator is one line here."""
+"""What holds for every estimator, on every kind of parameters, under every transformation. A new
+estimator is one line here."""
 
 import ast
 import re

@@ -23,7 +23,8 @@ TOLERANCE = {"float32": 2e-4, "float64": 1e-11, "bfloat16": 6e-2}
 
 
 def slow_twin(loss, params, args, tangents):
-    """Value, directional derivatives and gradient estimate by plain jax.jvp along dense tangents."""
+    """Value, directional derivatives and gradient estimate by plain jax.jvp along dense
+    tangents."""
     part, rest = eqx.partition(params, eqx.is_inexact_array)
     along = jax.jit(lambda p, v: jax.jvp(lambda p: loss(eqx.combine(p, rest), *args), (p,), (v,)))
     value, directional = None, []
@@ -194,7 +195,8 @@ def test_whatever_is_done_to_a_weight_its_tangent_arrives(use, jit, key):
 
 @pytest.mark.parametrize("distribution", [pg.Normal(), pg.LowRank(1), pg.LowRank(2)], ids=repr)
 def test_directional_derivatives_can_be_differentiated_again(distribution, key):
-    """Reverse mode over the estimate: the gradient of the directional derivative by the input, and by the weight."""
+    """Reverse mode over the estimate: the gradient of the directional derivative by the input, and
+    by the weight."""
     k = jax.random.split(jax.random.fold_in(key, 17))
     w, x = jax.random.normal(k[0], (5, 4)), jax.random.normal(k[1], (3, 5))
     loss = lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 3)
@@ -227,7 +229,8 @@ def test_inject_refuses_another_shape():
 
 
 def test_low_rank_tangent_is_not_formed(key):
-    """The compiled step holds no array of the size of the matrix but the matrix itself and its update."""
+    """The compiled step holds no array of the size of the matrix but the matrix itself and its
+    update."""
     n = 512
     w = jnp.zeros((n, n))
     x = jnp.ones((2, n))
@@ -280,7 +283,8 @@ def test_large_draws_of_signs_are_signs_and_balanced(key):
         pg.Rademacher().sample(key, jnp.zeros((300, 333)))
     )  # large enough to be unpacked from bits
     assert set(np.unique(signs)) == {-1.0, 1.0}
-    # 4.9 standard deviations of a sum of n signs, and of the sums of products of neighbours (32 lanes, one word)
+    # 4.9 standard deviations of a sum of n signs, and of the sums of products of neighbours (32
+    # lanes, one word)
     assert abs(signs.sum()) < 4.9 * signs.size**0.5
     flat = signs.reshape(-1)
     for lag in (1, 32, 333, flat.size // 32, -(-flat.size // 32)):

@@ -55,7 +55,8 @@ def test_the_projection_is_that_of_the_gradient_on_the_guess(key):
 def test_the_control_variate_is_the_guess_and_the_forward_gradient_of_the_rest(
     distribution, chunk, key
 ):
-    """From the same tangents: g(f) for a guess c is c + g(f - c . theta), and estimates are linear in the function."""
+    """From the same tangents: g(f) for a guess c is c + g(f - c . theta), and estimates are linear
+    in the function."""
     params, loss, args, _ = problem(key)
     guess = jax.tree.map(
         lambda w: jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), params

@@ -1,4 +1,5 @@
-"""Local losses: what a perturbation is weighed by, first against exact Jacobians, then in the mean."""
+"""Local losses: what a perturbation is weighed by, first against exact Jacobians, then in the
+mean."""
 
 import dataclasses
 
@@ -43,8 +44,8 @@ def blocks(key):
 
 
 def grouped(key, groups=3, interleaved=False):
-    """Channels in groups: a shared layer whose units fall into groups, one layer of each group's own, and a shared classifier of
-    which each group knows its own part."""
+    """Channels in groups: a shared layer whose units fall into groups, one layer of each group's
+    own, and a shared classifier of which each group knows its own part."""
     k = jax.random.split(jax.random.fold_in(key, 2), 5)
     params = {
         "w": normal(k[0], 3, 4 * groups),
@@ -73,7 +74,8 @@ def interleaved(key):
 
 
 def before_the_groups(key, interleaved=False):
-    """The noise comes before the channels are split into groups, so that positions of a group are found within an axis."""
+    """The noise comes before the channels are split into groups, so that positions of a group are
+    found within an axis."""
     k = jax.random.split(jax.random.fold_in(key, 8), 4)
     params = {"w": normal(k[0], 3, 12), "out": normal(k[1], 3, 4, 2)}
 
@@ -113,7 +115,8 @@ def patches(key):
 
 
 def moved(key):
-    """Positions that are kept apart, and yet are not where they were: nothing may be taken for position by position."""
+    """Positions that are kept apart, and yet are not where they were: nothing may be taken for
+    position by position."""
     k = jax.random.split(jax.random.fold_in(key, 4), 3)
     params = {"w": normal(k[0], 2, 3)}
 
@@ -132,7 +135,8 @@ def moved(key):
 
 
 def jitted(key):
-    """The same compiled layer twice, so that both sites are the same place in the same inner program."""
+    """The same compiled layer twice, so that both sites are the same place in the same inner
+    program."""
     k = jax.random.split(jax.random.fold_in(key, 5), 5)
     params = {
         "w": [normal(k[0], 3, 3), normal(k[1], 3, 3)],
@@ -149,7 +153,8 @@ def jitted(key):
 
 
 def hand_made(key):
-    """A step whose hand-made derivative lets through what its value holds back (a straight-through estimator)."""
+    """A step whose hand-made derivative lets through what its value holds back (a straight-through
+    estimator)."""
     k = jax.random.split(jax.random.fold_in(key, 6), 3)
 
     @jax.custom_jvp
@@ -201,8 +206,8 @@ def scanned_to_the_end(key):
 
 
 MODELS = [
-    blocks, grouped, interleaved, before_the_groups, interleaved_before_the_groups, patches, moved, jitted, hand_made, scanned,
-    scanned_to_the_end, relu_mlp,
+    blocks, grouped, interleaved, before_the_groups, interleaved_before_the_groups, patches, moved,
+    jitted, hand_made, scanned, scanned_to_the_end, relu_mlp,
 ]  # fmt: skip
 APART = [blocks, grouped, interleaved, before_the_groups, interleaved_before_the_groups, jitted]
 
@@ -215,7 +220,8 @@ def program_of(model, key):
 
 
 def allowed(site, reach, losses):
-    """Which positions of each loss [batch, ...] each position of a site is weighed by, as arrays of 0 and 1."""
+    """Which positions of each loss [batch, ...] each position of a site is weighed by, as arrays of
+    0 and 1."""
     shape = site.perturbation.shape
     where = np.indices(shape)
     masks = []
@@ -237,7 +243,8 @@ def allowed(site, reach, losses):
     "model", [m for m in MODELS if "scanned" not in m.__name__], ids=lambda m: m.__name__
 )
 def test_what_is_not_counted_has_no_derivative(model, key):
-    """The exact Jacobian of every loss by the value of every site is zero wherever a perturbation is not weighed."""
+    """The exact Jacobian of every loss by the value of every site is zero wherever a perturbation
+    is not weighed."""
     estimator, program, floats = program_of(model, key)
     leaves = jax.tree.leaves(floats)
     for i, (site, reach) in enumerate(
@@ -319,7 +326,8 @@ def test_one_loss_is_activity_perturbation(key):
 
 
 def test_groups_divide_the_variance(key):
-    """E |delta|^2 = sum over groups of U_g |grad loss_g|^2 / K for signs, against U |grad|^2 where all losses count."""
+    """E |delta|^2 = sum over groups of U_g |grad loss_g|^2 / K for signs, against U |grad|^2 where
+    all losses count."""
     params, losses, (x, y) = grouped(key)
     x, y = (
         x[:1],
@@ -352,7 +360,8 @@ def test_groups_divide_the_variance(key):
 
 
 def test_noise_of_the_size_of_what_is_perturbed_does_not_see_its_units(key):
-    """Before a normalisation the size of a weight has no meaning: ten times the weight has a tenth of the estimate, draw by draw."""
+    """Before a normalisation the size of a weight has no meaning: ten times the weight has a tenth
+    of the estimate, draw by draw."""
     params, _, (x, _) = grouped(key)
     larger = params | {"w": 10 * params["w"]}
 

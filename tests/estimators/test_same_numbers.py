@@ -2,7 +2,8 @@
 
     python tests/estimators/test_same_numbers.py --write
 
-writes the file from the code that is imported. A change of it belongs under "Numerics changed" in CHANGELOG.md.
+writes the file from the code that is imported. A change of it belongs under "Numerics changed" in
+CHANGELOG.md.
 """
 
 import json
@@ -59,8 +60,8 @@ ESTIMATORS = [
     "CheckpointedBackprop()",
 ]
 
-# 2^16 entries is the size at which draws change: leaves of one entry less, just that many, and more;
-# (65534, 3) has factors of one entry more than that
+# 2^16 entries is the size at which draws change: leaves of one entry less, just that many, and
+# more; (65534, 3) has factors of one entry more than that
 LEAVES = {
     "vector": (5,),
     "matrix": (12, 9),
@@ -103,7 +104,8 @@ MODELS = {"layers": layers, "recurrent": recurrent}
 
 
 def figures(tree):
-    """A few numbers of every array: its first and last entry, and its inner products with fixed vectors."""
+    """A few numbers of every array: its first and last entry, and its inner products with fixed
+    vectors."""
     found = []
     for leaf in jax.tree.leaves(tree):
         flat = np.asarray(leaf, np.float64).reshape(-1)

@@ -98,7 +98,8 @@ def test_against_numpy(distribution, precondition, chunk, key):
 
 
 def test_a_central_difference_has_its_step_in_units_of_the_scale(key):
-    """(h^2 / 6) E[D^3 f(v, v, v) v] / c^2 of f = sum a x^3 along all v = c sqrt(n) e_i is h^2 c_i^2 n a_i."""
+    """(h^2 / 6) E[D^3 f(v, v, v) v] / c^2 of f = sum a x^3 along all v = c sqrt(n) e_i is h^2 c_i^2
+    n a_i."""
     a, x, c, h = (
         jnp.asarray([1.0, -2.0, 0.5]),
         jnp.asarray([0.3, 0.2, -1.0]),
@@ -221,7 +222,8 @@ def test_unbiased_whatever_was_learned(mode, key):
 
 
 def test_the_scales_of_a_step_are_those_of_the_state_before_it(key):
-    """The same state gives the same scales with every key, so that they are independent of the tangents of the step."""
+    """The same state gives the same scales with every key, so that they are independent of the
+    tangents of the step."""
     params, loss, args, _ = problem(key)
     estimator = pg.Scaled(scales="curvature", every=1)
     state = ScaleState(
@@ -248,7 +250,8 @@ def test_the_mean_of_preconditioned_estimates(key):
 
 
 def _sampled(draw, key, figure, effect):
-    """As many figures of estimates as an error of the mean needs to be noticed; the spread is that of a first 2000."""
+    """As many figures of estimates as an error of the mean needs to be noticed; the spread is that
+    of a first 2000."""
     of = lambda keys: figure(
         np.concatenate([np.reshape(g, (len(keys), -1)) for g in jax.tree.leaves(draw(keys))], 1)
     )
@@ -263,7 +266,8 @@ def _sampled(draw, key, figure, effect):
 )
 @pytest.mark.parametrize("precondition", [False, True])
 def test_second_moment(distribution, excess, precondition, key):
-    """sum c^-2 sum c^2 grad^2 (+ 2 |grad|^2), or sum c^2 sum c^2 grad^2 (+ 2 sum c^4 grad^2). Notices 10 %."""
+    """sum c^-2 sum c^2 grad^2 (+ 2 |grad|^2), or sum c^2 sum c^2 grad^2 (+ 2 sum c^4 grad^2).
+    Notices 10 %."""
     w = jnp.asarray(np.linspace(-1, 2, 24).reshape(4, 6), jnp.float32)
     c = np.asarray([[0.5], [0.8], [1.0], [1.5]])
     squares, gradient = np.broadcast_to(c**2, w.shape), np.asarray(w, np.float64)
@@ -278,7 +282,8 @@ def test_second_moment(distribution, excess, precondition, key):
     assert_mean(_sampled(draw, key, lambda g: (g**2).sum(1) / expected, 0.1), 1.0, effect=0.1)
 
 
-# f = sum_s sum over its entries of bend_s (w - start_s)^2 / 2, whose blocks have known gradients and curvatures
+# f = sum_s sum over its entries of bend_s (w - start_s)^2 / 2, whose blocks have known gradients
+# and curvatures
 BENDS, STARTS, SIZES = (
     {"a": 0.5, "b": 8.0, "c": 2.0},
     {"a": 4.0, "b": 0.1, "c": -8.0},
@@ -317,7 +322,8 @@ def test_scales_converge_to_the_optimum(mode, precondition, key):
     )[0]
     learned = flat(estimator._learned(state, params))
     expected, sizes, gradients, bends = optimum(mode, precondition)
-    # (grad f . v)^2 has a relative deviation of at most sqrt(2), which 500 probes make 6 %, and a fourth root 1.6 %
+    # (grad f . v)^2 has a relative deviation of at most sqrt(2), which 500 probes make 6 %, and a
+    # fourth root 1.6 %
     np.testing.assert_allclose(learned, expected, rtol=0.1)
     weights = {"gradient": sizes, "curvature": sizes * bends}[mode]
     criterion = lambda c: (weights / c**2).sum() * (c**2 * gradients**2).sum()
@@ -328,7 +334,8 @@ def test_scales_converge_to_the_optimum(mode, precondition, key):
 
 @pytest.mark.parametrize("limit", [1.0, 10.0])
 def test_the_rate_of_a_preconditioned_step_is_in_units_of_the_curvature(limit, key):
-    """f(w - r g) - f(w) = (r^2 / 2 - r) (grad f . v)^2 for every draw, where the Hessian is diagonal; no step before that is known."""
+    """f(w - r g) - f(w) = (r^2 / 2 - r) (grad f . v)^2 for every draw, where the Hessian is
+    diagonal; no step before that is known."""
     params = {name: jnp.zeros(shape) for name, shape in SIZES.items()}
     estimator = pg.Scaled(scales="curvature", precondition=True, limit=limit)
     state = estimator.init(bowl, params)
@@ -365,7 +372,8 @@ def test_probes_are_due_on_the_first_steps_and_then_every_so_often(mode, precond
 
 
 def test_no_scale_runs_away(key):
-    """A leaf without gradient or curvature is held by the limit, and leaves those of the others as they are."""
+    """A leaf without gradient or curvature is held by the limit, and leaves those of the others as
+    they are."""
     params = {name: jnp.zeros(shape) for name, shape in SIZES.items()}
     state = ScaleState(
         None,
@@ -487,7 +495,8 @@ def test_scales_and_states_that_do_not_fit_are_refused(key):
 
 
 def test_probes_average_plainly_first_and_then_with_the_decay(key):
-    """v^T H v of a bowl of curvature b is n b: the averages are those of a list, worked out here."""
+    """v^T H v of a bowl of curvature b is n b: the averages are those of a list, worked out
+    here."""
     estimator = pg.Scaled(scales="curvature", every=2, decay=0.75)
     params = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
     loss = lambda p, bend: bend * (jnp.sum(p["a"] ** 2) + 2 * jnp.sum(p["b"] ** 2)) / 2

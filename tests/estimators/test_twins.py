@@ -1,4 +1,5 @@
-"""Every estimator beside an obvious version of it in numpy, from the same random numbers; and laws that hold exactly."""
+"""Every estimator beside an obvious version of it in numpy, from the same random numbers; and laws
+that hold exactly."""
 
 import equinox as eqx
 import jax
@@ -69,9 +70,9 @@ def test_weight_perturbation(distribution, combine, chunk, key):
     expected = (
         v @ np.linalg.lstsq(v, gradient, rcond=None)[0] if combine == "projection" else v @ d / k
     )
-    if (
-        combine == "shrunk"
-    ):  # all of these have one fourth moment: kappa_4 - 1 is 2 for normal numbers, 1/p - 1 for sparse ones
+    if combine == "shrunk":
+        # all of these have one fourth moment: kappa_4 - 1 is 2 for normal numbers, 1/p - 1 for
+        # sparse ones
         excess = {pg.Normal(): 2, pg.Sparse(0.5): 1}.get(distribution, 0)
         moment = (
             n / k
@@ -101,7 +102,8 @@ def test_inner_products_of_tangents_are_those_of_the_dense_ones(distribution, ke
 
 
 def test_dependent_tangents_are_projected_on_all_the_same(key):
-    """More tangents than parameters: the Gram matrix is singular, and the projection is the gradient."""
+    """More tangents than parameters: the Gram matrix is singular, and the projection is the
+    gradient."""
     w = jnp.asarray([1.0, -2.0, 3.0])
     estimator = pg.WeightPerturbation(pg.Rademacher(), 12, combine="projection")
     _, grads = pg.value_and_grad(lambda w: jnp.sum(w**2), estimator)(key, w)
@@ -177,7 +179,8 @@ def test_a_central_difference_of_a_quadratic_function_is_the_directional_derivat
 
 
 def test_bias_of_a_central_difference_of_a_cubic_function(key):
-    """(h^2 / 6) E[D^3 f(v, v, v) v]: along all sqrt(n) e_i that is h^2 n a_i for f = sum a_i x_i^3, without chance."""
+    """(h^2 / 6) E[D^3 f(v, v, v) v]: along all sqrt(n) e_i that is h^2 n a_i for f = sum a_i x_i^3,
+    without chance."""
     a, x, h = jnp.asarray([1.0, -2.0, 0.5]), jnp.asarray([0.3, 0.2, -1.0]), 0.25
     result = pg.CentralDifference(pg.Basis(), 3, step=h).estimate(
         lambda x: jnp.sum(a * x**3), key, None, x
@@ -186,7 +189,8 @@ def test_bias_of_a_central_difference_of_a_cubic_function(key):
 
 
 def test_weights_of_one_and_a_half_spsa(key):
-    """On a quadratic function the curvature that is measured is v^T H v, and the weight its power, or the floor."""
+    """On a quadratic function the curvature that is measured is v^T H v, and the weight its power,
+    or the floor."""
     x, h = jnp.asarray([0.3, 0.2, -1.0]), jnp.diag(jnp.asarray([1.0, 40.0, 900.0]))
     loss = lambda x: x @ h @ x / 2
     estimator = pg.CentralDifference(
@@ -318,7 +322,8 @@ def test_checkpoints_keep_fewer_activations():
 
 
 def test_checkpoints_compute_segments_again():
-    """Of nine layers in three segments, those of the first two are computed twice; that of the last need not be."""
+    """Of nine layers in three segments, those of the first two are computed twice; that of the last
+    need not be."""
     params = [jnp.eye(4) for _ in range(9)]
 
     def loss(params):

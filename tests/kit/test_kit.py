@@ -1,4 +1,5 @@
-"""What authors of estimators build from: the loop over tangents, groups, memory, names, and errors."""
+"""What authors of estimators build from: the loop over tangents, groups, memory, names, and
+errors."""
 
 import ast
 import warnings

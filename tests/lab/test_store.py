@@ -27,7 +27,8 @@ def test_write_leaves_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
 
 
 def test_a_process_killed_while_writing_leaves_a_whole_file(tmp_path):
-    """Kills a process that rewrites one record as fast as it can, 20 times; what is left can always be read."""
+    """Kills a process that rewrites one record as fast as it can, 20 times; what is left can always
+    be read."""
     path = tmp_path / "record.jsonl"
     program = textwrap.dedent(f"""
         from pathlib import Path
@@ -35,7 +36,8 @@ def test_a_process_killed_while_writing_leaves_a_whole_file(tmp_path):
         n = 0
         while True:
             n += 1
-            store.write_lines(Path({str(path)!r}), [{{"line": i, "of": n}} for i in range(n % 500)] + [{{"end": n}}])
+            lines = [{{"line": i, "of": n}} for i in range(n % 500)]
+            store.write_lines(Path({str(path)!r}), lines + [{{"end": n}}])
     """)
     for i in range(20):
         process = subprocess.Popen(

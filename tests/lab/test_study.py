@@ -1,4 +1,5 @@
-"""Every study is run, stopped, continued and shown in one way: a toy study through the command line."""
+"""Every study is run, stopped, continued and shown in one way: a toy study through the command
+line."""
 
 import dataclasses
 import json

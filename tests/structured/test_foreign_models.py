@@ -1,4 +1,5 @@
-"""Models in the style of other people's code: along the tangents that were drawn, prograde returns what jax.jvp returns."""
+"""Models in the style of other people's code: along the tangents that were drawn, prograde returns
+what jax.jvp returns."""
 
 import functools
 
@@ -56,7 +57,8 @@ each_case = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def keys_may_be_used_again():
-    """The same key of dropout goes to the estimate, to each of its chunks, and to the plain runs it is compared with."""
+    """The same key of dropout goes to the estimate, to each of its chunks, and to the plain runs it
+    is compared with."""
     with jax.debug_key_reuse(False):
         yield
 
@@ -77,7 +79,8 @@ def plain(model, seed):
 
 @functools.cache
 def training(model, estimator, seed):
-    """A training step that also returns the tangents it took, and a list that grows with every trace of the loss."""
+    """A training step that also returns the tangents it took, and a list that grows with every
+    trace of the loss."""
     loss, traces = plain(model, seed)[2], []
 
     def counted(params, *args):

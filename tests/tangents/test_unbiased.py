@@ -1,7 +1,7 @@
 """Bias and second moment of every distribution against closed forms.
 
-Every test states the error it would notice; `assert_mean` fails when the samples are too few for that at a false-fail and
-a false-pass rate of 1e-6.
+Every test states the error it would notice; `assert_mean` fails when the samples are too few for
+that at a false-fail and a false-pass rate of 1e-6.
 """
 
 import jax
@@ -27,7 +27,8 @@ DISTRIBUTIONS = [
 
 
 def problem(distribution=None):
-    """A function with a known gradient at the parameters, on leaves of every kind: vector, matrix, stack of matrices.
+    """A function with a known gradient at the parameters, on leaves of every kind: vector, matrix,
+    stack of matrices.
 
     A tangent of higher rank needs matrices that are larger.
     """
@@ -73,11 +74,13 @@ def sample_estimates(estimator, key, num_samples):
     ids=repr,
 )
 def test_mean_is_the_gradient_and_second_moment_is_the_closed_form(estimator, key):
-    """Notices a projection that is off by 3 %, and a second moment that is off by 5 % (10 % with heavy tails)."""
+    """Notices a projection that is off by 3 %, and a second moment that is off by 5 % (10 % with
+    heavy tails)."""
     params, loss = problem(estimator.tangents)
     heavy = estimator.tangents in (pg.LowRank(1, pg.Normal()), pg.Normal())
-    # (u . v)^2 of a unit u has variance 2 for normal entries and at most 2 for signs; n - 1 for Basis; for rank one,
-    # products of two normals have fourth moment 9, so at most 8 for normal factors and less for signs
+    # (u . v)^2 of a unit u has variance 2 for normal entries and at most 2 for signs; n - 1 for
+    # Basis; for rank one, products of two normals have fourth moment 9, so at most 8 for normal
+    # factors and less for signs
     n = 33
     variance = {pg.Basis(): n - 1.0, pg.LowRank(1, pg.Normal()): 8.0}.get(estimator.tangents, 4.0)
     effect = 0.03 if variance < 30 else 0.05
@@ -116,7 +119,8 @@ def test_tangents_of_one_estimate_are_independent(distribution, key):
 
 
 def test_a_missing_factor_is_noticed(key):
-    """The proof can fail: rank two without its 1/sqrt(2) doubles the estimate, and 2 % too much is seen as well."""
+    """The proof can fail: rank two without its 1/sqrt(2) doubles the estimate, and 2 % too much is
+    seen as well."""
     estimator = pg.WeightPerturbation(pg.Rademacher())
     samples, gradient = sample_estimates(estimator, key, required_samples(2**0.5, 0.02))
     projection = samples @ gradient / (gradient @ gradient)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from prograde._structured import coordinate_tangent, count, from_coordinates
 from prograde.kit import Estimator, Loss, check_choice, check_whole, in_chunks, tangents_at_once
 
-# Few parameters stand behind large results: their tangents must not take far more than the function.
+# Few parameters stand behind large results: their tangents must not take far more than the
+# function.
 _LEAST_BYTES = 2**25
 
 

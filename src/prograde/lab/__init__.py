@@ -1,1 +1,1 @@
-"""Experiments on top of prograde, by its public names only. The command line is `prograde --help`."""
+"""Experiments with prograde that use its public names alone. Start with `prograde --help`."""

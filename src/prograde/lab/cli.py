@@ -224,7 +224,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 
 def _leave(status: int) -> None:
-    """Ends the process at once. Device work that still runs would crash a process that is torn down."""
+    """Ends the process at once, because device work that still runs can crash an orderly exit."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -1,4 +1,4 @@
-"""What a person sees while experiments run: live bars on a terminal, plain lines elsewhere."""
+"""Shows the progress of experiments: live bars on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,10 @@ _PLAIN_INTERVAL = 5.0  # seconds between plain lines of one stage
 
 
 class Display:
-    """Shows stages of work. `advance` takes expected seconds, so that the time left is in proportion to the work."""
+    """Shows how far a stage of work is.
+
+    Amounts of work are expected seconds, so that the time left is in proportion to the work.
+    """
 
     def __init__(self, console: Console):
         self.console = console
@@ -21,7 +24,7 @@ class Display:
 
     @contextmanager
     def stage(self, title: str, total: float) -> Iterator[None]:
-        """A stage of work of `total` units."""
+        """Shows a stage of work of `total` units while the block runs."""
         self._title, self._total, self._done = title, total, 0.0
         self._begin = self._last = time.monotonic()
         if not self.console.is_terminal:
@@ -58,13 +61,13 @@ class Display:
                 self._progress = None
 
     def reach(self, amount: float) -> None:
-        """`amount` of the work is done in all, also where it was recorded before or ended early."""
+        """Sets the work done so far to `amount`, or leaves it where it is if that is more."""
         self._done = min(max(self._done, amount), self._total)
         if self._progress is not None:
             self._progress.update(self._task, completed=self._done)
 
     def advance(self, amount: float, facts: str) -> None:
-        """`amount` more of the work is done; `facts` says what, with its figures."""
+        """Adds `amount` to the work done. `facts` is a short text that is shown with it."""
         self._done = min(self._done + amount, self._total)
         if self._progress is not None:
             self._progress.update(self._task, completed=self._done, facts=facts)

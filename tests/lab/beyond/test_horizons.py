@@ -1,4 +1,5 @@
-"""Long horizons and hypergradients: the same gradients as reverse mode, at a memory that does not grow."""
+"""Long horizons and hypergradients: the same gradients as reverse mode, at a memory that does not
+grow."""
 
 import dataclasses
 import io
@@ -27,7 +28,8 @@ def display():
 
 
 def shown(report, record):
-    """The conclusion of a record that went through JSON, after its tables and its figure were made."""
+    """The conclusion of a record that went through JSON, after its tables and its figure were
+    made."""
     record = json.loads(json.dumps(record))
     for table in report.tables(record):
         assert table.rows
@@ -61,22 +63,28 @@ def test_every_method_has_the_gradient_of_backprop():
 
 
 def test_one_tangent_of_the_gru_is_a_directional_derivative(key):
-    """What the estimate says along its own tangent is the exact derivative there: g . v = (grad f . v) |v|^2."""
+    """What the estimate says along its own tangent is the exact derivative there: g . v = (grad f .
+    v) |v|^2."""
     with jax.enable_x64(True):
         gru = horizon_loops.Recurrent(4)
         _, ours = horizon_loops.gradient(gru, "ours", 50)(key, gru.params())
         _, exact = horizon_loops.gradient(gru, "backprop", 50)(None, gru.params())
-        inner, square = (sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True))
-                         for pair in ((ours, exact), (ours, ours)))  # fmt: skip
-        # g = d v with d = grad f . v, so that g . grad f = d^2; and |g|^2 = d^2 n for tangents of signs
+        inner, square = (
+            sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True))
+            for pair in ((ours, exact), (ours, ours))
+        )
+        # g = d v with d = grad f . v, so that g . grad f = d^2; and |g|^2 = d^2 n for tangents of
+        # signs
         n = sum(w.size for w in jax.tree.leaves(exact))
     np.testing.assert_allclose(float(inner) * n, float(square), rtol=1e-9)
 
 
 def test_memory_grows_with_the_horizon_for_reverse_mode_alone():
     pendulum = horizon_loops.Pendulum()
-    at = lambda method: [temp_bytes(horizon_loops.gradient(pendulum, method, t), None, pendulum.params())
-                         for t in (100, 6400)]  # fmt: skip
+    at = lambda method: [
+        temp_bytes(horizon_loops.gradient(pendulum, method, t), None, pendulum.params())
+        for t in (100, 6400)
+    ]
     ours, backprop, square_root = at("ours"), at("backprop"), at("square root")
     assert ours[1] <= 1.05 * ours[0]
     assert backprop[1] > 30 * backprop[0]
@@ -84,9 +92,10 @@ def test_memory_grows_with_the_horizon_for_reverse_mode_alone():
 
 
 def test_exact_gradient_runs_the_function_once():
-    """The loop is traced into the program once where all tangents are one chunk: the value comes from the same run."""
-    jaxpr = jax.make_jaxpr(pg.value_and_grad(lambda x: jax.lax.fori_loop(0, 5, lambda _, x: jnp.sin(x), x).sum(),
-                                             pg.ForwardJacobian()))(None, jnp.ones(3))  # fmt: skip
+    """The loop is traced into the program once where all tangents are one chunk: the value comes
+    from the same run."""
+    loss = lambda x: jax.lax.fori_loop(0, 5, lambda _, x: jnp.sin(x), x).sum()
+    jaxpr = jax.make_jaxpr(pg.value_and_grad(loss, pg.ForwardJacobian()))(None, jnp.ones(3))
     assert str(jaxpr).count(" scan[") == 1
 
 
@@ -113,7 +122,8 @@ def test_horizon_is_told_from_a_tiny_record(display, monkeypatch):
 
 
 def test_hypergradients_are_those_of_reverse_mode():
-    """In float64, through 40 training steps: by each of the eight numbers, and by the weights of 16 examples in chunks."""
+    """In float64, through 40 training steps: by each of the eight numbers, and by the weights of 16
+    examples in chunks."""
     with jax.enable_x64(True):
         for run, at in (
             (hyper_training.Classifier(40), hyper_training.centre()),
@@ -154,8 +164,10 @@ def test_wrong_labels_are_as_many_as_said_and_small_weights_tell_them():
 
 
 def test_hyper_is_told_from_a_tiny_record(display):
-    plan = hyper.Plan((16,), 1, run_steps=8, meta_steps=2, starts=2, cleaning_steps=4, cleaning_seconds=1e-3,
-                      cleaning_rates=(0.1,), num_tangents=2)  # fmt: skip
+    plan = hyper.Plan(
+        (16,), 1, run_steps=8, meta_steps=2, starts=2, cleaning_steps=4, cleaning_seconds=1e-3,
+        cleaning_rates=(0.1,), num_tangents=2,
+    )  # fmt: skip
     record = hyper.measured(plan, display)
     said = shown(hyper_report, record)
     assert "is missed in float64" in said  # eight steps are no memory to speak of

@@ -101,7 +101,8 @@ def test_bound_serves_the_ranges_and_no_smaller_one_does():
 
 
 def test_fit_finds_the_published_optimum_of_the_cell():
-    # photocurrent, saturation current, ideality, resistances and rms error that fits by Lambert's W report for these data
+    # photocurrent, saturation current, ideality, resistances and rms error that fits by Lambert's W
+    # report for these data
     published, rmse = np.array([0.76078797, 3.10684e-7, 1.477268, 0.03654695, 52.88979]), 7.7301e-4
     with jax.enable_x64(True):
         loss = partial(solar_cell.misfit, solar_cell.by_while_loop, bound=0)
@@ -153,7 +154,8 @@ def slower(record, factor):
 
 
 def hires(t, y, k):
-    """High irradiance responses of photomorphogenesis, 8 reactants: a problem of the test set of Mazzia and Magherini (Bari)."""
+    """High irradiance responses of photomorphogenesis, 8 reactants: a problem of the test set of
+    Mazzia and Magherini (Bari)."""
     k1, k2, k3, k4, k5, k6, plus, minus, star, source = k
     binding = plus * y[5] * y[7]
     released = (k2 + minus + star) * y[6]
@@ -171,7 +173,7 @@ def hires(t, y, k):
     )
 
 
-def test_forward_gradient_through_a_stiff_solver_has_the_published_value_and_the_derivative_of_reverse_mode():
+def test_stiff_solver_has_the_published_value_and_the_derivative_of_reverse_mode():
     reference = [
         7.371312573325668e-4,
         1.442485726315185e-4,
@@ -216,7 +218,8 @@ def test_forward_gradient_through_a_stiff_solver_has_the_published_value_and_the
 
 
 def test_gradient_of_the_oregonator_is_that_of_differences(key):
-    # over the first jump; solved closely, so that the number of steps, which a difference sees change, matters little
+    # over the first jump; solved closely, so that the number of steps, which a difference sees
+    # change, matters little
     problem = Oregonator(until=20.0, rtol=1e-8)
     with jax.enable_x64(True):
         signal = jax.random.normal(key, (6, 2))

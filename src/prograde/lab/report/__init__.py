@@ -1,8 +1,9 @@
 """Reports: what a study shows of its records.
 
-A `Report` is made of sections, and a section of sentences, tables and figures. One place each writes
-it to the terminal (`terminal`), to a page (`page`) and between marks in a page of the documentation
-(`markdown`). `figures` holds the style of all figures, `words` puts numbers into words.
+A `Report` is made of sections, and a section of sentences, tables and figures. One place each
+writes it to the terminal (`terminal`), to a page (`page`) and between marks in a page of the
+documentation (`markdown`). `figures` holds the style of all figures, `words` puts numbers into
+words.
 """
 
 import re

@@ -1,4 +1,7 @@
-"""The style of all figures. Colours are those of Okabe and Ito, which colour-blind readers tell apart."""
+"""The style of all figures.
+
+Colours are those of Okabe and Ito: colour-blind readers can tell them apart.
+"""
 
 import io
 from typing import Any

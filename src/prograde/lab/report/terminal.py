@@ -1,4 +1,7 @@
-"""Writes a report to the terminal. Texts of records are data: they are shown as they are, never as markup."""
+"""Writes a report to the terminal.
+
+Texts from records are printed as they are, and never read as markup.
+"""
 
 import re
 

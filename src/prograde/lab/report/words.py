@@ -89,8 +89,8 @@ def warning(busy: float | None) -> str:
     if busy is None or busy <= BUSY:
         return ""
     return (
-        f"Other processes used {100 * busy:.0f} % of the machine while this was timed: do not trust "
-        "these times and ratios."
+        f"Other processes used {100 * busy:.0f} % of the machine while this was timed: do not "
+        "trust these times and ratios."
     )
 
 

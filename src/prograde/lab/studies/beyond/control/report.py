@@ -66,7 +66,8 @@ def conclusion(record: dict[str, Any]) -> str:
             text += f"; {other} does after {differences:.2f} s."
         else:
             verdict = "sooner" if forward < differences else "later"
-            text += f", {verdict} than the fastest search by differences ({other}, {differences:.2f} s)."
+            found = f"({other}, {differences:.2f} s)"
+            text += f", {verdict} than the fastest search by differences {found}."
     return text + (
         " A fall is a jump of the cost, of which no derivative knows: where most runs fall, "
         "differences over a finite step are the better guide, and the runners here begin with a "

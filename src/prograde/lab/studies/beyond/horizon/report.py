@@ -62,7 +62,10 @@ def tables(record: dict[str, Any]) -> list[Table]:
                 ]
             )
     steps = record["plans"]["one kernel"]["search_length"]
-    title = f"Larger steps: pendulums ({steps:,} steps, 8 gains, loop as one kernel), and one tangent of a GRU of 32 units"
+    title = (
+        f"Larger steps: pendulums ({steps:,} steps, 8 gains, loop as one kernel), "
+        "and one tangent of a GRU of 32 units"
+    )
     return [*found, Table(title, columns, rows, unbroken=len(columns))]
 
 

@@ -68,7 +68,10 @@ def tables(record: dict[str, Any]) -> list[Table]:
         )
     columns = ["tuned by", "runs", "s", "held-out loss", "test loss", "test, %"]
     n = len(at["runs"]["hypergradient"])
-    title = f"Eight hyperparameters of a run of {record['plan']['run_steps']} steps; {n} starts, median (range); test accuracy"
+    title = (
+        f"Eight hyperparameters of a run of {record['plan']['run_steps']} steps; "
+        f"{n} starts, median (range); test accuracy"
+    )
     found.append(Table(title, columns, rows, unbroken=len(columns)))
     at, rows = record["cleaning"], []
     everything = {"equal weights": at["start"] | {"meta_steps": 0}, **at["methods"]}
@@ -85,7 +88,10 @@ def tables(record: dict[str, Any]) -> list[Table]:
         rows.append([name, str(of["meta_steps"]), *step, *cells])
     columns = ["weights by", "steps", "ms a step", "XLA temp", "AUC", "held-out", "test, %"]
     seconds = record["plan"]["cleaning_seconds"]
-    title = f"Weights of {at['examples']} examples, 30 % with wrong labels; {seconds:g} s for each method; held-out loss, test accuracy"
+    title = (
+        f"Weights of {at['examples']} examples, 30 % with wrong labels; "
+        f"{seconds:g} s for each method; held-out loss, test accuracy"
+    )
     return [*found, Table(title, columns, rows, unbroken=len(columns))]
 
 

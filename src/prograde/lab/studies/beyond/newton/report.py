@@ -40,7 +40,10 @@ def tables(record: dict[str, Any]) -> list[Table]:
                 else "–",
             ]
         )
-    title = f"A step of the fit of a solar cell: 5 parameters, 26 implicit equations, bound {record['bound']}"
+    title = (
+        "A step of the fit of a solar cell: 5 parameters, 26 implicit equations, "
+        f"bound {record['bound']}"
+    )
     columns = ["method", "µs", "/ bare", "/ ours", "XLA temp", "error"]
     tolerance = record["tolerance"]
     lines = [
@@ -92,9 +95,11 @@ def conclusion(record: dict[str, Any]) -> str:
         f"1e-6; {met})."
     )
     if faster:
-        text += f" Faster than ours: {', '.join(f'{n} ({seconds[n] / seconds[OURS]:.2f} of our time)' for n in faster)}."
+        parts = [f"{n} ({seconds[n] / seconds[OURS]:.2f} of our time)" for n in faster]
+        text += f" Faster than ours: {', '.join(parts)}."
     if slower:
-        text += f" Slower: {', '.join(f'{n} ({seconds[n] / seconds[OURS]:.1f} times)' for n in slower)}."
+        parts = [f"{n} ({seconds[n] / seconds[OURS]:.1f} times)" for n in slower]
+        text += f" Slower: {', '.join(parts)}."
     text += (
         " Implicit differentiation has to be derived for each solver, and is then what to use. "
         f"The network of {record['network']['parameters']} weights falls from "

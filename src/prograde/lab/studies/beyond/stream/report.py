@@ -19,10 +19,18 @@ def tables(record: dict[str, Any]) -> list[Table]:
             runs = _losses(method)
             spread = "" if len(runs) == 1 else f" ({min(runs):.3g} to {max(runs):.3g})"
             steps = np.mean([run["steps"] for run in method["runs"]])
+            loss = f"{np.mean(runs):.3g}{spread}"
             rows.append(
-                [method["title"], f"{method['rate']:g}", f"{steps:,.0f}", f"{np.mean(runs):.3g}{spread}", _share(runs, task)]
-            )  # fmt: skip
-        title = f"{task['title']}; {task['seconds']:g} s each, Adam at the best of {len(record['setting']['rates'])} rates"
+                [
+                    method["title"],
+                    f"{method['rate']:g}",
+                    f"{steps:,.0f}",
+                    loss,
+                    _share(runs, task),
+                ]
+            )
+        rates = len(record["setting"]["rates"])
+        title = f"{task['title']}; {task['seconds']:g} s each, Adam at the best of {rates} rates"
         columns = [
             "method",
             "rate",
