@@ -137,9 +137,10 @@ def test_rows_of_a_text_stay_on_one_side():
         assert len(train) + len(held_out) == 240
         assert len(held_out) == 120
         assert not {t for t, _ in train} & {t for t, _ in held_out}
-        last = tables.last_fifth(train, 500)
-        assert last == 24  # two texts of twelve rows, a fifth of 120
-        assert not {t for t, _ in train[-last:]} & {t for t, _ in train[:-last]}
+        for most in (500, 20):  # a fifth of 120 is 24; of 20, two texts of twelve are nearest
+            last = tables.last_fifth(train, most)
+            assert last == 24
+            assert not {t for t, _ in train[-last:]} & {t for t, _ in train[:-last]}
 
 
 def test_the_split_of_different_texts_is_the_one_it_always_was():
