@@ -217,7 +217,8 @@ def test_what_is_kept_is_the_least_validation_loss(
     ("losses", "wanted"),
     [
         ([3.0, 2.0, 1.0, 4.0], 0.03),
-        ([3.0, None, float("nan"), 2.9], 0.09),
+        ([float("nan"), 3.0, None, 2.9], 0.09),
+        ([3.0, float("nan"), None, 3.1], 0.01 / 3),
         ([1.0, 1.0, 1.0, 1.0], 0.01 / 3),
         ([None] * 4, 0.01 / 30),
     ],
@@ -459,6 +460,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_its_records(study_of,
     with pytest.raises(running.DivergedError, match="--rate"):
         run(study_of(plan), tmp_path / "run")
     assert Store(tmp_path / "run").read_lines("curve")[0]["step"] == 0
+
+
+def test_a_model_without_a_finite_loss_is_refused(study_of, run, model, tmp_path):
+    """The figures of a model whose weights overflow are not trained on, and not called learning."""
+    broken = tmp_path / "broken"
+    weights = model.norm.at[0].set(float("inf"))
+    lm.save(broken, dataclasses.replace(model, norm=weights), lm.byte_tokenizer())
+    study = dataclasses.replace(study_of({"train": "norm", "steps": 3}), model=Model(str(broken)))
+    with pytest.raises(UsageError, match="before any step is nan"):
+        run(study, tmp_path / "run")
 
 
 def test_plain_text_is_learned(directory, run, tmp_path):

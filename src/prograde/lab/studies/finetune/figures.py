@@ -22,7 +22,8 @@ def figures_of(
     the first; ties count one half. No offset of the logits changes it.
     """
     logits = logits.astype(np.float64)
-    chosen = special.log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
+    with np.errstate(invalid="ignore"):  # an infinite logit gives a loss that is no number
+        chosen = special.log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
     found = {
         "loss": float(-chosen.mean()),
         "accuracy": float((logits.argmax(axis=1) == labels).mean()),

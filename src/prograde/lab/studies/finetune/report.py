@@ -178,6 +178,8 @@ def _spread(store: Store, summary: dict[str, Any]) -> str:
         )
     else:
         text += " The spread over seeds was not measured (--repeats)."
+    if diverged := [str(run["seed"]) for run in repeats if run["status"] == "diverged"]:
+        text += f" The loss became infinite with seed {listed(diverged)}: figures are from before."
     if count and "perplexity" not in last:
         error = (last["accuracy"] * (1 - last["accuracy"]) / count) ** 0.5
         text += (

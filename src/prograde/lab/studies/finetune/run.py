@@ -171,6 +171,11 @@ def _before(
     """Takes the figures of the untrained model and repairs its label bias; returns its logits."""
     summary["zero_shot"] = tuning.evaluate(parts.held_out)
     summary["trained"] = tuning.num_trained
+    if not math.isfinite(loss := summary["zero_shot"]["loss"]):
+        raise UsageError(
+            f"the held-out loss of {study.model.model} before any step is {loss}. Its weights may be "
+            "damaged, or overflow in bfloat16: try --dtype float32."
+        )
     if not isinstance(data.held_out, texts.Examples):
         talk(f"Before: {in_words(summary['zero_shot'])}")
         return None
