@@ -1,16 +1,10 @@
 """How estimates and tangents are compared, for all tests."""
 
-import functools
-
 import equinox as eqx
 import jax
 import numpy as np
 
 from prograde._structured import LowRankTangent
-
-# These programs run for microseconds and compile for seconds. XLA refuses options it does not know.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-jit = functools.partial(eqx.filter_jit, compiler_options=QUICK)
 
 
 def dense(tangents):

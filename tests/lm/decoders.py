@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import reference_logits as reference
-from comparisons import jit
 from safetensors.numpy import load_file, save_file
 
 from prograde import lm
@@ -24,7 +23,7 @@ def logits(model, tokens=TOKENS, valid=None, few=None):
     return np.asarray(raw_logits(model, jnp.asarray(tokens), valid, few), np.float64)
 
 
-@jit
+@eqx.filter_jit
 def raw_logits(model, tokens, valid=None, few=None):
     return model.logits(model(tokens, valid), few)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_logits as reference
-from comparisons import close, floats, jit
+from comparisons import close, floats
 from comparisons import dense as dense_tangents
 from decoders import (
     TINY,
@@ -165,7 +165,7 @@ def equals_plain_jvp(model, tokens, key):
     """The estimate along one tangent, beside jax.jvp along the same tangent, multiplied out."""
     tangent = dense_tangents(pg.LowRank(1).sample(key, floats(model), 0, 1))
 
-    @jit
+    @eqx.filter_jit
     def both(key, model, tangent):
         part, rest = eqx.partition(model, eqx.is_inexact_array)
         along = jax.jvp(
@@ -202,7 +202,7 @@ def test_full_gradient_of_the_last_norm_is_that_of_reverse_mode():
         pg.value_and_grad(loss, pg.ForwardJacobian())(None, norm),
         jax.value_and_grad(loss)(norm),
     )
-    close(*jit(both)(model.norm), 1e-5)
+    close(*eqx.filter_jit(both)(model.norm), 1e-5)
 
 
 def test_what_is_quantized_is_not_trained_and_what_is_beside_it_is(tmp_path, key):

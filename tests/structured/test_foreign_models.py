@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import LONG
-from comparisons import close, dense, floats, jit
+from comparisons import close, dense, floats
 from foreign_models import (
     STATEFUL,
     STATELESS,
@@ -68,7 +68,7 @@ def plain(model, seed):
     """A model, its loss, and the loss along a given dense tangent by `jax.jvp`."""
     params, loss, args = model(Draw(jax.random.key(seed)))
 
-    @jit
+    @eqx.filter_jit
     def along(params, args, tangents):
         part, rest = eqx.partition(params, eqx.is_inexact_array)
         of_part = lambda part: loss(eqx.combine(part, rest), *args)
@@ -87,7 +87,7 @@ def training(model, estimator, seed):
         traces.append(None)
         return loss(params, *args)
 
-    @jit
+    @eqx.filter_jit
     def step(key, params, args):
         result = estimator.estimate(counted, key, None, params, *args, has_aux=model in STATEFUL)
         sample = lambda i: dense(
@@ -134,7 +134,7 @@ def test_tangents_share_one_dropout_mask_and_one_update_of_the_state(model, chun
     params, args, loss, _ = plain(model, seed)
     step, _ = training(model, pg.WeightPerturbation(pg.LowRank(1), 3, chunk), seed)
     aux = step(key, params, args)[0].aux
-    _, expected = jit(loss)(params, *args)
+    _, expected = eqx.filter_jit(loss)(params, *args)
     assert jax.tree.structure(aux) == jax.tree.structure(expected)
     for leaf, other in zip(jax.tree.leaves(aux), jax.tree.leaves(expected), strict=True):
         if jnp.issubdtype(leaf.dtype, jnp.floating):
