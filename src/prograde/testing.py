@@ -128,7 +128,7 @@ def assert_mean(
 
 
 def _assert_finite(name: str, samples: np.ndarray) -> None:
-    finite = np.isfinite(samples.reshape(len(samples), -1)).all(axis=1)
+    finite = np.asarray(np.isfinite(samples.reshape(len(samples), -1)).all(axis=1))
     if not finite.all():
         raise AssertionError(
             f"{len(finite) - finite.sum()} of {len(finite)} {name} are not finite, the first is "

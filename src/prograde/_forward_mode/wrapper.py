@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
@@ -149,7 +150,7 @@ def evaluate_estimated(
 
 def _is_moving(leaf: Any) -> bool:
     """Whether a leaf is an input of the traced program. Other concrete values stay as they are."""
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         dtype = leaf.dtype  # pyright: ignore[reportAttributeAccessIssue]
     elif isinstance(leaf, jax.Array | np.ndarray | float | complex | np.generic):
         dtype = jnp.result_type(leaf)
@@ -160,7 +161,7 @@ def _is_moving(leaf: Any) -> bool:
             f"forward_mode: an input of dtype {dtype}, but real inputs are needed. Pass real and "
             "imaginary part, and put them together inside the function."
         )
-    return jnp.issubdtype(dtype, jnp.floating) or isinstance(leaf, jax.core.Tracer)
+    return jnp.issubdtype(dtype, jnp.floating) or isinstance(leaf, Tracer)
 
 
 class _Output:

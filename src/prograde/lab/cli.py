@@ -103,7 +103,8 @@ def _main(arguments: list[str]) -> None:
     console, errors = Console(), Console(stderr=True)
     try:
         if isinstance(command, tuple):
-            _study(*command, console, errors)
+            plan, records = command
+            _study(plan, records, console, errors)
         else:
             status = command(console, errors, tuple(arguments[cut + 1 :]))
             if status:

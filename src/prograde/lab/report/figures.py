@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 BLACK, ORANGE, GREEN, BLUE = "#000000", "#D55E00", "#009E73", "#0072B2"
 PINK, YELLOW, SKY, GREY = "#CC79A7", "#E69F00", "#56B4E9", "#777777"
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 9,
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,
