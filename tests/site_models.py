@@ -1,4 +1,6 @@
-"""Models with a loss per example, for estimators that perturb pre-activations. Each is (params, losses, args)."""
+"""Models with a loss per example, for estimators that perturb pre-activations. Each is (params,
+losses, args).
+"""
 
 import equinox as eqx
 import jax
@@ -54,7 +56,9 @@ def scanned_layers(key):
 
 
 def recurrent(key):
-    """A GRU-like cell: the same weights at every step, two products summed, and one product of them gated."""
+    """A GRU-like cell: the same weights at every step, two products summed, and one product of them
+    gated.
+    """
     k = jax.random.split(jax.random.fold_in(key, 4), 5)
     params = {"w": normal(k[0], 2, 6), "u": normal(k[1], 3, 6), "out": normal(k[2], 3, 1)}
 
@@ -71,7 +75,9 @@ def recurrent(key):
 
 
 def attention(key):
-    """Embedding, one perturbed head, layer normalisation with gain and shift, and the embedding once more at the end."""
+    """Embedding, one perturbed head, layer normalisation with gain and shift, and the embedding
+    once more at the end.
+    """
     k = jax.random.split(jax.random.fold_in(key, 5), 5)
     params = {
         "embedding": normal(k[0], 5, 4, scale=0.7), "qkv": normal(k[1], 4, 3, 4), "gain": jnp.ones(4), "shift": jnp.zeros(4),
@@ -111,7 +117,9 @@ def convolution(key):
 
 
 def used_otherwise(key):
-    """Weights in a branch, squared, multiplied with each other, and on examples merged with another axis."""
+    """Weights in a branch, squared, multiplied with each other, and on examples merged with another
+    axis.
+    """
     k = jax.random.split(jax.random.fold_in(key, 7), 6)
     params = {
         "a": normal(k[0], 3, 3),

@@ -71,7 +71,7 @@ def test_chunks_of_a_function_that_branches_on_values_run_one_by_one():
 
 def tangents_at_once(fun, params, num_tangents, chunk=None):
     along = jax.vmap(lambda i: jax.jvp(fun, (params,), (params + i,)))
-    return kit.tangents_at_once(chunk, num_tangents, fun, params, along)
+    return kit.tangents_at_once(chunk, num_tangents, fun, params, along, least=2**25)
 
 
 def test_a_chunk_takes_no_more_memory_than_the_run_itself_or_the_parameters():

@@ -20,7 +20,16 @@ Tangent = Array | LowRankTangent
 
 
 def is_structured(x: Any) -> bool:
-    """Whether a leaf of a tree of tangents is kept as factors."""
+    """True for a leaf of a tree of tangents that is kept as factors.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, prograde as pg
+        >>> from prograde.kit import is_structured
+        >>> params = {"w": jnp.zeros((6, 5)), "b": jnp.zeros(5)}
+        >>> tangent = pg.LowRank().sample(jax.random.key(0), params)
+        >>> is_structured(tangent["w"]), is_structured(tangent["b"])
+        (True, False)
+    """
     return isinstance(x, LowRankTangent)
 
 
@@ -102,7 +111,17 @@ def _perturbed(
 
 
 def weighted_sum(tangents: PyTree[Tangent], coefficients: Float[Array, " k"]) -> PyTree[Array]:
-    """sum_k c_k v_k for tangents with a leading axis k, in float32, or float64 where one of them is."""
+    """sum_k c_k v_k for tangents with a leading axis k, in float32, or in float64 for float64.
+
+    Structured tangents are not formed before the sum is.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from prograde.kit import weighted_sum
+        >>> tangents = {"w": jnp.array([[1.0, 0.0], [0.0, 2.0]])}                  # v_0 and v_1
+        >>> print(weighted_sum(tangents, jnp.array([3.0, 5.0]))["w"])
+        [ 3. 10.]
+    """
 
     def leaf(v: Tangent) -> Array:
         dtype = v.factors[0].dtype if isinstance(v, LowRankTangent) else v.dtype
@@ -117,7 +136,15 @@ def weighted_sum(tangents: PyTree[Tangent], coefficients: Float[Array, " k"]) ->
 
 
 def inner_products(tangents: PyTree[Tangent]) -> Float[Array, "k k"]:
-    """<v_j, v_k> for tangents with a leading axis k, in float32, or float64 where one of them is."""
+    """<v_j, v_k> for tangents with a leading axis k, in float32, or in float64 for float64.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from prograde.kit import inner_products
+        >>> print(inner_products({"w": jnp.array([[1.0, 0.0], [3.0, 2.0]])}))
+        [[ 1.  3.]
+         [ 3. 13.]]
+    """
 
     def leaf(v: Tangent) -> Array:
         if isinstance(v, LowRankTangent):
@@ -135,7 +162,15 @@ def inner_products(tangents: PyTree[Tangent]) -> Float[Array, "k k"]:
 
 
 def inner_products_with(tree: PyTree[Array], tangents: PyTree[Tangent]) -> Float[Array, " k"]:
-    """<tree, v_k> for tangents with a leading axis k, in float32, or float64 where one of them is."""
+    """<tree, v_k> for tangents with a leading axis k, in float32, or in float64 for float64.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from prograde.kit import inner_products_with
+        >>> tangents = jnp.array([[1.0, 0.0], [3.0, 2.0]])
+        >>> print(inner_products_with(jnp.array([10.0, 1.0]), tangents))
+        [10. 32.]
+    """
 
     def leaf(v: Tangent, x: Array) -> Array:
         dense = jax.vmap(LowRankTangent.dense)(v) if isinstance(v, LowRankTangent) else v
@@ -148,7 +183,19 @@ def inner_products_with(tree: PyTree[Array], tangents: PyTree[Tangent]) -> Float
 
 
 def projected(tangents: PyTree[Tangent], directional: Float[Array, " k"]) -> Float[Array, " k"]:
-    """(V^T V)^+ d: the weights of the tangents in the projection of the gradient onto their span."""
+    """(V^T V)^+ d: the weights of the tangents in the projection of the gradient onto their span.
+
+    The tangents are the columns of V, and d = V^T grad f are the directional derivatives.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from prograde.kit import projected, weighted_sum
+        >>> tangents = jnp.array([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+        >>> gradient = jnp.array([3.0, 4.0, 5.0])
+        >>> weights = projected(tangents, tangents @ gradient)
+        >>> print(jnp.rint(weighted_sum(tangents, weights)))
+        [3. 4. 0.]
+    """
     gram = inner_products(tangents).astype(directional.dtype)
     # of tangents of length 1, so that what is kept does not hang on how long a guess is beside a random direction
     length = jnp.sqrt(jnp.diagonal(gram))

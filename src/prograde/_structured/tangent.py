@@ -22,8 +22,17 @@ _MOST_TERMS = 16
 class LowRankTangent(eqx.Module):
     """The tangent sum_r f_1[..., r] f_2[..., r] ... of an array of d axes, kept as its factors.
 
-    Each factor has d + 1 axes. Along an axis of the array a factor has either the array's size or 1, and broadcasts; its
-    last axis is the rank. The matrix a b^T has the factors a[:, None, :] and b[None, :, :].
+    Each factor has d + 1 axes. Along an axis of the array a factor has either the array's size, or
+    1 and broadcasts. Its last axis is the rank. The matrix a b^T has the factors a[:, None, :] and
+    b[None, :, :].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from prograde.kit import LowRankTangent
+        >>> a, b = jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [0.0], [3.0]])     # of rank one
+        >>> print(LowRankTangent((a[:, None, :], b[None, :, :])).dense())
+        [[1. 0. 3.]
+         [2. 0. 6.]]
     """
 
     factors: tuple[Float[Array, "*axes rank"], ...]
