@@ -27,7 +27,7 @@ def one_device_each():
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed")
-    assert Group(directory, STEPS).wait(120) == 0
+    assert Group(directory, STEPS).wait(300) == 0
     return directory
 
 
@@ -44,7 +44,7 @@ def test_workers_end_with_the_same_parameters_and_the_same_log(undisturbed):
 def test_a_run_with_killed_workers_ends_as_one_without(undisturbed, tmp_path, seed):
     chances = [random.Random(seed + i) for i in range(2)]
     flushed = [kill_at_random(tmp_path, STEPS, chance).flushed for chance in chances]
-    assert Group(tmp_path, STEPS).wait(120) == 0
+    assert Group(tmp_path, STEPS).wait(300) == 0
     assert finals(tmp_path) == finals(undisturbed)
     begun = begun_from(tmp_path)
     assert begun == flushed[-1] > 0  # no flushed step was lost
@@ -81,7 +81,7 @@ def test_a_worker_that_lost_everything_catches_up_from_the_log_of_another(undist
     (tmp_path / "1").mkdir()
     content = (undisturbed / "1" / "run.log").read_bytes()
     (tmp_path / "1" / "run.log").write_bytes(content[: len(content) - 1000])
-    assert Group(tmp_path, STEPS).wait(120) == 0
+    assert Group(tmp_path, STEPS).wait(300) == 0
     assert finals(tmp_path) == finals(undisturbed)
     assert begun_from(tmp_path) > STEPS // 2
 
