@@ -220,4 +220,4 @@ def test_without_the_extra_it_is_said_what_to_install():
     code = "import sys; sys.modules['tokenizers'] = None\n"
     code += "try:\n    import prograde.lm\nexcept ImportError as e:\n    print(e)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "pip install 'prograde[lm]'" in done.stdout
+    assert "pip install '.[lm]'" in done.stdout

@@ -1,7 +1,7 @@
-"""The command line. Every study is a command; a few more commands work on what studies left.
+"""The command line. Every study is a command; other commands work on the records of studies.
 
-What all studies share is here: where records go, resuming, Ctrl-C, exit codes, and showing the
-report. Exit codes: 0 done, 1 failed, 2 the command cannot be carried out as given, 130 Ctrl-C.
+This module does what all studies share: where records go, resuming, Ctrl-C, exit codes, and
+showing the report. Exit codes: 0 done, 1 failed, 2 refused as given, 130 Ctrl-C.
 """
 
 import contextlib
@@ -18,13 +18,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Union, get_type_hints
 
+from prograde._extras import install
+
 try:
     import tyro
     from rich.console import Console
 except ImportError as error:  # installed without the extra
     raise SystemExit(
-        f"prograde: the command line needs more packages ({error.name}). "
-        "pip install 'prograde[lab]'"
+        f"prograde: the command line needs more packages ({error.name}). {install('lab')}"
     ) from None
 
 from prograde.lab.commands import COMMANDS
@@ -40,14 +41,14 @@ _FASTER_CONVOLUTIONS = (
 _DESCRIPTION = """Training without backpropagation: forward gradients, compared with backprop on
 this machine.
 
-  prograde reproduce                       the paper's six experiments, quickly, on digits
+  prograde reproduce                       the paper's six experiments, small, on digits
   prograde reproduce --data mnist --full   the same on MNIST; hours
   prograde compare --model transformer     estimators: cost, memory, bias, variance, loss reached
   prograde beyond newton stream            where reverse mode cannot go
   prograde finetune --model smollm2 --data reviews.csv   a language model at the memory of inference
   prograde bench mlp transformer           what a step costs, in JAX and in PyTorch
-  prograde report DIR                      the report of any records again
-  prograde list                            everything that can be chosen
+  prograde report DIR                      the report of recorded studies, built again
+  prograde list                            the names that options accept
 
 Every study writes records and a report into --out. To continue a study that was stopped, repeat its
 command with --out DIR --resume."""
@@ -89,7 +90,7 @@ def _main(arguments: list[str]) -> None:
     if arguments == ["--version"]:
         print(f"prograde {metadata.version('prograde')}")
         return
-    # what follows two dashes is a command of its own
+    # the words after two dashes are another command
     launching = arguments[:1] == ["launch"] and "--" in arguments
     cut = arguments.index("--") if launching else len(arguments)
     command: Any = tyro.cli(
@@ -120,7 +121,7 @@ def _main(arguments: list[str]) -> None:
 
 
 def _commands(short: bool) -> Any:
-    """The type that tyro reads: one of all commands. `short` help is the first line of each."""
+    """Returns the type that tyro reads: the union of all commands. `short` help is one line each."""
     constructors = {name: _command(study(name)) for name in STUDIES} | COMMANDS
     choices = []
     for name, constructor in constructors.items():
@@ -131,7 +132,7 @@ def _commands(short: bool) -> Any:
 
 
 def _command(cls: Any) -> Callable[..., tuple[Any, Records]]:
-    """The function whose parameters are the options of a study."""
+    """Returns a function whose parameters are the options of a study."""
 
     def command(study, records):
         return study, records
@@ -171,7 +172,7 @@ def _study(plan: Any, records: Records, console: Console, errors: Console) -> No
         worker = plan.join()
         configs = plan.configs()
     out = records.out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{plan.label}"
-    if worker:  # each process has records of its own, of the same numbers
+    if worker:  # each process writes its own records, of the same numbers
         out, console = out / "workers" / str(worker), Console(quiet=True)
     stores = store.claim(plan.name, directories(out, configs), records.resume, plan.current)
     _say(console, f"Records go to {out}.")
@@ -183,26 +184,24 @@ def _study(plan: Any, records: Records, console: Console, errors: Console) -> No
 
 @contextlib.contextmanager
 def _needs(extra: str) -> Iterator[None]:
-    """Turns the lack of a package into advice."""
+    """Turns a missing package into a message that says how to install it."""
     from prograde.lab.study import UsageError
 
     try:
         yield
     except ImportError as error:
-        raise UsageError(
-            f"this needs more packages ({error.name}). pip install 'prograde[{extra}]'"
-        ) from None
+        raise UsageError(f"this needs more packages ({error.name}). {install(extra)}") from None
 
 
 @contextlib.contextmanager
 def _continued(plan: Any, records: Records, errors: Console) -> Iterator[None]:
-    """Says how to continue a study that is stopped or fails."""
+    """Says how to continue if the study is stopped or fails."""
     distributed = getattr(plan, "distributed", False)
     again = shlex.join([*_program(), *_words(plan), *_words(records)])
     try:
         yield
     except KeyboardInterrupt:
-        if not distributed:  # `launch` says it for all
+        if not distributed:  # `launch` says it once for all
             _say(errors, f"\nStopped; the records are complete. To continue: {again}")
         _leave(130)
     except _refusals():
@@ -210,13 +209,13 @@ def _continued(plan: Any, records: Records, errors: Console) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if distributed:
             _say(errors, f"prograde: this worker cannot go on: {error}")
-            _leave(1)  # without waiting for a process that is gone
+            _leave(1)  # an orderly exit would wait for a process that is gone
         _say(errors, f"prograde: {error}\nThe records so far are complete. To continue: {again}")
         raise SystemExit(1) from None
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """The errors that say what is wrong with a command or with the files it was given."""
+    """Returns the errors that say what is wrong with a command or with its files."""
     from prograde.lab.data import DataError
     from prograde.lab.store import RecordError
     from prograde.lab.study import UsageError
@@ -246,7 +245,7 @@ def _say(console: Console, text: str) -> None:
 
 
 def _program() -> list[str]:
-    """How this program was called: `make` calls one that need not be on the path."""
+    """Returns the words that call this program, which need not be on the path."""
     if sys.argv[0].endswith(".py"):
         return [sys.executable, "-m", "prograde.lab.cli"]
     found = shutil.which("prograde")
@@ -256,7 +255,7 @@ def _program() -> list[str]:
 
 
 def _words(options: Any) -> list[str]:
-    """The words of a command line that give these options."""
+    """Returns the words of a command line that give these options."""
     words = [options.name] if hasattr(options, "name") else []
     hints = get_type_hints(type(options), include_extras=True)
     for field in dataclasses.fields(options):

@@ -77,9 +77,9 @@ def test_stream_is_told_from_a_tiny_record():
     loss("RTRL", 0.1), loss("backprop 2", 1.0), loss("backprop 6", 0.01)
     said = conclusion(record)
     assert "RTRL ends at 0.1" in said
-    assert "(2 steps) at 1: lower" in said
-    assert "RTRL ends at 0.1, truncated backprop with 6 steps at 0.01: higher" in said
+    assert "(2 steps) at 1: RTRL is lower" in said
+    assert "RTRL ends at 0.1, truncated backprop with 6 steps at 0.01: RTRL is higher" in said
     loss("RTRL", 2.0)
-    assert "(2 steps) at 1: higher" in conclusion(record)
+    assert "(2 steps) at 1: RTRL is higher" in conclusion(record)
     ends["RTRL"]["runs"].append({"loss": 0.1})
     assert "(2 steps) at 1: no clear difference" in conclusion(record)

@@ -13,6 +13,7 @@ class List:
 
     def __call__(self, console: "Console", errors: "Console", rest: tuple[str, ...]) -> int:
         """Prints a table of the studies, and the tables of each study."""
+        from prograde._extras import install
         from prograde.lab.report import Table
         from prograde.lab.report.terminal import print_table, say
         from prograde.lab.studies import STUDIES, study
@@ -27,7 +28,7 @@ class List:
                 tables = study(name).choices()
             except ImportError as error:
                 extra = study(name).extra
-                say(console, f"{name}: needs {error.name}. pip install 'prograde[{extra}]'")
+                say(console, f"{name}: needs {error.name}. {install(extra)}")
                 continue
             for table in tables:
                 print_table(table, console)

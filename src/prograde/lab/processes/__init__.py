@@ -1,1 +1,1 @@
-"""Processes: `launch` starts them and watches over them, `workers` is how they agree."""
+"""Processes: `launch` starts and watches them, `workers` lets them work together."""

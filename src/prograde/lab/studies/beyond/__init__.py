@@ -1,9 +1,8 @@
-"""`prograde beyond`: problems on which forward gradients are the only way, or plainly the better
-one.
+"""`prograde beyond`: problems where forward gradients are the only way, or clearly the better one.
 
-A problem is a folder: `run.measure(full, display)` takes all figures once, and `report` makes the
-sentences (`conclusion`), the tables (`tables`) and the picture (`draw`) from them. A line here adds
-it.
+Each problem is a folder. Its `run.measure(full, display)` measures everything once. Its `report`
+makes the sentences (`conclusion`), the tables (`tables`) and the picture (`draw`) from the record.
+To add a problem, add its folder and a line here.
 """
 
 PROBLEMS = ["newton", "ode", "control", "horizon", "stream", "hyper"]

@@ -23,7 +23,7 @@ class Beyond(Study):
     - prograde beyond stream: learning while the data flows, compared with truncated backprop
     - prograde beyond hyper: hyperparameters, by the derivative through a whole training run
 
-    Without names all of them run, about a minute each.
+    Without names, all problems run. Each takes about a minute.
     """
 
     name: ClassVar[str] = "beyond"
@@ -32,7 +32,7 @@ class Beyond(Study):
     problems: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar=f"[{'|'.join(PROBLEMS)} ...]")
     ] = ("all",)
-    """Names of problems."""
+    """Names of problems. Default: all."""
     quick: Annotated[bool, _LENGTH] = False
     """About a minute each. This is the default."""
     full: Annotated[bool, _LENGTH] = False
@@ -52,7 +52,7 @@ class Beyond(Study):
         """Measures the problems one after the other."""
         from prograde.lab.studies.beyond.report import module
 
-        runs = {name: module(name, "run") for name in stores}  # a missing package is noticed first
+        runs = {name: module(name, "run") for name in stores}  # fails before any run
 
         def measure(name: str) -> dict[str, Any]:
             begin = time.perf_counter()

@@ -9,20 +9,21 @@ from prograde.lab.store import Store
 from prograde.lab.studies.beyond import PROBLEMS
 
 _INTRODUCTION = (
-    "Problems on which forward gradients are the only way, or plainly the better one: programs "
-    "with loops of unknown length, long horizons, streams, hyperparameters. Backprop runs with the "
-    "fastest settings and the best checkpointing found. Where it wins, the text says so."
+    "Problems where forward gradients are the only way, or clearly the better one: programs with "
+    "loops of unknown length, long horizons, streams, hyperparameters. Backprop runs with the "
+    "fastest settings and the best checkpointing that we found. Where backprop wins, the text says "
+    "so."
 )
 _TERMS = (
-    "Programs whose time is given take turns in one run, each round in another order. Times are "
-    "medians, and a ratio is the median of the rounds' own ratios. Methods that learn for a given "
-    "time run one after the other. Memory is what XLA plans for temporaries, in addition to "
+    "Programs that are timed take turns in one run, in a new order in each round. A time is a "
+    "median, and a ratio is the median of the ratios of the rounds. Methods that learn for a fixed "
+    "time run one after the other. Memory is what XLA plans for temporary arrays, in addition to "
     "arguments and results."
 )
 
 
 def module(problem: str, name: str) -> ModuleType:
-    """A module of a problem. Raises `ImportError` where a package that it needs is missing."""
+    """Imports a module of a problem. Raises `ImportError` if a package that it needs is missing."""
     return importlib.import_module(f"prograde.lab.studies.beyond.{problem}.{name}")
 
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""`prograde compare`: gradient estimators compared on one model."""

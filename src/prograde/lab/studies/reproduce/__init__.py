@@ -1,1 +1,1 @@
-"""TODO."""
+"""`prograde reproduce`: the experiments of "Gradients without Backpropagation", run again."""

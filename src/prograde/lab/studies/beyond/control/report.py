@@ -46,8 +46,8 @@ def conclusion(record: dict[str, Any]) -> str:
     """Says what the figures show, and where ours loses."""
     gradient = record["gradient"]
     text = (
-        f"jax.grad {'refuses' if record['refused'] else 'takes'} the simulation; the forward "
-        "gradient, with the times of the events, agrees with central differences to "
+        f"jax.grad {'refuses' if record['refused'] else 'takes'} the simulation. The forward "
+        "gradient, which includes the times of the events, agrees with central differences to "
         f"{gradient['error']:.0e}."
     )
     for kind, found in record["found"].items():
@@ -66,12 +66,12 @@ def conclusion(record: dict[str, Any]) -> str:
             text += f"; {other} does after {differences:.2f} s."
         else:
             verdict = "sooner" if forward < differences else "later"
-            found = f"({other}, {differences:.2f} s)"
-            text += f", {verdict} than the fastest search by differences {found}."
+            rival = f"({other}, {differences:.2f} s)"
+            text += f", {verdict} than the fastest search by differences {rival}."
     return text + (
-        " A fall is a jump of the cost, of which no derivative knows: where most runs fall, "
-        "differences over a finite step are the better guide, and the runners here begin with a "
-        "leg that mostly carries them."
+        " A fall is a jump of the cost, which no derivative sees. Where most runs fall, "
+        "differences over a finite step are the better guide. The runners here begin with a leg "
+        "that carries them in most runs."
     )
 
 
@@ -115,12 +115,12 @@ def draw(record: dict[str, Any], figure: Figure) -> None:
 
 
 def goal(found: dict[str, Any]) -> float:
-    """A tenth above the lowest cost that any method ended with."""
+    """Returns the cost to reach: a tenth above the lowest final cost of all methods."""
     return 1.1 * min(run["after"] for run in found["runs"].values())
 
 
 def time_to(run: dict[str, Any], cost: float) -> float | None:
-    """Seconds until the cost of the training runs was first this low; `None` where it never was."""
+    """Returns the seconds until the training cost was first this low, or `None` if it never was."""
     at = next((i + 1 for i, value in enumerate(run["losses"]) if value <= cost), None)
     return None if at is None else at * run["seconds"]
 

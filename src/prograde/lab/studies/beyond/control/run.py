@@ -16,7 +16,7 @@ from prograde.lab.display import Display
 from prograde.lab.studies.beyond.control import runner
 
 RATES = (0.003, 0.01, 0.03)
-# the same numbers of directions for forward gradients as for differences
+# forward gradients and differences get the same numbers of directions
 FORWARD: dict[str, dict[str, pg.Estimator]] = {
     "linear": {"ForwardJacobian": pg.ForwardJacobian()},
     "network": {
@@ -31,19 +31,19 @@ SEARCHES = {
 
 
 def linear(params: dict[str, Any]) -> runner.Controller:
-    """Eight numbers: angle and stiffness from height, speed and command."""
+    """Linear controller of eight numbers: angle and stiffness from height, speed and command."""
     return lambda sees: params["weights"] @ sees + params["bias"]
 
 
 def network(params: dict[str, Any]) -> runner.Controller:
-    """A hidden layer between the same."""
+    """Controller with one hidden layer, with the inputs and outputs of the linear one."""
     return lambda sees: jnp.tanh(sees @ params["first"] + params["bias"]) @ params["second"]
 
 
 def controllers() -> dict[
     str, tuple[Callable[[dict[str, Any]], runner.Controller], dict[str, Any]]
 ]:
-    """How each is made, and the parameters with which it does nothing yet."""
+    """Returns each controller with its first parameters, with which it changes nothing."""
     first = jax.random.normal(jax.random.key(1), (3, 32))
     return {
         "linear": (linear, {"weights": jnp.zeros((2, 3)), "bias": jnp.zeros(2)}),
@@ -52,7 +52,7 @@ def controllers() -> dict[
 
 
 def runs(key: Any, batch: int, hops: int) -> tuple[runner.Apex, Any, Any]:
-    """Starts, commanded speeds and ground of a batch of runs."""
+    """Draws starts, commanded speeds and ground of a batch of runs."""
     key_command, key_speed, key_drops = jax.random.split(key, 3)
     commands = jax.random.uniform(key_command, (batch,), minval=1.5, maxval=2.0)
     speeds = commands + 0.1 * jax.random.normal(key_speed, (batch,))
@@ -66,9 +66,7 @@ def loss(make: Callable, params: Any, batch: tuple) -> Any:
 
 
 def outcome(make: Callable, params: Any, batch: tuple) -> dict[str, float]:
-    """Mean cost, share of runs that ended in a fall, and rms error of the speed of the others after
-    their last hop.
-    """
+    """Returns the mean cost, the share of falls, and the rms error of the other final speeds."""
     hops, upright = jax.vmap(partial(runner.run, make(params)))(*batch)
     stands = upright[:, -1] * (1 - hops.fell[:, -1])
     error = jnp.sum(stands * (hops.apex.speed[:, -1] - batch[1]) ** 2) / jnp.maximum(
@@ -81,11 +79,9 @@ def outcome(make: Callable, params: Any, batch: tuple) -> dict[str, float]:
 def train(
     make: Callable, start: Any, batch: tuple, estimator: pg.Estimator, steps: int
 ) -> Callable:
-    """A compiled function of the rate: the parameters after `steps` of Adam, and the losses on the
-    way.
-    """
+    """Compiles training: rate -> (parameters after `steps` steps of Adam, losses)."""
     gradient = pg.value_and_grad(partial(loss, make), estimator)
-    # some runs come close to a fall, where derivatives are large; all methods get the same remedy
+    # derivatives are large close to a fall; all methods get the same remedy
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1.0))
 
     def run(rate):
@@ -104,8 +100,9 @@ def train(
 
 
 def gradient_errors() -> dict[str, float]:
-    """Relative error of the forward gradient against central differences in double precision, and
-    how many runs fell there.
+    """Compares the forward gradient with central differences in float64.
+
+    Returns the relative error, and how many of the runs fell.
     """
     with jax.enable_x64(True):
         make = linear
@@ -125,7 +122,7 @@ def gradient_errors() -> dict[str, float]:
 
 
 def measure(full: bool, display: Display, steps: int | None = None, batch_size: int = 32) -> dict:
-    """Another number of `steps` and a smaller batch, where it is to be quick."""
+    """Takes all figures. Tests pass fewer `steps` and a smaller batch."""
     steps, hops = steps or (1000 if full else 200), 6
     with jax.enable_x64(False):
         batch, held_out = (

@@ -12,18 +12,18 @@ from jaxtyping import Array, Float
 # for a leg of 1 m.
 _TIME_STEP = 0.01
 USUAL_HEIGHT = 1.08
-_LONGEST_STANCE = 400  # steps; a spring that has not let go by then holds a runner that has stopped
+_LONGEST_STANCE = 400  # steps; a runner that is still on the ground after these has stopped
 
 
 class Apex(NamedTuple):
-    """The runner at the top of its flight, where it does not move up or down."""
+    """The runner at the top of its flight, where its vertical speed is zero."""
 
     height: Float[Array, ""]
     speed: Float[Array, ""]
 
 
 class Hop(NamedTuple):
-    """What a hop came to. `fell` says whether it did not come to another apex."""
+    """The result of a hop. `fell` is true if the runner did not reach another apex."""
 
     apex: Apex
     distance: Float[Array, ""]
@@ -35,8 +35,9 @@ class Hop(NamedTuple):
 
 
 def _accelerate(y: Float[Array, " 4"], stiffness: Array) -> Float[Array, " 4"]:
-    """The body over its foot at the origin: a spring along the leg of rest length 1, and
-    gravity.
+    """Time derivative of the body over its foot at the origin.
+
+    The forces are a spring along the leg, whose rest length is 1, and gravity.
     """
     position, velocity = y[:2], y[2:]
     length = jnp.sqrt(position @ position)
@@ -53,12 +54,12 @@ def _rk4(y: Array, stiffness: Array, dt: Array | float) -> Array:
 
 
 def stance(y: Float[Array, " 4"], stiffness: Array) -> tuple[Float[Array, " 4"], Array, Array]:
-    """From touch-down until the leg has its rest length again: state at lift-off, whether it came
-    to that, steps of the loop.
+    """Simulates from touch-down until the leg has its rest length again.
 
-    The last step is cut at the event: its length is found by Newton's method, and is a function of
-    the state before it. So the derivative holds how the event itself moves, by -(dg/dt)^-1 dg for
-    the length g of the leg.
+    Returns the state at lift-off, whether there was a lift-off, and the number of steps of the
+    loop. The last step ends at the event: Newton's method finds its length, which is a function of
+    the state before it. The derivative therefore includes how the time of the event moves, which is
+    -(dg/dt)^-1 dg for the length g of the leg.
     """
 
     def going(state):
@@ -77,16 +78,16 @@ def stance(y: Float[Array, " 4"], stiffness: Array) -> tuple[Float[Array, " 4"],
         end, rate = jax.jvp(lambda dt: _rk4(before, stiffness, dt), (dt,), (jnp.ones_like(dt),))
         return dt - (end[:2] @ end[:2] - 1) / (2 * end[:2] @ rate[:2])
 
-    dt = lax.fori_loop(0, 4, newton, dt)  # from the end of a step of 0.01 it converges to rounding
+    dt = lax.fori_loop(0, 4, newton, dt)  # converges to rounding from the end of a step of 0.01
     return jnp.where(released, _rk4(before, stiffness, dt), y), released, count
 
 
 def hop(apex: Apex, angle: Array, stiffness: Array, drop: Array) -> Hop:
-    """From apex to apex, with the leg set at `angle` from the vertical, over ground that is `drop`
-    lower after it.
+    """Simulates one hop from apex to apex.
 
-    A runner whose leg does not fit under the apex, whose stance does not end, or who leaves it
-    downwards or backwards, has fallen.
+    The leg is set at `angle` from the vertical. The ground after the hop is lower by `drop`. The
+    runner falls if its leg does not fit under the apex, if its stance does not end, or if it leaves
+    the ground downwards or backwards.
     """
     foot = jnp.stack([-jnp.sin(angle), jnp.cos(angle)])
     fall = apex.height - foot[1]
@@ -111,11 +112,11 @@ Controller = Callable[[Array], Array]
 def run(
     controller: Controller, apex: Apex, command: Array, drops: Float[Array, " hops"]
 ) -> tuple[Hop, Array]:
-    """As many hops as there are drops, until the runner falls: the hops, and for each whether it
-    began on its feet.
+    """Simulates one hop for each drop, until the runner falls.
 
-    The controller sees apex height, speed and the command, each less what is usual, and gives
-    changes of angle and log stiffness.
+    Returns the hops, and for each whether the runner had not fallen before it. The controller gets
+    apex height, speed and command, each minus its usual value. It returns changes of the angle and
+    of the log stiffness.
     """
 
     def one(carry, drop):
@@ -131,11 +132,11 @@ def run(
 
 
 def cost(controller: Controller, apex: Apex, command: Array, drops: Float[Array, " hops"]) -> Array:
-    """Mean over the hops of the squared errors of speed and height; a hop that was not made counts
-    1, more than nearly all others.
+    """Returns the mean over the hops of the squared errors of speed and height.
 
-    A fall has a value and no derivative. The errors of the height before it are what tells a
-    gradient that it comes nearer.
+    A hop that was not made counts 1, which is more than nearly all others. A fall has a value and
+    no derivative. A gradient notices a fall that comes nearer only by the errors of the height
+    before it.
     """
     hops, upright = run(controller, apex, command, drops)
     errors = (hops.apex.speed - command) ** 2 + 2 * (hops.apex.height - USUAL_HEIGHT) ** 2
@@ -143,8 +144,9 @@ def cost(controller: Controller, apex: Apex, command: Array, drops: Float[Array,
 
 
 def path(controller: Controller, apex: Apex, command: Array, drops: Array) -> list[list[float]]:
-    """[x, height] of the body through the hops that were made, and of the one that was not as far
-    as its touch-down.
+    """Returns points [x, height] of the body along the hops.
+
+    A hop that ends in a fall is included as far as its touch-down.
     """
     hops, upright = jax.jit(lambda *start: run(controller, *start))(apex, command, drops)
     step = jax.jit(_rk4)

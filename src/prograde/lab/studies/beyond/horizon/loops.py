@@ -1,4 +1,4 @@
-"""Recurrences of many steps, and the ways to run their loop and to differentiate it."""
+"""Recurrences of many steps, and ways to run and to differentiate their loop."""
 
 import math
 from collections.abc import Callable
@@ -13,19 +13,19 @@ from jax import lax
 import prograde as pg
 
 _STEP = 0.02  # seconds
-_HELD = [-8.0, -2.0, -0.5, 0.1, 0.0, 0.0, 0.0, 0.0]  # gains that hold the pendulum up
+_HELD = [-8.0, -2.0, -0.5, 0.1, 0.0, 0.0, 0.0, 0.0]  # gains that keep the pendulum upright
 
 
 @dataclass(frozen=True)
 class Pendulum:
-    """A driven pendulum with friction that a controller of eight gains swings up and holds up.
+    """A driven pendulum with friction. A controller of eight gains swings it up and keeps it there.
 
-    State (angle, rate, z), z a leaky integral of the controller's own; the torque is 15 tanh(gains
-    . features). The slow push of two sines never lets it rest. Classical Runge-Kutta of the fourth
-    order carries state and cost together.
+    The state is (angle, rate, z), where z is a leaky integral that belongs to the controller. The
+    torque is 15 tanh(gains . features). A slow push of two sines keeps the pendulum in motion. The
+    classical Runge-Kutta method of fourth order integrates state and cost together.
     """
 
-    count: int = 1  # pendulums that hang from different angles, with one controller
+    count: int = 1  # pendulums that start at different angles and share one controller
 
     def params(self) -> jax.Array:
         return jnp.asarray(_HELD, jnp.result_type(float))
@@ -62,9 +62,7 @@ class Pendulum:
 
 @dataclass(frozen=True)
 class Recurrent:
-    """A GRU that follows a signal: its state has to become the product of what its two inputs were
-    before.
-    """
+    """A GRU that learns to output the product of its two inputs of ten steps before."""
 
     units: int = 32
 
@@ -99,18 +97,18 @@ Body = Callable[[tuple], tuple]
 
 
 def straight(body: Body, carry: tuple, steps: int, unroll: int) -> tuple:
-    """The loop as it is."""
+    """Runs the loop without checkpoints."""
     return lax.scan(
         lambda carry, _: (body(carry), None), carry, None, steps, unroll=min(unroll, steps)
     )[0]
 
 
 def nested(levels: int) -> Callable[[Body, tuple, int, int], tuple]:
-    """The loop in T^(1/levels) segments of which reverse mode keeps the starts, each cut again on
-    the next level.
+    """Makes a loop of T^(1/levels) segments, of which reverse mode keeps only the starts.
 
-    Memory grows as T^(1/levels), and each level runs the steps once more (Chen et al., arXiv
-    1604.06174). Segments are of equal lengths, the divisor of T next to the root.
+    The next level cuts each segment again. Memory grows as T^(1/levels), and each level runs the
+    steps once more (Chen et al., arXiv 1604.06174). All segments have the same length, the divisor
+    of T that is nearest to the root.
     """
 
     def run(body: Body, carry: tuple, steps: int, unroll: int, level: int = levels) -> tuple:
@@ -130,9 +128,7 @@ def nested(levels: int) -> Callable[[Body, tuple, int, int], tuple]:
 
 
 def equinox_loop(body: Body, carry: tuple, steps: int, unroll: int) -> tuple:
-    """Equinox's loop with the square root of the number of iterations as checkpoints, placed as it
-    goes.
-    """
+    """Runs Equinox's loop, which places √T checkpoints for T iterations while it runs."""
 
     def several(carry, _):
         for _ in range(unroll):
@@ -193,9 +189,7 @@ CHECKPOINTED = ("each step", "square root", "cube root", "equinox")
 
 
 def gradient(problem: Any, method: str, steps: int, unroll: int = 1) -> Callable[[Any, Any], Any]:
-    """The program of a method: (key, params) -> (loss, gradient), or the loss alone for the bare
-    run.
-    """
+    """Makes the program of a method: (key, params) -> (loss, gradient), or the loss for "bare"."""
     loop, reverse, *_ = METHODS[method]
 
     def loss(params: Any) -> jax.Array:

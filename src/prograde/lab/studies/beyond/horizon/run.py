@@ -1,6 +1,4 @@
-"""Long horizons: the gradient of a loss along a trajectory, at a memory that does not grow with its
-length.
-"""
+"""Long horizons: the gradient of a loss along a trajectory, at constant memory."""
 
 import json
 import os
@@ -23,9 +21,9 @@ from prograde.lab.studies.beyond.horizon.loops import (
     gradient,
 )
 
-# XLA's CPU backend makes one piece of machine code of a loop whose step touches less than a
-# kilobyte, and dispatches the operations of a larger one anew in every step, which costs more than
-# what a small system computes. This raises the limit.
+# XLA's CPU backend compiles a loop to one kernel if a step touches less than a kilobyte. In a loop
+# that touches more, it dispatches every operation of every step, which costs more than the
+# arithmetic of a small system. This option raises the limit.
 ONE_KERNEL = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=1000000"
 _SETTINGS = {"default": "as XLA comes", "one kernel": "loop as one kernel"}
 
@@ -34,11 +32,8 @@ _SETTINGS = {"default": "as XLA comes", "one kernel": "loop as one kernel"}
 class Plan:
     """How much is measured, in a process with one setting of XLA."""
 
-    lengths: tuple[int, ...] = (1_000, 100_000)  # beside that of the search
-    unrolls: tuple[int, ...] = (
-        1,
-        2,
-    )  # steps of an iteration of the loop: the search, the same for every method
+    lengths: tuple[int, ...] = (1_000, 100_000)  # in addition to search_length
+    unrolls: tuple[int, ...] = (1, 2)  # steps of an iteration that are tried, for every method
     search_length: int = 10_000
     rounds: int = 5
     widths: tuple[int, ...] = (32,)  # pendulums at once
@@ -46,7 +41,7 @@ class Plan:
     methods: tuple[str, ...] = tuple(METHODS)
 
 
-# as XLA comes a compilation takes much longer, so that the quick plan leaves out the search there
+# compilation takes much longer with the default setting, where the quick plan omits the search
 QUICK = {"default": Plan(lengths=(), unrolls=(1,)), "one kernel": Plan()}
 _FULL = Plan((1_000, 100_000, 1_000_000), (1, 4, 16), 10_000, 7, (8, 32), (1_000, 10_000, 100_000))
 FULL = {"default": replace(_FULL, lengths=(1_000, 100_000)), "one kernel": _FULL}
@@ -54,7 +49,7 @@ _WIDE = ("bare", "ours", "backprop", "each step", "square root")
 
 
 def _compiled(problem: Any, steps: int, unrolls: dict[str, int]) -> dict[str, Program]:
-    """A program of each method, two compiled at a time."""
+    """Compiles a program of each method, two at a time."""
     params = problem.params()
 
     def make(item: tuple[str, int]) -> Program:
@@ -65,8 +60,9 @@ def _compiled(problem: Any, steps: int, unrolls: dict[str, int]) -> dict[str, Pr
 
 
 def pendulum_figures(plan: Plan, setting: str, display: Display) -> dict[str, Any]:
-    """The search, then time and memory of all methods against T, with XLA as this process was
-    started.
+    """Searches the best unrolling, then measures time and memory of all methods by T.
+
+    The setting of XLA is that of this process.
     """
     title = f"pendulum, {_SETTINGS[setting]}"
     searched, programs = {}, {}
@@ -83,7 +79,7 @@ def pendulum_figures(plan: Plan, setting: str, display: Display) -> dict[str, An
     search = {str(u): {m: _seconds(at, m) for m in at} for u, at in searched.items()}
     lengths, gradients = {}, {}
     for steps in sorted({plan.search_length, *plan.lengths}):
-        if steps == plan.search_length:  # the search has measured it
+        if steps == plan.search_length:  # measured by the search
             best = {m: programs[u][m] for m, u in unrolls.items()}
             lengths[str(steps)] = {m: searched[u][m] for m, u in unrolls.items()}
         else:
@@ -98,7 +94,7 @@ def pendulum_figures(plan: Plan, setting: str, display: Display) -> dict[str, An
 
 
 def wide_figures(plan: Plan, display: Display) -> dict[str, Any]:
-    """Several pendulums at once, where arithmetic counts for more: number -> method -> figures."""
+    """Measures several pendulums at once, with more arithmetic: number -> method -> figures."""
     found = {}
     for count in plan.widths:
         methods = [m for m in _WIDE if m in plan.methods]
@@ -110,7 +106,7 @@ def wide_figures(plan: Plan, display: Display) -> dict[str, Any]:
 
 
 def recurrent_figures(plan: Plan, display: Display) -> dict[str, Any]:
-    """The GRU: T -> method -> figures."""
+    """Measures the GRU: T -> method -> figures."""
     found = {}
     for steps in plan.recurrent:
         methods = [m for m in (*_WIDE, "cube root") if m in plan.methods]
@@ -122,7 +118,7 @@ def recurrent_figures(plan: Plan, display: Display) -> dict[str, Any]:
 
 
 def _one_kernel(plan: Plan) -> dict[str, Any]:
-    """The figures of the pendulum from a process of its own: XLA reads its settings once."""
+    """Measures the pendulum in a process of its own, because XLA reads its settings once."""
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_KERNEL}".strip()
     }
@@ -131,8 +127,8 @@ def _one_kernel(plan: Plan) -> dict[str, Any]:
     if done.returncode != 0:
         raise RuntimeError(
             f"the process that measures with XLA_FLAGS={environment['XLA_FLAGS']!r} ended with "
-            f"status {done.returncode}; what it said is above. Where XLA does not know the flag, "
-            "use a jaxlib of 0.7.1 or later."
+            f"status {done.returncode}; its messages are above. If XLA does not know the flag, use "
+            "jaxlib 0.7.1 or later."
         )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -149,12 +145,12 @@ def _plan(text: str) -> Plan:
 
 
 def measure(full: bool, display: Display) -> dict[str, Any]:
-    """Takes all figures. Quick is about a minute on two cores; `full` takes several."""
+    """Takes all figures. On two cores this takes a minute, and several with `full`."""
     return measured(FULL if full else QUICK, display)
 
 
 def measured(plans: dict[str, Plan], display: Display) -> dict[str, Any]:
-    """The figures of a plan for each setting of XLA."""
+    """Takes the figures of one plan for each setting of XLA."""
     default, one_kernel = plans["default"], plans["one kernel"]
     record: dict[str, Any] = {"plans": {setting: asdict(plan) for setting, plan in plans.items()}}
     record["pendulum"] = {"default": pendulum_figures(default, "default", display)}

@@ -1,3 +1,4 @@
-"""Hypergradients: the derivative of the held-out loss by the hyperparameters, through a whole
-training run, forward.
+"""Hypergradients: derivatives of the held-out loss by the hyperparameters of a training run.
+
+Forward mode computes them along the whole run.
 """

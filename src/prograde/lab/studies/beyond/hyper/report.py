@@ -108,21 +108,22 @@ def conclusion(record: dict[str, Any]) -> str:
     ]
     said = [
         f"Through {int(steps):,} training steps, the forward hypergradient of 8 hyperparameters "
-        f"needs {size(ours['temp_bytes'])}, {memory:.2g} of unrolled reverse mode "
-        f"({size(backprop['temp_bytes'])}), and differs from it by {of['errors']['float64']:.0e} "
-        f"in float64 and {of['errors']['float32']:.0e} in float32: the target ({TARGET_MEMORY:g} "
-        f"of the memory, {TARGET_ERROR:g} off) is {'met' if met else 'missed'} in float64, in "
-        f"float32 {in_single}. It takes {over[0]:.2f} of the time of unrolled and {over[1]:.2f} "
-        f"of checkpointed reverse mode, which needs {size(checkpointed['temp_bytes'])}."
+        f"needs {size(ours['temp_bytes'])}. This is {memory:.2g} of the memory of unrolled reverse "
+        f"mode ({size(backprop['temp_bytes'])}). The two differ by "
+        f"{of['errors']['float64']:.0e} in float64 and {of['errors']['float32']:.0e} in float32: "
+        f"the target ({TARGET_MEMORY:g} of the memory, an error of {TARGET_ERROR:g}) is "
+        f"{'met' if met else 'missed'} in float64, in float32 {in_single}. Forward mode takes "
+        f"{over[0]:.2f} of the time of unrolled and {over[1]:.2f} of checkpointed reverse mode, "
+        f"which needs {size(checkpointed['temp_bytes'])}."
     ]
     every = [record["long"][t]["methods"][OURS]["temp_bytes"] for t in record["long"]]
     if max(every) > 1.1 * min(every):
         said.append(
-            f"Its memory grew by a factor of {max(every) / min(every):.2g} with the number of "
-            "steps."
+            f"The memory of forward mode grew by a factor of {max(every) / min(every):.2g} with "
+            "the number of steps."
         )
     elif len(every) > 1:
-        said.append("Its memory does not depend on the number of steps.")
+        said.append("The memory of forward mode does not depend on the number of steps.")
     tuned = record["tuning"]
     hyper, search = (
         [run["validation"] for run in tuned["runs"][m]] for m in ("hypergradient", "random search")
@@ -130,10 +131,11 @@ def conclusion(record: dict[str, Any]) -> str:
     test = {m: np.median([run["loss"] for run in runs]) for m, runs in tuned["runs"].items()}
     better = sum(a < b for a, b in zip(hyper, search, strict=True))
     said.append(
-        f"Tuning with it lowers the held-out loss from {tuned['start']['validation']:.3f} to "
-        f"{np.median(hyper):.3f}, random search for as long to {np.median(search):.3f}: "
-        f"hypergradients are ahead in {better} of {len(hyper)}. On the test part, which neither "
-        f"saw, the losses are {test['hypergradient']:.3f} and {test['random search']:.3f} (before "
+        f"Tuning by hypergradients lowers the held-out loss from "
+        f"{tuned['start']['validation']:.3f} to {np.median(hyper):.3f}. Random search for as long "
+        f"lowers it to {np.median(search):.3f}. Hypergradients reach the lower loss from {better} "
+        f"of {len(hyper)} starts. On the test part, which neither method saw, the losses are "
+        f"{test['hypergradient']:.3f} and {test['random search']:.3f} (before tuning: "
         f"{tuned['start']['loss']:.3f})."
     )
     at = record["cleaning"]
@@ -143,16 +145,14 @@ def conclusion(record: dict[str, Any]) -> str:
     best, tells = min(loss, key=lambda name: loss[name]), max(auc, key=lambda name: auc[name])
     listed = lambda values: ", ".join(f"{name} {value:.3f}" for name, value in values.items())  # noqa: E731
     said.append(
-        f"For the weights of {at['examples']} examples in equal time, {best} reaches the least "
-        f"held-out loss ({listed(loss)}), and {tells} tells the wrong labels best (AUC: "
-        f"{listed(auc)}). Through this short run unrolled reverse mode needs "
-        f"{size(at['costs'][BACKPROP]['temp_bytes'])}, forward gradients "
+        f"Weights of {at['examples']} examples, learned in equal time: {best} reaches the lowest "
+        f"held-out loss ({listed(loss)}), and {tells} finds the wrong labels best (AUC: "
+        f"{listed(auc)}). Through this short run, unrolled reverse mode needs "
+        f"{size(at['costs'][BACKPROP]['temp_bytes'])} and forward gradients "
         f"{size(at['costs']['forward gradient']['temp_bytes'])}."
     )
     if best == BACKPROP:
-        said.append(
-            "With many hyperparameters and a run that fits into memory, reverse mode is the tool."
-        )
+        said.append("With many hyperparameters and a run that fits into memory, use reverse mode.")
     return " ".join(said)
 
 

@@ -1,5 +1,6 @@
-"""Hypergradients: the derivative of the held-out loss by the hyperparameters, through a whole
-training run, forward.
+"""Hypergradients: derivatives of the held-out loss by the hyperparameters of a training run.
+
+Forward mode computes them along the whole run.
 """
 
 import time
@@ -48,8 +49,9 @@ FULL = Plan((1_000, 10_000, 30_000), 7, meta_steps=60, starts=10, cleaning_secon
 
 
 def hypergradients(outcome: Callable) -> dict[str, Callable[[Any], Any]]:
-    """Method -> (hyperparameters -> (held-out loss, hypergradient)); the run by itself gives the
-    loss.
+    """Makes method -> (hyperparameters -> (held-out loss, hypergradient)).
+
+    "forward run" gives the loss alone.
     """
 
     def by(estimator, loop):
@@ -68,7 +70,7 @@ def _flat(tree: Any) -> np.ndarray:
 
 
 def long_runs(plan: Plan, display: Display) -> dict[str, Any]:
-    """Time, memory and agreement of hypergradients through runs of several lengths."""
+    """Measures time, memory and agreement of hypergradients through runs of several lengths."""
     found = {}
     for steps in plan.lengths:
         run, gradients = Classifier(steps), {}
@@ -97,9 +99,7 @@ def long_runs(plan: Plan, display: Display) -> dict[str, Any]:
 
 
 def tune(run: Classifier, meta_steps: int, rate: float = 0.15) -> Callable[[Any], Any]:
-    """Adam on the hyperparameters by forward hypergradients: start -> (losses, test) of each
-    meta-step.
-    """
+    """Makes Adam on the hyperparameters by hypergradients: start -> (losses, test) by meta-step."""
     grad_fn = pg.value_and_grad(run.outcome, pg.ForwardJacobian(), has_aux=True)
     optimizer = optax.chain(optax.zero_nans(), optax.clip_by_global_norm(1.0), optax.adam(rate))
 
@@ -113,7 +113,7 @@ def tune(run: Classifier, meta_steps: int, rate: float = 0.15) -> Callable[[Any]
 
 
 def _best(seen: Any) -> tuple[list[float], dict[str, float]]:
-    """(the least held-out loss until then, the test part at the least of all)."""
+    """Returns (least held-out loss so far, by trial; test figures where it is least)."""
     losses = np.nan_to_num(np.asarray(seen[0]), nan=np.inf)
     at = int(losses.argmin())
     test = {k: float(v[at]) for k, v in seen[1].items()}
@@ -121,7 +121,7 @@ def _best(seen: Any) -> tuple[list[float], dict[str, float]]:
 
 
 def tuning(plan: Plan, display: Display) -> dict[str, Any]:
-    """Meta-steps from several starts, and random search for as long, from the same prior."""
+    """Tunes from several starts, and by random search for as long from the same prior."""
     run = Classifier(plan.run_steps)
     draw = lambda seed: prior(jax.random.key(seed))  # noqa: E731
     begin = run.outcome(centre())
@@ -129,7 +129,7 @@ def tuning(plan: Plan, display: Display) -> dict[str, Any]:
     jax.block_until_ready(program(centre()))
     trials = 64
     searches = {}
-    for at_once in (1, 16):  # random search may run several trials together, where that is faster
+    for at_once in (1, 16):  # random search may run several trials together if that is faster
 
         def search(keys: jax.Array, at_once: int = at_once) -> Any:
             return lax.map(lambda key: run.outcome(prior(key)), keys, batch_size=at_once)
@@ -147,7 +147,7 @@ def tuning(plan: Plan, display: Display) -> dict[str, Any]:
     runs: dict[str, list] = {"hypergradient": [], "random search": []}
     with display.stage("tuning: hypergradients and random search", plan.starts):
         for seed in range(plan.starts):
-            start = centre() if seed == 0 else draw(seed)  # the first is what one would begin with
+            start = centre() if seed == 0 else draw(seed)  # the first start is the usual choice
             since = time.perf_counter()
             seen = jax.block_until_ready(program(start))
             seconds = time.perf_counter() - since
@@ -172,8 +172,9 @@ def tuning(plan: Plan, display: Display) -> dict[str, Any]:
 
 
 def cleaning(plan: Plan, display: Display) -> dict[str, Any]:
-    """Weights of examples by forward gradients, by exact ones in chunks, and by reverse mode, for
-    equal times.
+    """Learns weights of examples by each method, in equal time.
+
+    The methods are forward gradients, exact gradients in chunks of tangents, and reverse mode.
     """
     run = Cleaning(plan.cleaning_steps)
     estimators: dict[str, pg.Estimator] = {
@@ -234,12 +235,12 @@ def cleaning(plan: Plan, display: Display) -> dict[str, Any]:
 
 
 def measure(full: bool, display: Display) -> dict[str, Any]:
-    """Takes all figures. Quick is about a minute on two cores; `full` takes several."""
+    """Takes all figures. On two cores this takes a minute, and several with `full`."""
     return measured(FULL if full else Plan(), display)
 
 
 def measured(plan: Plan, display: Display) -> dict[str, Any]:
-    """The figures of a plan."""
+    """Takes the figures of a plan."""
     record = {
         "plan": asdict(plan),
         "long": long_runs(plan, display),

@@ -1,5 +1,6 @@
-"""Training runs as functions of their hyperparameters: of a few of the optimizer, and of a weight
-for every example.
+"""Training runs as functions of hyperparameters.
+
+`Classifier` has a few hyperparameters of the optimizer. `Cleaning` has a weight for each example.
 """
 
 import functools
@@ -14,7 +15,7 @@ import numpy as np
 from prograde.lab import data
 from prograde.lab.studies.beyond.horizon.loops import straight
 
-_SIDE = 7  # pixels of a side: the digits again at a quarter of their size
+_SIDE = 7  # pixels of a side: the digits at a quarter of their size
 _RATE_KNOTS = 4
 CENTRE = {"rate": [-3.0] * _RATE_KNOTS, "momentum": 0.0, "head": 0.0, "decay": [-7.0, -7.0]}
 SPREAD = {
@@ -27,10 +28,11 @@ SPREAD = {
 
 @functools.cache
 def digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Rows of 50 numbers, the last a 1, and labels: `train`, `validation`, and `test`, which no
-    hyperparameter sees.
+    """Returns rows of 50 numbers, of which the last is 1, and labels, by part.
+
+    The parts are `train`, `validation` and `test`. No hyperparameter depends on `test`.
     """
-    with jax.ensure_compile_time_eval():  # it may be asked for while a run is traced
+    with jax.ensure_compile_time_eval():  # also called while a run is traced
         loaded, small = data.load("digits"), {}
     for part in ("train", "validation", "test"):
         images, labels = getattr(loaded, part)
@@ -57,12 +59,12 @@ def _accuracy(logits: jax.Array, wanted: jax.Array) -> jax.Array:
 
 
 def centre() -> dict[str, jax.Array]:
-    """The hyperparameters one would begin with."""
+    """The hyperparameters of the first start, and the centre of the prior."""
     return {name: jnp.asarray(value, jnp.result_type(float)) for name, value in CENTRE.items()}
 
 
 def prior(key: jax.Array) -> dict[str, jax.Array]:
-    """Hyperparameters drawn around them."""
+    """Draws hyperparameters from the prior around `centre`."""
     keys = dict(zip(CENTRE, jax.random.split(key, len(CENTRE)), strict=True))
     return {
         k: v + SPREAD[k] * jax.random.normal(keys[k], v.shape, v.dtype) for k, v in centre().items()
@@ -71,11 +73,11 @@ def prior(key: jax.Array) -> dict[str, jax.Array]:
 
 @dataclass(frozen=True)
 class Classifier:
-    """SGD with momentum of a network of one hidden layer, by batches in a fixed order.
+    """Trains a network of one hidden layer by SGD with momentum, on batches in a fixed order.
 
-    Hyperparameters: `rate`, log learning rates at four knots of a piecewise linear schedule;
-    `momentum`, its logit; `head`, the log of the last layer's rate over the first's; `decay`, the
-    log weight decay of each layer. Eight numbers.
+    The hyperparameters are eight numbers: `rate`, log learning rates at four knots of a piecewise
+    linear schedule; `momentum`, its logit; `head`, the log of the last layer's rate over the first
+    layer's; `decay`, the log weight decay of each layer.
     """
 
     steps: int
@@ -86,9 +88,7 @@ class Classifier:
     def outcome(
         self, hyper: dict[str, jax.Array], loop: Callable = straight
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(held-out loss, what the test part says) at the end of the run. `loop` is how its steps
-        are run.
-        """
+        """Trains; returns (held-out loss, figures of the test part). `loop` runs the steps."""
         rows, wanted = _part("train", self.examples)
         dtype, generator = rows.dtype, np.random.default_rng(0)
         shapes = ((rows.shape[1], self.units), (self.units, data.NUM_CLASSES))
@@ -135,11 +135,10 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Gradient descent of a linear softmax classifier on examples with a weight each, of which a
-    part has a wrong label.
+    """Trains a linear softmax classifier by gradient descent on weighted examples.
 
-    Hyperparameters: one number for each example, whose sigmoid is its weight. The held-out loss is
-    that of clean examples.
+    A part of the labels is wrong. The hyperparameters are one number for each example, whose
+    sigmoid is its weight. The held-out loss is that of clean examples.
     """
 
     steps: int = 100
@@ -149,7 +148,7 @@ class Cleaning:
 
     @functools.cached_property
     def labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """(labels, whether each is wrong)."""
+        """Returns the labels, and for each whether it is wrong."""
         generator = np.random.default_rng(1)
         labels = digits()["train"][1][: self.examples]
         wrong = np.zeros(self.examples, bool)
@@ -158,13 +157,13 @@ class Cleaning:
         return np.where(wrong, other, labels), wrong
 
     def start(self) -> jax.Array:
-        """Equal weights."""
+        """The hyperparameters of equal weights."""
         return jnp.zeros(self.examples)
 
     def outcome(
         self, hyper: jax.Array, loop: Callable = straight
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(held-out loss, what the test part says) at the end of the run."""
+        """Trains; returns (held-out loss, figures of the test part). `loop` runs the steps."""
         rows, _ = _part("train", self.examples)
         given, weight = jax.nn.one_hot(self.labels[0], data.NUM_CLASSES), jax.nn.sigmoid(hyper)
         weight = weight / jnp.mean(weight)
@@ -190,8 +189,10 @@ class Cleaning:
         }
 
     def found(self, hyper: Any) -> dict[str, float]:
-        """How well small weights tell wrong labels: area under the ROC curve, and precision among
-        as many as are wrong.
+        """Measures how well small weights identify wrong labels.
+
+        "auc" is the area under the ROC curve. "precision" is the share of wrong labels among the
+        smallest weights, of which it takes as many as there are wrong labels.
         """
         wrong, hyper = self.labels[1], np.asarray(hyper)
         below = hyper[wrong][:, None] - hyper[~wrong][None]

@@ -1,3 +1,5 @@
-"""Newton's method in a loop that ends when it has converged: five numbers of a solar cell, and a
-network in equilibrium.
+"""Newton's method in a loop that ends at convergence.
+
+Two functions are computed like this: the current of a solar cell, of which five parameters are
+fitted, and the output of a network in equilibrium.
 """

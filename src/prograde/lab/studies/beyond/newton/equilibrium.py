@@ -13,11 +13,11 @@ Weights = dict[str, Array]
 def predict(
     weights: Weights, inputs: Float[Array, "batch 2"], implicit: bool = False
 ) -> Float[Array, " batch"]:
-    """The output c . x of the equilibrium x = tanh(x W + z U + b), where Newton's method runs until
-    no unit of the batch moves.
+    """Returns the output c . x of the equilibrium x = tanh(x W + z U + b).
 
-    `implicit` gives it the derivative of the implicit-function theorem, by one step from a solution
-    that is held constant (arXiv 2305.13768), so that reverse mode has something to differentiate.
+    Newton's method runs until no unit of the batch moves. With `implicit`, the derivative is that
+    of the implicit-function theorem, by one step from the solution held constant (arXiv
+    2305.13768). Reverse mode can differentiate that step.
     """
     n = weights["bias"].size
 
@@ -31,8 +31,7 @@ def predict(
         jacobian = gap(jacobian_weights, lax.stop_gradient(x))[1]
         return -jnp.linalg.solve(jacobian, gap(weights, x)[0][:, :, None])[:, :, 0]
 
-    # the derivative of the Jacobian is multiplied by a gap that vanishes at the solution: it may be
-    # left out
+    # the derivative of the Jacobian can be left out: its factor vanishes at the solution
     constant = lax.stop_gradient(weights)
 
     def body(state):
@@ -52,7 +51,7 @@ def predict(
 
 
 def initial(key: Array, n: int) -> Weights:
-    """Weights of n units, the recurrent ones so small that there is one equilibrium."""
+    """Draws weights of n units. Recurrent weights are small, so that there is one equilibrium."""
     recurrent, given, output = jax.random.split(key, 3)
     return {
         "recurrent": 0.4 / math.sqrt(n) * jax.random.normal(recurrent, (n, n)),
@@ -63,6 +62,6 @@ def initial(key: Array, n: int) -> Weights:
 
 
 def examples(key: Array, batch: int) -> tuple[Array, Array]:
-    """Points of a square, and a product of waves there."""
+    """Draws points of a square, and a product of waves at these points."""
     z = jax.random.uniform(key, (batch, 2), minval=-1.5, maxval=1.5)
     return z, jnp.sin(2 * z[:, 0]) * jnp.cos(2 * z[:, 1])

@@ -1,5 +1,7 @@
-"""Newton's method in a loop that ends when it has converged: five numbers of a solar cell, and a
-network in equilibrium.
+"""Newton's method in a loop that ends at convergence.
+
+Two functions are computed like this: the current of a solar cell, of which five parameters are
+fitted, and the output of a network in equilibrium.
 """
 
 import itertools
@@ -30,7 +32,7 @@ REVERSE = BOUNDED | {
     IMPLICIT: solar_cell.by_implicit_function,
 }
 START = np.array([0.7, 1e-6, 1.7, 0.02, 30.0])
-# the ranges that published fits of this cell search: photocurrent, saturation current, ideality,
+# search ranges of published fits of this cell: photocurrent, saturation current, ideality and
 # two resistances
 RANGES = (
     (0.1, 0.5, 1.0),
@@ -41,11 +43,11 @@ RANGES = (
 )
 TOLERANCES = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10)
 RATES = (0.003, 0.01, 0.03)
-_STEPS = 50  # of the fit, in one call that is timed: a single one takes less than the call does
+_STEPS = 50  # steps of the fit in one timed call, because one step takes less time than a call
 
 
 def refusal(fun: Callable[..., Any], *args: Any) -> str | None:
-    """The first line of what `jax.grad` answers, or `None` where it takes the function."""
+    """Returns the first line of the error of `jax.grad`, or `None` if it takes the function."""
     try:
         jax.grad(fun)(*args)
     except ValueError as error:
@@ -54,7 +56,7 @@ def refusal(fun: Callable[..., Any], *args: Any) -> str | None:
 
 
 def steps_of_a_fit(gradient: Callable[[Any], tuple[Any, Any]], params: Any) -> Any:
-    """`_STEPS` steps of Adam, and the parameters after them."""
+    """Takes `_STEPS` steps of Adam; returns the parameters after them."""
     optimizer = optax.adam(2e-3)
 
     def body(carry, _):
@@ -69,7 +71,7 @@ def steps_of_a_fit(gradient: Callable[[Any], tuple[Any, Any]], params: Any) -> A
 def fitted(
     gradient: Callable[[Any], tuple[Any, Any]], loss: Callable[[Any], Any], params: Any, steps: int
 ) -> Any:
-    """Parameters after L-BFGS, and the losses on the way. Its line search only asks for values."""
+    """Fits by L-BFGS, whose line search needs values only; returns parameters and losses."""
     search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=25, store_grad=False)
     optimizer = optax.chain(optax.scale_by_lbfgs(), optax.scale(-1.0), search)
 
@@ -86,7 +88,7 @@ def fitted(
 
 
 def smallest_bound() -> int:
-    """The most iterations that any corner of the searched ranges takes."""
+    """Returns the largest number of iterations at any corner of the search ranges."""
     corners = jnp.log(jnp.array(list(itertools.product(*RANGES))))
     return int(
         jax.jit(jax.vmap(lambda p: solar_cell.solve(p, jnp.asarray(solar_cell.VOLTS))[1]))(
@@ -96,7 +98,7 @@ def smallest_bound() -> int:
 
 
 def iterations() -> dict[str, Any]:
-    """How many iterations the loop takes, over two of the five parameters."""
+    """Counts the iterations of the loop on a grid over two of the five parameters."""
     series, ideality = np.geomspace(1e-3, 0.5, 60), np.linspace(1, 2, 40)
     plane = jnp.log(jnp.array([[0.76, 3e-7, n, r, 53.0] for n in ideality for r in series]))
     counts = jax.jit(jax.vmap(lambda p: solar_cell.solve(p, jnp.asarray(solar_cell.VOLTS))[1]))(
@@ -175,8 +177,10 @@ def _train_network(steps: int, display: Display) -> dict[str, Any]:
 def measure(
     full: bool, display: Display, steps: int | None = None, rounds: int | None = None
 ) -> dict:
-    """`steps` of the network's training and `rounds` of timing, when not those of quick or
-    `full`.
+    """Takes all figures.
+
+    `steps` of training the network and `rounds` of timing replace the numbers of the quick or the
+    full run.
     """
     with jax.enable_x64(True):
         params = jnp.log(jnp.asarray(START))
@@ -196,8 +200,8 @@ def measure(
         ]
 
         def bare(params):
-            # the value moves the parameters by nothing that matters, so that no evaluation can be
-            # left out
+            # the value enters the parameters, scaled to a negligible size, so that XLA cannot leave
+            # out its evaluation
             def body(p, _):
                 value = program(p)
                 return p + 1e-12 * value, value

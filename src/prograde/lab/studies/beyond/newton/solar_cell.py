@@ -1,6 +1,4 @@
-"""The current of a solar cell, found by Newton's method, and five ways to differentiate through the
-iteration.
-"""
+"""The current of a solar cell by Newton's method, and five ways to differentiate the iteration."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +13,8 @@ from jaxtyping import Array, Float, Int
 
 # Volts and amperes of a silicon cell of 57 mm at 33 degrees Celsius: T. Easwarakhanthan, J. Bottin,
 # I. Bouhouch, C. Boutrit, "Nonlinear minimization algorithm for determining the solar cell
-# parameters with microcomputers", International Journal of Solar Energy 4 (1986): what fits of
-# solar cells are usually tried on.
+# parameters with microcomputers", International Journal of Solar Energy 4 (1986). These are the
+# usual test data for fits of solar cells.
 # fmt: off
 VOLTS = np.array([
     -0.2057, -0.1291, -0.0588, 0.0057, 0.0646, 0.1185, 0.1678, 0.2132, 0.2545, 0.2924, 0.3269,
@@ -44,8 +42,9 @@ Solver = Callable[[Params, Array, int], Array]
 
 
 def residual(params: Params, volts: Array, amperes: Array) -> Array:
-    """The single-diode model: amperes I solve I_L - I_0 (exp(x / (n V_T)) - 1) - x / R_sh - I = 0
-    with x = V + I R_s.
+    """Residual of the single-diode model, which is zero at the current I of each voltage V.
+
+    I_L - I_0 (exp(x / (n V_T)) - 1) - x / R_sh - I, with x = V + I R_s.
     """
     light, saturation, ideality, series, shunt = jnp.exp(params)
     x = volts + amperes * series
@@ -53,20 +52,21 @@ def residual(params: Params, volts: Array, amperes: Array) -> Array:
 
 
 def step(params: Params, volts: Array, amperes: Array) -> Array:
-    """Newton's step, each current for itself."""
+    """Takes a step of Newton's method for each current separately."""
     value, slope = jax.jvp(partial(residual, params, volts), (amperes,), (jnp.ones_like(amperes),))
     return -value / slope
 
 
 def start(params: Params, volts: Array) -> tuple[Array, Array]:
-    """First currents and an infinite last step. The residual is concave and falls: from the
-    photocurrent all converge.
+    """Returns the first currents, which are the photocurrent, and an infinite last step.
+
+    The residual is concave and decreasing, so that all currents converge from there.
     """
     return jnp.exp(params[0]) + 0 * volts, jnp.asarray(jnp.inf, volts.dtype)
 
 
 def advance(params: Params, volts: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-    """The next currents, and the largest step, which only ends the loop and needs no derivative."""
+    """Returns the next currents and the largest step, which ends the loop and has no derivative."""
     change = step(params, volts, state[0])
     return state[0] + change, lax.stop_gradient(jnp.max(jnp.abs(change)))
 
@@ -77,12 +77,12 @@ def solve(
     tolerance: float = TOLERANCE,
     stop: Literal["step", "residual"] = "step",
 ) -> tuple[Array, Int[Array, ""]]:
-    """The currents, and after how many iterations, which depends on the parameters.
+    """Returns the currents and the number of iterations, which depends on the parameters.
 
-    A loop that ends when a *step* was small has made one more step after it had converged, and the
-    derivative of that step is that of the implicit-function theorem, up to a term as small as the
-    step. A loop that ends when the *residual* is small has not, and its derivative is wrong by the
-    order of the step it did not make, the square root of what is left.
+    A loop that ends when the *step* is small makes one more step after convergence. The derivative
+    of that step is that of the implicit-function theorem, up to a term of the size of the step. A
+    loop that ends when the *residual* is small does not make that step. The error of its derivative
+    is of the order of the missing step, the square root of the remaining error.
     """
 
     def body(state):
@@ -97,12 +97,12 @@ def solve(
 
 
 def by_while_loop(params: Params, volts: Array, bound: int) -> Array:
-    """The program as one would write it; forward mode only."""
+    """Runs the plain `while` loop, which only forward mode differentiates."""
     return solve(params, volts)[0]
 
 
 def by_scan_cond(params: Params, volts: Array, bound: int) -> Array:
-    """`bound` iterations, of which `lax.cond` skips those after convergence."""
+    """Runs `bound` iterations. `lax.cond` skips those after convergence."""
 
     def body(state, _):
         return lax.cond(
@@ -113,7 +113,7 @@ def by_scan_cond(params: Params, volts: Array, bound: int) -> Array:
 
 
 def by_scan_where(params: Params, volts: Array, bound: int) -> Array:
-    """`bound` iterations, of which those after convergence are made and thrown away."""
+    """Runs `bound` iterations, and discards the results of those after convergence."""
 
     def body(state, _):
         new = advance(params, volts, state)
@@ -123,9 +123,7 @@ def by_scan_where(params: Params, volts: Array, bound: int) -> Array:
 
 
 def by_checkpoints(params: Params, volts: Array, bound: int) -> Array:
-    """Equinox's while loop, which has a reverse mode from checkpoints for up to `bound`
-    iterations.
-    """
+    """Runs Equinox's `while` loop, whose reverse mode has checkpoints for up to `bound` steps."""
     return eqx.internal.while_loop(
         lambda state: state[1] > TOLERANCE,
         partial(advance, params, volts),
@@ -136,9 +134,7 @@ def by_checkpoints(params: Params, volts: Array, bound: int) -> Array:
 
 
 def by_implicit_function(params: Params, volts: Array, bound: int) -> Array:
-    """`lax.custom_root`: the derivative of the solution from that of the equation, dI = -(df/dI)^-1
-    df, whatever the iteration.
-    """
+    """Differentiates implicitly by `lax.custom_root`: dI = -(df/dI)^-1 df for any iteration."""
     fixed = lax.stop_gradient(params)
     return lax.custom_root(
         partial(residual, params, volts),
@@ -149,5 +145,5 @@ def by_implicit_function(params: Params, volts: Array, bound: int) -> Array:
 
 
 def misfit(solver: Solver, params: Params, bound: int) -> Float[Array, ""]:
-    """Mean squared error of the currents, in squares of 10 mA."""
+    """Returns the mean squared error of the currents, in units of (10 mA)^2."""
     return jnp.mean(((solver(params, jnp.asarray(VOLTS), bound) - AMPERES) / 1e-2) ** 2)

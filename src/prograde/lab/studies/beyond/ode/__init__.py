@@ -1,3 +1,1 @@
-"""The parameters of a stiff, oscillating reaction, fitted through an adaptive implicit solver
-(diffrax).
-"""
+"""Fits the parameters of a stiff, oscillating reaction through diffrax's adaptive solver."""

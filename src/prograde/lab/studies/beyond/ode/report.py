@@ -33,7 +33,7 @@ def tables(record: dict[str, Any]) -> list[Table]:
         )
     title = (
         f"The gradient through {record['steps']:,} adaptive steps (at most "
-        f"{record['max_steps']:,} allowed for); time over that of the bare solve; time and memory "
+        f"{record['max_steps']:,} allowed); time over that of the bare solve; time and memory "
         "over those of reverse mode"
     )
     columns = ["method", "ms", "/ bare", "/ rev.", "XLA temp", "/ rev."]
@@ -43,8 +43,8 @@ def tables(record: dict[str, Any]) -> list[Table]:
     return [
         Table(title, [*columns, "off ours"], rows, unbroken=len(columns) + 1),
         Table(
-            "A fit by L-BFGS, both gradients at each of its points; misfit in squares of the "
-            f"noise; parameters off the truth by {off}",
+            "A fit by L-BFGS, with both gradients at each point; misfit over the noise squared; "
+            f"errors of the parameters: {off}",
             ["gradients by", "evaluations", "seconds", "misfit before", "misfit after"],
             [
                 [
@@ -74,16 +74,17 @@ def conclusion(record: dict[str, Any]) -> str:
     )
     verdict = "met" if over <= 0.5 and memory <= 0.1 else "missed"
     return (
-        f"Along the fit both gradients agree to {found['disagreement']:.0e}, so that its points "
-        f"and its misfit are the same. With forward mode it takes {over:.2f} of the time "
-        f"({ours:.1f} against {reverse:.1f} s), and a gradient {memory:.3f} of its memory "
-        f"(targets: 0.5 and 0.1; {verdict}). Reverse mode with an eighth of the checkpoints takes "
-        f"{few_time:.2f} of the time and {few_memory:.2f} of the memory of its default; ours "
-        f"takes {ours_few:.2f} of that memory. What bounds the ratio are the stages of one "
-        "implicit step with its tangents, which ours always keeps; reverse mode keeps states as "
-        f"the square root of the steps that are allowed for: {by_steps}. Kilobytes are at stake "
-        "here. With many parameters the ratio turns: the time of forward mode grows with their "
-        "number, that of reverse mode does not."
+        f"Along the fit, the two gradients agree to {found['disagreement']:.0e}, so that they give "
+        f"the same fit. Forward mode takes {over:.2f} of the time of reverse mode ({ours:.1f} s "
+        f"compared with {reverse:.1f} s), and {memory:.3f} of its memory for a gradient (targets: "
+        f"0.5 and 0.1; {verdict}). Reverse mode with an eighth of the checkpoints takes "
+        f"{few_time:.2f} of the time and {few_memory:.2f} of the memory of its default. Forward "
+        f"mode takes {ours_few:.2f} of that memory. Forward mode always keeps the stages of one "
+        "implicit step with its tangents. Reverse mode keeps a number of states that grows as the "
+        "square root of the maximum number of steps. Memory of forward mode over reverse mode, by "
+        f"that maximum: {by_steps}. The memory at stake here is kilobytes. With many parameters "
+        "reverse mode is faster: the time of forward mode grows with their number, that of "
+        "reverse mode does not."
     )
 
 

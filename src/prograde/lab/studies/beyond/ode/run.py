@@ -1,6 +1,4 @@
-"""The parameters of a stiff, oscillating reaction, fitted through an adaptive implicit solver
-(diffrax).
-"""
+"""Fits the parameters of a stiff, oscillating reaction through diffrax's adaptive solver."""
 
 import time
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from prograde.lab.measure.timing import Program, programs_in_turns
 BARE, OURS = "bare solve", "forward mode"
 REVERSE, FEWER = "reverse mode, checkpoints", "reverse mode, few checkpoints"
 TRUTH = np.array([77.27, 8.375e-6, 0.161, 1.0])
-START = np.array([0.06, -0.1, 0.08, 0.03])  # logarithms of what the fit begins with, over the truth
+START = np.array([0.06, -0.1, 0.08, 0.03])  # logarithm of the start of the fit over the truth
 INITIAL = np.array([1.0, 2.0, 3.0, 0.3, 0.5])
 NOISE = 0.03  # decades
 _ALLOWED = (2**13, 2**15, 2**17)  # steps
@@ -31,8 +29,9 @@ _ALLOWED = (2**13, 2**15, 2**17)  # steps
 
 @dataclass(frozen=True)
 class Oregonator:
-    """The Belousov-Zhabotinsky reaction as Field and Noyes have it (J. Chem. Phys. 60, 1974), the
-    problem OREGO of Hairer and Wanner.
+    """The Oregonator, a model of the Belousov-Zhabotinsky reaction.
+
+    It is from Field and Noyes (J. Chem. Phys. 60, 1974). Hairer and Wanner call it OREGO.
 
     a' = s (b - a b + a - q a^2)      b' = (f c - b - a b) / s      c' = w (a - c)
     """
@@ -41,11 +40,12 @@ class Oregonator:
     rtol: float = 1e-5
     interval: float = 4.0  # between samples of the recorded signal
     solver: diffrax.AbstractSolver = field(default_factory=diffrax.Kvaerno3)
-    response: float = 10.0  # of the electrodes, which follow the reaction's jumps with a delay
+    response: float = 10.0  # of the electrodes, which low-pass filter the reaction
 
     def rates(self, y: Float[Array, " 5"], log_params: Float[Array, " 4"]) -> Float[Array, " 5"]:
-        """The reaction, and what two electrodes show: decades of bromide b and of oxidised catalyst
-        c, low-pass filtered.
+        """Time derivatives of the reaction and of the signals of two electrodes.
+
+        The signals are the low-pass filtered decades of bromide b and of oxidised catalyst c.
         """
         s, q, w, f = jnp.asarray(TRUTH) * jnp.exp(log_params)
         a, b, c = y[:3]
@@ -73,7 +73,7 @@ class Oregonator:
         )
 
     def curves(self, log_params: Array, times: Array, max_steps: int) -> tuple[Array, Array]:
-        """What the electrodes show at these times, and the number of steps."""
+        """Returns the signals of the electrodes at these times, and the number of steps."""
         save = diffrax.SaveAt(ts=times)
         rates = lambda t, y, p: self.rates(y, p)  # noqa: E731
         solution = self._solve(rates, INITIAL, log_params, diffrax.ForwardMode(), save, max_steps)
@@ -83,11 +83,10 @@ class Oregonator:
     def misfit(
         self, adjoint: Any, max_steps: int, log_params: Array, signal: Float[Array, "samples 2"]
     ) -> Array:
-        """Mean square over time of the difference to the signal, drawn straight between its
-        samples, in squares of the noise.
+        """Mean square over time of the difference from the signal, in units of the noise squared.
 
-        It is integrated as one more state of the equation, so that neither mode has to keep a
-        curve.
+        The signal is linear between its samples. The misfit is integrated as one more state of the
+        equation, so that neither mode has to store a curve.
         """
 
         def rates_and_error(t, y, args):
@@ -108,12 +107,12 @@ class Oregonator:
         return jnp.where(solution.result == diffrax.RESULTS.successful, ys[0, -1], jnp.nan)
 
     def times(self) -> np.ndarray:
-        """When the signal was sampled."""
+        """The times at which the signal was sampled."""
         return np.arange(0.0, self.until + self.interval / 2, self.interval)
 
 
 def programs(problem: Oregonator, max_steps: int) -> dict[str, Callable[..., tuple[Array, Array]]]:
-    """Value and gradient of the misfit by each method. The reverse modes are diffrax's own."""
+    """Returns, for each method, the program of value and gradient. Reverse modes are diffrax's."""
     checkpoints = max(2, int(np.sqrt(2 * max_steps)) // 8)
     loss = lambda adjoint: partial(problem.misfit, adjoint, max_steps)  # noqa: E731
     found = {
@@ -129,8 +128,9 @@ def programs(problem: Oregonator, max_steps: int) -> dict[str, Callable[..., tup
 def _memory_by_steps(
     problem: Oregonator, signal: Array, display: Display
 ) -> dict[str, dict[str, int]]:
-    """XLA's temporary memory of a gradient by each mode, by the number of steps that are allowed
-    for; nothing is run.
+    """Returns XLA's temporary memory of a gradient, by mode and maximum number of steps.
+
+    The programs are compiled and not run.
     """
     found: dict[str, dict[str, int]] = {}
     with display.stage("memory by the number of steps", 2 * len(_ALLOWED)):
@@ -155,11 +155,11 @@ def fit(
     evaluations: int,
     display: Display,
 ) -> dict[str, Any]:
-    """L-BFGS, each of whose evaluations is a value and a gradient. Every method has a clock of its
-    own.
+    """Fits by L-BFGS, and times the gradients of all methods at each point.
 
-    All are called at each point, in alternating order: what disturbs the machine disturbs all of
-    them, and they agree to rounding.
+    Each evaluation is a value and a gradient. All methods are called at each point, in alternating
+    order, so that other load on the machine affects all of them. Each has its own clock. Their
+    gradients agree to rounding.
     """
     losses, disagreement = [], 0.0
     seconds: dict[str, list[float]] = {name: [] for name in gradients}
@@ -202,21 +202,19 @@ def fit(
 def measure(
     full: bool, display: Display, problem: Oregonator | None = None, evaluations: int = 40
 ) -> dict:
-    """Another `problem`, and at most how many `evaluations` a fit may take, where it is to be
-    smaller.
-    """
+    """Takes all figures. Tests pass a smaller `problem` and fewer `evaluations` of a fit."""
     problem = problem or (Oregonator(until=2400.0, rtol=1e-6) if full else Oregonator())
     with jax.enable_x64(True):
         times, start = jnp.asarray(problem.times()), jnp.asarray(START)
         count = jax.jit(partial(problem.curves, times=times, max_steps=2**18))
         clean, steps = count(jnp.zeros(4))
-        # what was recorded has no more digits than that, and takes half of the memory
+        # a recorded signal has no more digits than float32, and this halves its memory
         signal = (clean + NOISE * jax.random.normal(jax.random.key(0), clean.shape)).astype(
             jnp.float32
         )
         before, steps_at_start = count(start)
         most = int(max(steps, steps_at_start))
-        # a fit passes through parameters that take more steps than its ends: a quarter more
+        # parameters on the way of a fit may need more steps than its ends: allow a quarter more
         max_steps = 2 ** int(np.ceil(np.log2(1.25 * most)))
         methods = programs(problem, max_steps)
         ready: dict[str, Program] = {}

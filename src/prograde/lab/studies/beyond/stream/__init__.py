@@ -1,3 +1,1 @@
-"""Learning from a stream: exact and unbiased online learners beside truncated backpropagation, at
-equal wall-clock.
-"""
+"""Learning from a stream: online learners compared with truncated backprop, in equal time."""

@@ -11,7 +11,7 @@ TITLE = "Streams: what is asked for later than a window is long"
 
 
 def tables(record: dict[str, Any]) -> list[Table]:
-    """A table a task."""
+    """Makes a table for each task."""
     found = []
     for task in record["tasks"].values():
         rows = []
@@ -43,7 +43,7 @@ def tables(record: dict[str, Any]) -> list[Table]:
 
 
 def conclusion(record: dict[str, Any]) -> str:
-    """Who wins where."""
+    """Says which method wins on which task."""
     said = []
     for kind, task in record["tasks"].items():
         runs = {name: _losses(m) for name, m in task["methods"].items()}
@@ -52,18 +52,18 @@ def conclusion(record: dict[str, Any]) -> str:
         online = min((n for n in ends if n not in windows), key=ends.__getitem__)
         title = task["title"].capitalize()
         short = [n for n, w in windows.items() if w < task["episode"]]
-        if kind != "characters" and short:  # a text has no gap that a window could be shorter than
+        if kind != "characters" and short:  # a text has no delay to compare a window with
             best = min(short, key=ends.__getitem__)
             said.append(
-                f"{title}: {online} ends at {ends[online]:.3g}, the best window that is shorter "
-                f"than an episode ({windows[best]} steps) at {ends[best]:.3g}: "
-                f"{_verdict(runs[online], runs[best])}; guessing is {task['guessing']:.3g}."
+                f"{title}: {online} ends at {ends[online]:.3g}, and backprop with the best window "
+                f"shorter than an episode ({windows[best]} steps) at {ends[best]:.3g}: "
+                f"{_verdict(online, runs, best)}. Guessing gives {task['guessing']:.3g}."
             )
             title = "With any window"
         best = min(windows, key=ends.__getitem__)
         said.append(
             f"{title}: {online} ends at {ends[online]:.3g}, truncated backprop with "
-            f"{windows[best]} steps at {ends[best]:.3g}: {_verdict(runs[online], runs[best])}."
+            f"{windows[best]} steps at {ends[best]:.3g}: {_verdict(online, runs, best)}."
         )
     at_edge = [
         f"{name} ({kind})"
@@ -73,12 +73,12 @@ def conclusion(record: dict[str, Any]) -> str:
         and m["rate"] in (min(map(float, m["trials"])), max(map(float, m["trials"])))
     ]
     if at_edge:
-        said.append(f"At the edge of the rates that were tried: {', '.join(at_edge)}.")
+        said.append(f"The best rate is at the edge of those tried for {', '.join(at_edge)}.")
     return " ".join(said)
 
 
 def draw(record: dict[str, Any], figure: Any) -> None:
-    """Loss against time, a panel a task."""
+    """Draws loss against time, with a panel for each task."""
     tasks = record["tasks"]
     figure.set_size_inches(10, 3.6)
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
@@ -124,17 +124,17 @@ def draw(record: dict[str, Any], figure: Any) -> None:
 
 
 def _losses(method: dict[str, Any]) -> list[float]:
-    """The losses at the end of its runs; a record has none for a run that diverged."""
+    """Returns the losses at the end of the runs, infinite for runs that diverged."""
     return [math.inf if run["loss"] is None else run["loss"] for run in method["runs"]]
 
 
-def _verdict(ours: list[float], theirs: list[float]) -> str:
-    """Whether ours is lower, as far as the runs tell."""
-    if max(ours) < min(theirs):
-        return "lower"
-    return "higher" if min(ours) > max(theirs) else "no clear difference"
+def _verdict(ours: str, runs: dict[str, list[float]], theirs: str) -> str:
+    """Says whether our losses are lower. Ranges that overlap show no clear difference."""
+    if max(runs[ours]) < min(runs[theirs]):
+        return f"{ours} is lower"
+    return f"{ours} is higher" if min(runs[ours]) > max(runs[theirs]) else "no clear difference"
 
 
 def _share(runs: list[float], task: dict[str, Any]) -> str:
-    """Makes the tables of the figures."""
+    """Returns the mean loss over that of guessing."""
     return f"{np.mean(runs) / task['guessing']:.2f}"

@@ -1,6 +1,4 @@
-"""Learning from a stream: exact and unbiased online learners beside truncated backpropagation, at
-equal wall-clock.
-"""
+"""Learning from a stream: online learners compared with truncated backprop, in equal time."""
 
 import functools
 import hashlib
@@ -25,7 +23,7 @@ from prograde.lab.display import Display
 _POINTS = 20  # of a curve
 _ADAM = optax.inject_hyperparams(optax.adam)(
     learning_rate=1e-3
-)  # the rate is in its state: one program for all rates
+)  # its state holds the rate: one program for all rates
 _MODULES = (
     "argparse",
     "ast",
@@ -41,11 +39,11 @@ _MODULES = (
 
 @dataclass(frozen=True)
 class Task:
-    """A stream of inputs and targets; `loss` is zero where nothing is asked, and a mean is over the
-    steps where it is.
+    """A stream of inputs and targets.
 
-    `draw(key, episodes)` gives inputs and targets with axes [episodes, steps, ...]; `guessing` is
-    the loss of the best answer that knows nothing of the input.
+    **Fields:** `draw(key, episodes)`: inputs and targets with axes [episodes, steps, ...]; `loss`:
+    zero at steps without a question, which means do not count; `guessing`: the loss of the best
+    answer that does not depend on the input.
     """
 
     name: str
@@ -60,9 +58,7 @@ class Task:
 
 
 def delayed_copy(delay: int, symbols: int = 4) -> Task:
-    """One of `symbols` is shown, `delay` steps later a mark asks for it, and nothing is shown in
-    between.
-    """
+    """Shows one of `symbols`, then nothing, and asks for it `delay` steps later by a mark."""
 
     def draw(key: Array, episodes: int) -> tuple[Array, Array]:
         shown = jax.random.randint(key, (episodes,), 0, symbols)
@@ -82,7 +78,7 @@ def delayed_copy(delay: int, symbols: int = 4) -> Task:
 
 
 def adding(length: int) -> Task:
-    """Numbers of which two are marked, one in each half; their sum is asked for with the last."""
+    """Shows numbers, marks one in each half, and asks for the sum of the two at the last."""
 
     def draw(key: Array, episodes: int) -> tuple[Array, Array]:
         key_numbers, key_first, key_second = jax.random.split(key, 3)
@@ -106,7 +102,7 @@ def adding(length: int) -> Task:
 
 
 def characters(text: bytes) -> Task:
-    """The next character of a text."""
+    """Asks for the next character of a text."""
     known, codes = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
     stream, size, episode = jnp.asarray(codes, jnp.int32), len(known), 64
 
@@ -131,7 +127,7 @@ def characters(text: bytes) -> Task:
 
 
 def library_text() -> bytes:
-    """A text that is on every machine: the source of some modules of Python's standard library."""
+    """Returns a text that every machine has: source code of Python's standard library."""
     found = []
     for name in _MODULES:
         spec = importlib.util.find_spec(name)
@@ -153,7 +149,7 @@ def gru(params: dict[str, Array], state: Array, x: Array) -> tuple[Array, Array]
 
 
 def start(key: Array, task: Task, units: int) -> dict[str, Array]:
-    """Parameters before learning."""
+    """Draws the initial parameters."""
     keys = jax.random.split(key, 3)
     normal = lambda key, *shape: jax.random.normal(key, shape) / shape[0] ** 0.5  # noqa: E731
     return {
@@ -167,8 +163,9 @@ def start(key: Array, task: Task, units: int) -> dict[str, Array]:
 
 @dataclass(frozen=True)
 class Method:
-    """A learner, or truncated backpropagation through `window` steps, which updates once a window;
-    `chunk` steps go to it at once.
+    """An online learner, or truncated backprop, which updates once in `window` steps.
+
+    A compiled program takes `chunk` steps.
     """
 
     title: str
@@ -177,7 +174,7 @@ class Method:
     window: int = 1
 
     def begin(self, task: Task, optimizer: Any, rate: float, units: int, seed: int) -> Any:
-        """The carry before the first step."""
+        """Returns the carry before the first step."""
         params = start(jax.random.key(seed), task, units)
         state, opt_state = jnp.zeros(units), optimizer.init(params)
         opt_state.hyperparams["learning_rate"] = jnp.asarray(rate)
@@ -187,7 +184,7 @@ class Method:
         return self.learner(task).init(params, state, *example), opt_state
 
     def learn(self, task: Task, optimizer: Any) -> Callable[[Any, Array, Array], tuple[Any, Array]]:
-        """One chunk: (carry, inputs, targets) -> (carry, losses)."""
+        """Makes the program of one chunk: (carry, inputs, targets) -> (carry, losses)."""
         if self.learner is None:
             return lambda carry, inputs, targets: _truncated_backprop(
                 task.loss, optimizer, self.window, carry, inputs, targets
@@ -207,9 +204,7 @@ class Method:
 def _truncated_backprop(
     loss: Callable, optimizer: Any, window: int, carry: Any, inputs: Array, targets: Array
 ) -> tuple[Any, Array]:
-    """The stream in windows: reverse mode through each, from the state in which the one before
-    ended.
-    """
+    """Learns by reverse mode through each window. The state goes on from window to window."""
 
     def one_window(carry: Any, seen: tuple[Array, Array]) -> tuple[Any, Array]:
         params, state, opt_state = carry
@@ -233,7 +228,7 @@ def _truncated_backprop(
 
 @dataclass(frozen=True)
 class Setting:
-    """How long, how large, and what is searched."""
+    """Sizes, times and search ranges of the study."""
 
     units: int = 32
     delay: int = 10
@@ -247,8 +242,9 @@ class Setting:
     tasks: tuple[str, ...] = ("copy", "adding", "characters")
 
     def methods(self) -> dict[str, Method]:
-        """By name; backpropagation with each window is a method of its own, so that the window is
-        tuned too.
+        """Returns the methods by name.
+
+        Backprop with each window is a method of its own, so that the window is tuned too.
         """
         online = {
             "RTRL": Method("RTRL, exact", 200, lambda task: pg.online.RTRL(gru, task.loss)),
@@ -290,7 +286,7 @@ def _tuned(
         display.advance(seconds, f"{name}, rate {rate:g}: {trials[rate]['loss']:.3g}")
     rate = min(trials, key=lambda r: np.nan_to_num(trials[r]["loss"], nan=np.inf))
     runs = [trials[rate]]
-    if seeds > 1:  # others than the one that chose the rate
+    if seeds > 1:  # seeds that did not choose the rate
         runs = [_run(method, task, setting, rate, seed, seconds) for seed in range(1, seeds + 1)]
         display.advance(seeds * seconds, f"{name}: {runs[0]['loss']:.3g}")
     return {
@@ -305,8 +301,10 @@ def _tuned(
 def _run(
     method: Method, task: Task, setting: Setting, rate: float, seed: int, seconds: float
 ) -> dict[str, Any]:
-    """Learns for so many seconds; the loss of a point is the mean over what was asked since the
-    last, before it was learned from.
+    """Learns for some seconds.
+
+    The loss of a point is the mean over the questions since the last point, each before the step
+    that learns from it.
     """
     learn = method.learn(task, _ADAM)
     whole = math.lcm(task.episode, method.window if method.learner is None else 1)
@@ -327,7 +325,7 @@ def _run(
     while (elapsed := time.perf_counter() - clock) < seconds:
         try:
             carry, loss, asked = chunk(carry, index, length)
-        except pg.online.StreamError:  # diverged, as backprop does without saying so
+        except pg.online.StreamError:  # diverged; backprop raises no error when it does
             curve.append((elapsed, math.nan))
             break
         pending = pending[0] + float(loss), pending[1] + int(asked)
@@ -350,7 +348,7 @@ def _draw_episodes(draw: Callable, episodes: int, key: Array) -> tuple[Array, Ar
 
 
 def measure(full: bool, display: Display) -> dict[str, Any]:
-    """Every method on every task: rates tried for the same time each, then runs at the best."""
+    """Runs every method on every task: tries rates for equal times, then runs at the best."""
     setting = Setting()
     if full:
         setting = Setting(units=64, windows=(5, 9, 33), rates=(1e-3, 3e-3), seconds=15.0)
@@ -358,7 +356,7 @@ def measure(full: bool, display: Display) -> dict[str, Any]:
 
 
 def measure_setting(setting: Setting, display: Display) -> dict[str, Any]:
-    """As `measure`, of any setting."""
+    """Does the same for any setting."""
     text = library_text()
     tasks = [delayed_copy(setting.delay), adding(setting.delay + 1), characters(text)]
     found: dict[str, Any] = {}
