@@ -1,11 +1,15 @@
 """What `check` reports, against programs of which the answer is known; and functions with a custom reverse rule."""
 
+import re
+
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import site_models
 from jax import lax
+from jax.experimental.ode import odeint
 
 import prograde as pg
 from prograde._costs import live_bytes, multiply_adds
@@ -178,6 +182,188 @@ def test_live_bytes_by_hand():
     assert live(wide, (100,)) == 2 * 50 * 400
 
 
+def test_a_function_is_traced_once():
+    calls = []
+
+    def loss(w, x):
+        calls.append(None)
+        return jnp.mean((x @ w) ** 2)
+
+    def losses(w, x):
+        calls.append(None)
+        return jnp.mean((x @ w) ** 2, axis=-1)
+
+    w, x = jnp.ones((3, 2)), jnp.ones((4, 3))
+    for estimator in (
+        pg.WeightPerturbation(num_tangents=4),
+        pg.ForwardJacobian(),
+        pg.Scaled(),
+        pg.Backprop(),
+    ):
+        pg.check(loss, w, x, estimator=estimator)
+        assert len(calls) == 1
+        calls.clear()
+    pg.check(losses, w, x, estimator=pg.LearnedFeedback(), memory=False)
+    assert len(calls) == 2  # and once with twice the batch
+
+
+@pytest.mark.parametrize("estimator", [pg.WeightPerturbation(), pg.ForwardJacobian()], ids=repr)
+def test_check_and_run_refuse_the_same_however_often_and_in_whatever_order(estimator, key):
+    """A function under `jit` is traced once and kept: neither may find what the other left there."""
+    inner = jax.jit(lambda w: jnp.sin(doubled(w)))
+    loss = lambda w: jnp.sum(inner(w))
+    for _ in range(2):
+        assert (
+            len(pg.check(loss, jnp.ones((3, 2)), estimator=estimator, memory=False).blocking) == 1
+        )
+        with pytest.raises(TypeError, match="doubled"):
+            pg.value_and_grad(loss, estimator)(jax.random.clone(key), jnp.ones((3, 2)))
+
+
+def checkpointed_loop(a):
+    return jnp.sum(
+        eqxi.while_loop(
+            lambda x: jnp.sum(x) < 5,
+            lambda x: x + a @ x,
+            jnp.ones(3),
+            max_steps=16,
+            kind="checkpointed",
+        )
+    )
+
+
+def ode(a):
+    return jnp.sum(odeint(lambda y, t, a: -a @ y, jnp.ones(3), jnp.linspace(0.0, 1.0, 4), a))
+
+
+def of_experts(a):
+    return jnp.sum(lax.ragged_dot(jnp.ones((4, 3)), jnp.stack([a, a]), jnp.array([2, 2])))
+
+
+def called_back(a):
+    shape = jax.ShapeDtypeStruct((3, 3), jnp.float32)
+    return jnp.sum(jax.jit(lambda a: jax.pure_callback(lambda a: a, shape, a))(a))
+
+
+@pytest.mark.parametrize("tangents", [pg.LowRank(1), pg.Normal()], ids=repr)
+@pytest.mark.parametrize(
+    ("loss", "advice"),
+    [
+        (checkpointed_loop, "pass kind='lax'"),
+        (ode, "odeint has a rule for reverse mode only: pass custom_vjp='inline'"),
+        (of_experts, "Pass chunk=1"),
+        (called_back, "in a function with a jax.custom_jvp"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_every_refusal_has_a_place_and_a_remedy_and_check_never_raises(loss, advice, tangents, key):
+    """Matrices and vectors, structured tangents and formed ones: one sentence for all."""
+    estimator = pg.WeightPerturbation(tangents, num_tangents=2)
+    report = pg.check(loss, jnp.eye(3), estimator=estimator)
+    assert not report.ok
+    assert report.memory is report.cost_ratio is None
+    assert advice in str(report)
+    (name,) = report.blocking
+    assert f"test_check.py:{loss.__code__.co_firstlineno + 1}:" in name or "test_check.py:" in name
+    with pytest.raises(TypeError, match=re.escape(advice)) as raised:
+        jax.jit(pg.value_and_grad(loss, estimator))(key, jnp.eye(3))
+    assert name in str(raised.value)
+
+
+def test_what_is_refused_can_be_done_as_it_is_advised(key):
+    """ragged_dot with chunk=1, and the code of odeint, whose derivative is that of its steps."""
+    basis = lambda **kwargs: pg.WeightPerturbation(pg.Basis(), 9, **kwargs)
+    _, grads = pg.value_and_grad(of_experts, basis(chunk=1))(key, jnp.eye(3))
+    np.testing.assert_allclose(grads, jax.grad(of_experts)(jnp.eye(3)), rtol=1e-5)
+    a = jnp.eye(3) + 0.1
+    _, grads = pg.value_and_grad(ode, basis(custom_vjp="inline"))(jax.random.key(1), a)
+    np.testing.assert_allclose(grads, jax.grad(ode)(a), rtol=1e-3, atol=1e-4)
+
+
+def test_code_decided_by_the_values_of_parameters_runs_with_tangents_formed(key):
+    """It cannot be traced. The derivative is exact all the same, and `check`, which has no values, is not asked."""
+    loss = lambda w: jnp.sum(w**2) if w[0, 0] > 0 else jnp.sum(w)
+    w = jnp.arange(1.0, 7.0).reshape(2, 3)
+    for tangents in (pg.LowRank(1), pg.Basis()):
+        _, grads = pg.value_and_grad(loss, pg.WeightPerturbation(tangents, 6))(key, w)
+        if isinstance(tangents, pg.Basis):
+            np.testing.assert_allclose(grads, 2 * w, rtol=1e-6)
+        key = jax.random.fold_in(key, 1)
+
+
+@jax.custom_vjp
+def safe_sqrt(x):
+    return jnp.sqrt(x)
+
+
+safe_sqrt.defvjp(
+    lambda x: (jnp.sqrt(x), x),
+    lambda x, g: (jnp.where(x > 0, g / 2 / jnp.sqrt(jnp.where(x > 0, x, 1)), 0),),
+)
+
+
+def test_a_tangent_that_is_not_finite_where_the_value_is_is_reported(key):
+    def loss(params):
+        return jnp.sum(safe_sqrt(params["at zero"])) + jnp.sum(params["other"])
+
+    params = {"at zero": jnp.array([0.0, 1.0]), "other": jnp.ones(2)}
+    inline = pg.ForwardJacobian(custom_vjp="inline")
+    report = pg.check(loss, params, estimator=inline, run=True)
+    assert report.not_finite == ("params['at zero']",)
+    assert not report.ok
+    assert "NOT FINITE" in str(report)
+    line = loss.__code__.co_firstlineno + 1
+    with pytest.warns(RuntimeWarning, match=rf"safe_sqrt \(.*test_check.py:{line}.*not finite"):
+        jax.block_until_ready(jax.jit(pg.value_and_grad(loss, inline))(None, params))
+        jax.effects_barrier()
+    params = {"at zero": jnp.array([2.0, 1.0]), "other": jnp.ones(2)}
+    assert pg.check(loss, params, estimator=inline, run=True).ok
+    jax.block_until_ready(jax.jit(pg.value_and_grad(loss, inline))(None, params))
+    jax.effects_barrier()
+    with pytest.raises(ValueError, match="run=True"):
+        pg.check(jnp.sum, jax.ShapeDtypeStruct((3,), jnp.float32), run=True)
+
+
+def test_a_loss_that_is_no_mean_is_told_where_groups_need_one():
+    w, x = jnp.ones((3, 2)), jnp.arange(12.0).reshape(4, 3)
+    two = pg.WeightPerturbation(num_groups=2)
+    total = lambda w, x: jnp.sum((x @ w) ** 2)
+    mean = lambda w, x: jnp.mean((x @ w) ** 2)
+    each = lambda w, x: jnp.mean((x @ w) ** 2, axis=-1)
+    advice = lambda loss, e: pg.check(loss, w, x, estimator=e, memory=False).advice
+    (sentence,) = advice(total, two)
+    assert "num_groups=2" in sentence
+    assert "mean over the examples" in sentence
+    assert advice(mean, two) == advice(each, two) == advice(total, pg.WeightPerturbation()) == ()
+    assert len(advice(total, pg.Scaled(two))) == 1
+
+
+def test_state_and_temporaries_are_told_before_they_are_made():
+    """[units x outputs] of each site: here 200 times 300, 400 times 300, and so on, though nothing is allocated."""
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    params = {"a": shape(4, 8), "b": shape(8, 6)}
+
+    def losses(params, x):
+        h = jnp.tanh(x @ params["a"])  # [batch, time, units]
+        return jnp.sum(jnp.square(h @ params["b"]), axis=(1, 2))
+
+    report = pg.check(
+        losses, params, shape(2, 5000, 4), estimator=pg.LearnedFeedback(), memory=False
+    )
+    units, outputs = 5000 * 8, 5000 * 6
+    assert report.state_bytes == 4 * units * outputs + 4
+    assert "state: 4,800.0 MB" in str(report)
+    assert any("ActivityPerturbation keeps none" in sentence for sentence in report.advice)
+    assert report.largest is not None
+    assert report.largest[0] >= 4 * units * outputs
+    assert (
+        pg.check(
+            losses, params, shape(2, 5000, 4), estimator=pg.ActivityPerturbation(), memory=False
+        ).state_bytes
+        == 0
+    )
+
+
 def test_the_report_says_what_xla_says_of_memory(key):
     loss = lambda w, x: jnp.mean(jnp.tanh(jnp.tanh(x @ w) @ w) @ w)
     w, x = jnp.ones((64, 64)), jnp.ones((1024, 64))
@@ -245,8 +431,8 @@ def test_sites_are_listed_and_weights_that_are_used_otherwise_are_named(key):
     report = pg.check(losses, params, *args, estimator=pg.ActivityPerturbation(), memory=False)
     by_weight = {paths: (shape, has_examples) for paths, shape, has_examples in report.sites}
     assert by_weight[("params['c']",)] is not None
-    assert by_weight[("params['flat']",)] == ((3, 3), False)
-    assert "perturbed itself: params['flat'], as [3, 3]" in str(report)
+    assert by_weight[("params['branch']",)] == ((3,), False)
+    assert "perturbed itself: params['branch'], as [3]" in str(report)
     params, losses, args = site_models.scanned_layers(key)
     report = pg.check(losses, params, *args, estimator=pg.LearnedFeedback(), memory=False)
     assert report.sites == (

@@ -5,18 +5,19 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 
 from prograde._check_report import CheckReport
-from prograde._costs import multiply_adds
+from prograde._costs import largest_array, multiply_adds
 from prograde._custom_vjp import inline_custom_vjp
 from prograde._findings import watching
 from prograde._jaxprs import traced
 from prograde.estimators import Estimator, WeightPerturbation
-from prograde.kit import Loss
+from prograde.kit import Loss, in_groups
 
 __all__ = ["CheckReport", "check"]
 
@@ -93,31 +94,37 @@ def check(
         f, floats = pieces(dynamic)
         return f(floats)
 
-    def start(dynamic: PyTree) -> PyTree:
-        params, args = eqx.combine(dynamic, static)
-        return estimator.init(once, params, *args, has_aux=has_aux)
+    states: list[PyTree] = []
 
     def estimate(dynamic: PyTree) -> Any:
         params, args = eqx.combine(dynamic, static)
         key = jax.random.key(0)
-        result = estimator.estimate(once, key, start(dynamic), params, *args, has_aux=has_aux)
+        states.append(estimator.init(once, params, *args, has_aux=has_aux))
+        result = estimator.estimate(once, key, states[-1], params, *args, has_aux=has_aux)
         return result.value, result.grads
 
     with watching() as findings:
         program = jax.make_jaxpr(alone)(dynamic)
-        whole = jax.make_jaxpr(estimate)(dynamic)
+        staged = jax.jit(estimate).trace(dynamic)
     with watching() as of_code:
         always_zero = _always_zero(pieces, dynamic)
     blocking = tuple(findings.refused)
     compiled, own = None, None
-    if memory and not blocking:
-        compiled = jax.jit(estimate).lower(dynamic).compile()
+    if (memory or run) and not blocking:
+        compiled = staged.lower().compile()
         own = jax.jit(alone).lower(dynamic).compile() if memory == "both" else None
+    floats = eqx.filter_eval_shape(lambda dynamic: pieces(dynamic)[1], dynamic)
+    sizes = [w.size * w.dtype.itemsize for w in jax.tree.leaves(floats)]
+    state_bytes = sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(states[-1]) if eqx.is_array(x)
+    )
+    largest: Any = largest_array(staged.jaxpr.jaxpr)
+    if largest[0] <= max(_SMALL, largest_array(program.jaxpr)[0], *sizes):
+        largest = None
+    values = compiled(eqx.filter(given, eqx.is_array)) if run and compiled is not None else None
     return CheckReport(
         estimator=estimator,
-        num_parameters=sum(
-            w.size for w in jax.tree.leaves(eqx.filter_eval_shape(pieces, dynamic)[1])
-        ),
+        num_parameters=sum(w.size for w in jax.tree.leaves(floats)),
         blocking=blocking,
         remedies=tuple(findings.refused.values()),
         bypassed=() if blocking else tuple(findings.inlined),
@@ -126,9 +133,78 @@ def check(
         sites=() if blocking else tuple(findings.sites),
         cost_ratio=None
         if blocking
-        else multiply_adds(whole.jaxpr) / max(1, multiply_adds(program.jaxpr)),
-        memory=_temporaries(compiled),
+        else multiply_adds(staged.jaxpr.jaxpr) / max(1, multiply_adds(program.jaxpr)),
+        memory=_temporaries(compiled) if memory else None,
         memory_alone=_temporaries(own),
+        state_bytes=state_bytes,
+        largest=largest,
+        advice=(
+            *_advice(estimator, state_bytes, sum(sizes), largest),
+            *(() if shapes else _about_groups(fun, params, args, estimator, has_aux)),
+        ),
+        not_finite=() if values is None else _not_finite(*values),
+    )
+
+
+_SMALL = 2**20  # bytes; nothing below is worth a word
+
+
+def _advice(estimator: Estimator, state: int, params: int, largest: Any) -> list[str]:
+    """What to take instead where the state or a temporary is much larger than the parameters."""
+    found = []
+    if state > max(_SMALL, 4 * params):
+        found.append(
+            f"the state is {state / params:,.0f} times the parameters. ActivityPerturbation keeps none, and "
+            "WeightPerturbation(LowRank(rank=1)) neither keeps state nor stores activations."
+        )
+    if largest is not None and largest[0] > 4 * params:
+        smaller = (
+            "Pass a smaller chunk"
+            if hasattr(estimator, "chunk") and getattr(estimator, "num_tangents", 2) > 1
+            else "Take a smaller batch, or WeightPerturbation(LowRank(rank=1))"
+        )
+        found.append(
+            f"the largest temporary is {largest[0] / params:,.0f} times the parameters. {smaller}, "
+            "if it does not fit."
+        )
+    return found
+
+
+def _about_groups(
+    fun: Callable, params: PyTree, args: tuple[Any, ...], estimator: Any, has_aux: bool
+) -> list[str]:
+    """A sentence where groups of examples get tangents of their own, and the loss is not the mean of theirs."""
+    while not hasattr(estimator, "num_groups") and hasattr(estimator, "estimator"):
+        estimator = estimator.estimator
+    groups = getattr(estimator, "num_groups", 1)
+    if groups == 1:
+        return []
+    arrays, rest = in_groups(args, groups)
+
+    def losses(arrays: PyTree) -> tuple[Any, Any]:
+        of = lambda args: Loss(fun, params, args, has_aux)  # noqa: E731
+        whole = of(args)
+        each = lambda arrays: jnp.mean(of(eqx.combine(arrays, rest))(whole.floats)[0])  # noqa: E731
+        return jnp.mean(whole(whole.floats)[0]), jnp.mean(jax.vmap(each)(arrays))
+
+    whole, mean = (float(x) for x in jax.jit(losses)(arrays))
+    if np.isclose(whole, mean, rtol=1e-2, atol=1e-6):
+        return []
+    return [
+        f"the loss of the batch is {whole:.4g}, but the mean of the losses of its {groups} groups is {mean:.4g}, and "
+        f"num_groups={groups} estimates the gradient of the latter. Return the mean over the examples, or the losses of all "
+        "examples."
+    ]
+
+
+def _not_finite(value: Any, grads: PyTree) -> tuple[str, ...]:
+    """Paths of parameters whose estimate is not finite, where the loss is."""
+    if not np.isfinite(value):
+        return ()
+    return tuple(
+        f"params{jax.tree_util.keystr(path)}"
+        for path, g in jax.tree_util.tree_leaves_with_path(grads)
+        if not np.isfinite(np.asarray(g, np.float64)).all()
     )
 
 

@@ -13,6 +13,7 @@ import jax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from prograde import _findings
 from prograde._jaxprs import CALLS, as_closed, bind, called, scan_groups
 
 Run = Callable[[ClosedJaxpr, Sequence[Any]], list[Any]]
@@ -42,7 +43,7 @@ def enter(
     name = eqn.primitive.name
     if name in ("jit", "pjit"):
         leaves, tree = jax.tree.flatten(list(values))
-        return _jitted(run, called(eqn), tree, *leaves)
+        return _jitted(run, called(eqn), tree, _findings.current(), *leaves)
     arrays: Run = lambda program, values: list(map(dense, run(program, values)))  # noqa: E731
     if name == "shard_map":
         return _shard_map(eqn, values, arrays, specs)
@@ -57,8 +58,13 @@ def enter(
     return bind(eqn.replace(params=replaced), list(map(dense, values)))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _jitted(run: Run, program: ClosedJaxpr, tree: Any, *leaves: Any) -> list[Any]:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _jitted(
+    run: Run, program: ClosedJaxpr, tree: Any, findings: _findings.Findings | None, *leaves: Any
+) -> list[Any]:
+    del (
+        findings
+    )  # what ran while `check` was watching is not taken from the cache, nor the other way round
     return run(program, jax.tree.unflatten(tree, leaves))
 
 

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
-from prograde._jaxprs import subprograms
+from prograde._jaxprs import equations, subprograms
 
 
 def multiply_adds(jaxpr: Jaxpr) -> int:
-    """Multiply-adds of products and convolutions, and one for every element that any other operation makes; 40 for a random word.
+    """Multiply-adds of products and convolutions, and one for each element that another operation makes.
 
-    A loop of unknown length counts as one iteration, a branch as its dearest. Moving data (reshape, transpose, slices) counts
-    nothing.
+    A random word counts 40. A loop of unknown length counts as one iteration, and a decision as its most
+    expensive branch. Moving data (reshape, transpose, slices) counts nothing.
     """
     return sum(multiply_adds_of(eqn) for eqn in jaxpr.eqns)
 
@@ -61,8 +61,20 @@ def multiply_adds_of(eqn: JaxprEqn) -> int:
     return out
 
 
+def largest_array(jaxpr: Jaxpr) -> tuple[int, tuple[int, ...], str]:
+    """(bytes, shape, operation) of the largest array that an equation makes, inner programs included.
+
+    Results that only repeat or convert others are left out: a compiler reads them where they are used.
+    """
+    found = [(0, (), "")]
+    for eqn in equations(jaxpr):
+        if eqn.primitive.name not in _MOVES and not subprograms(eqn):
+            found += [(_bytes(v), v.aval.shape, eqn.primitive.name) for v in eqn.outvars]  # pyright: ignore[reportAttributeAccessIssue]
+    return max(found, key=lambda entry: entry[0])
+
+
 def live_bytes(jaxpr: Jaxpr) -> int:
-    """The most bytes of intermediate results that are live at once when every equation is run as it stands.
+    """The most bytes of intermediate results that are live at once, if every equation is run as it stands.
 
     A compiler that fuses operations needs less.
     """

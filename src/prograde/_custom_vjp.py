@@ -5,11 +5,14 @@ same words.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
@@ -191,22 +194,45 @@ def _bind_inlined(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def _noting_tangents(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """The values; where `check` is watching it is told that a tangent passed by a reverse rule."""
+    """The values, watched: a warning names the function where its code has a tangent that is not finite.
+
+    Where `check` is watching, it is told that a tangent passed by a reverse rule.
+    """
     findings, what = _findings.current(), describe(eqn)
-    if findings is None:
-        return list(values)
 
     @jax.custom_jvp
     def seen(*values: Any) -> list[Any]:
         return list(values)
 
     def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
-        if not all(isinstance(t, SymbolicZero) for t in tangents):
-            findings.inlined[what] = None
-        return list(primals), [
-            _zero_tangent(x) if isinstance(t, SymbolicZero) else t
-            for x, t in zip(primals, tangents, strict=True)
+        moved = [not isinstance(t, SymbolicZero) for t in tangents]
+        out = [
+            t if m else _zero_tangent(x) for x, t, m in zip(primals, tangents, moved, strict=True)
         ]
+        if any(moved) and findings is not None:
+            findings.inlined[what] = None
+        elif any(moved):
+            finite = [_all_finite(x) for x in primals]
+            lost = [~_all_finite(t) for t, m in zip(out, moved, strict=True) if m]
+            jax.debug.callback(
+                partial(_warn, what), jnp.all(jnp.stack(finite)) & jnp.any(jnp.stack(lost))
+            )
+        return list(primals), out
 
     seen.defjvp(rule, symbolic_zeros=True)
     return seen(*values)
+
+
+def _all_finite(x: Any) -> Any:
+    return jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.array(True)
+
+
+def _warn(what: str, lost: Any) -> None:
+    if np.any(lost):
+        warnings.warn(
+            f"custom_vjp='inline' differentiates the code of {what}, and there the tangent is not finite "
+            "although the value is. The rule that it ignores may be what keeps the derivative finite: give the "
+            "function a jax.custom_jvp.",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -20,9 +20,9 @@ class DenseFallback:
     source: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Findings:
-    """What was found. Dictionaries keep the order, and each thing once.
+    """What was found. Dictionaries keep the order, and each thing once. Compared by identity, as the key of a cache.
 
     - `refused`: what forward mode cannot pass, and what to do about it.
     - `inlined`: functions whose reverse rule was ignored although a tangent arrived there.

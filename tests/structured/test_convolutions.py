@@ -37,10 +37,14 @@ CONVOLUTIONS = {
         (2, 9, 11, 3), (3, 2, 3, 4), **NHWC | {"rhs_dilation": (2, 4), "window_strides": (3, 2)}
     ),
     "dilated input and kernel": conv(
-        (2, 5, 4, 3), (3, 2, 3, 4), **NHWC | {"lhs_dilation": (3, 2), "rhs_dilation": (2, 3)}
+        (2, 5, 4, 3),
+        (3, 2, 3, 4),
+        **NHWC | {"padding": ((1, 2), (2, 0)), "lhs_dilation": (3, 2), "rhs_dilation": (2, 3)},
     ),
     "dilated input, strides": conv(
-        (2, 6, 5, 3), (3, 3, 3, 4), **NHWC | {"lhs_dilation": (2, 3), "window_strides": (3, 2)}
+        (2, 6, 5, 3),
+        (3, 3, 3, 4),
+        **NHWC | {"padding": ((2, 0), (1, 1)), "lhs_dilation": (2, 3), "window_strides": (3, 2)},
     ),
     "groups, dilated kernel": conv(
         (2, 8, 7, 6), (3, 3, 3, 4), **NHWC | {"feature_group_count": 2, "rhs_dilation": (1, 2)}

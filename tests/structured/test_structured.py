@@ -44,7 +44,9 @@ PRODUCTS_AND_SHAPES = {
         (9, 6), lambda w, x: x @ lax.dynamic_slice(w, (jnp.asarray(2), jnp.asarray(1)), (6, 4))
     ),
     "slice, strides": use((13, 7), lambda w, x: x @ w[1::2, ::3]),
-    "reversed columns": use((6, 5), lambda w, x: jnp.cos(x @ w[:, ::-1]) * jnp.arange(5.0)),
+    "reversed columns": use(
+        (6, 5), lambda w, x: jnp.cos(x @ w[:, ::-1]) @ jnp.arange(5.0, dtype=w.dtype)
+    ),
     "split rows": use(
         (12, 3), lambda w, x: sum(i * x @ v for i, v in enumerate(jnp.split(w, 2), 1))
     ),
@@ -54,8 +56,8 @@ PRODUCTS_AND_SHAPES = {
     "contracted to a number": use((4, 6), lambda w, x: jnp.einsum("mn,mn->", x, w)),
     "batched over a last axis": use((6, 5, 3), lambda w, x: jnp.einsum("tm,mnb->btn", x, w)),
     "weight first, two free axes": use((5, 3, 6), lambda w, x: jnp.einsum("abm,tm->abt", w, x)),
-    "the larger weight first": use((6, 5), lambda w, x: w.T @ w[:, :1]),
-    "the larger weight second": use((6, 5), lambda w, x: w[:, :1].T @ w),
+    "the larger weight first": use((6, 5), lambda w, x: w.T @ w[:, :2]),
+    "the larger weight second": use((6, 5), lambda w, x: w[:, :2].T @ w),
     "divided by what depends on it": use((6, 9), lambda w, x: x @ (w / jnp.sum(w**2))),
     "taken from an array": use((6, 9), lambda w, x: x @ (jnp.asarray(array(6, 9), w.dtype) - w)),
     "taken from a number": use((6, 9), lambda w, x: x @ (2 - w)),
@@ -78,7 +80,12 @@ PRODUCTS_AND_SHAPES = {
     ),
     "an embedding for each": use((3, 8, 9), lambda w, x: jax.vmap(lambda w, i: w[i])(w, X_ROWS)),
     "windows": use(
-        (8, 9), lambda w, x: jax.vmap(lambda i: lax.dynamic_slice(w, (i, 1), (3, 5)))(X_ROWS)
+        (8, 9),
+        lambda w, x: jnp.einsum(
+            "bij,tj->bti",
+            jax.vmap(lambda i: lax.dynamic_slice(w, (i, i), (3, 6)))(jnp.asarray(X_ROWS)),
+            x,
+        ),
     ),
     "columns": use((8, 9), lambda w, x: w[:, jnp.array([[0, 3], [7, -2]])]),
     "rows and columns": use((8, 9), lambda w, x: w[jnp.array([0, 3]), jnp.array([1, 2])]),

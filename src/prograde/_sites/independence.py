@@ -132,6 +132,8 @@ class Walk:
         counts: dict[Any, Any],
     ) -> tuple[list[Label], list[bool]]:
         name = eqn.primitive.name
+        if not eqn.outvars:  # such as `jax.debug.print`
+            return [], []
         doubles = [None] * len(subprograms(eqn)) if twin is None else subprograms(twin)
         if name in CALLS or is_custom_vjp(eqn):
             return self.run(subprograms(eqn)[0], doubles[0], given, weights)

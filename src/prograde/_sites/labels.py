@@ -259,6 +259,8 @@ def _of_gather(eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> Lab
 
 def count(eqn: JaxprEqn, counts: dict[Any, Any]) -> None:
     """Follows arrays that count 0, 1, 2 ... along one axis (an int), and indices with such columns (a tuple of these)."""
+    if not eqn.outvars:  # such as `jax.debug.print`
+        return
     name, params = eqn.primitive.name, eqn.params
     known = [counts.get(v) if not isinstance(v, Literal) else None for v in eqn.invars]
     out = eqn.outvars[0]
