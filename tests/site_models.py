@@ -141,6 +141,44 @@ def used_otherwise(key):
     return params, losses, (normal(k[4], 4, 2, 3, scale=1),)
 
 
+def merged_axes(key):
+    """Batch and time are one axis where tokens are looked up and weights act, and time is the outer one at the end."""
+    k = jax.random.split(jax.random.fold_in(key, 12), 6)
+    params = {
+        "embedding": normal(k[0], 5, 3), "place": normal(k[1], 2, 3), "w": normal(k[2], 3, 4), "b": normal(k[3], 4),
+        "out": normal(k[4], 4, 2),
+    }  # fmt: skip
+
+    def losses(params, tokens):
+        time = tokens.shape[1]
+        h = params["embedding"][tokens.reshape(-1)].reshape(-1, time, 3) + params["place"]
+        h = jnp.tanh(h.reshape(-1, 3) @ params["w"] + params["b"]).reshape(-1, time, 4)
+        h = jnp.sin(jnp.moveaxis(h, 1, 0).reshape(-1, 4) @ params["out"])
+        return jnp.sum(jnp.square(h).reshape(time, -1, 2), axis=(0, 2))
+
+    return params, losses, (jax.random.randint(k[5], (3, 2), 0, 5),)
+
+
+@jax.custom_jvp
+def looked_up(table, tokens):
+    return table[tokens]
+
+
+looked_up.defjvp(lambda p, t: (looked_up(*p), t[0][p[1]]))
+
+
+def embedded_by_hand(key):
+    """A function with a rule of its own around the look-up: the rule needs the tangent of the table, and not the table."""
+    k = jax.random.split(jax.random.fold_in(key, 13), 3)
+    params = {"embedding": normal(k[0], 5, 3), "out": normal(k[1], 3, 2)}
+
+    def losses(params, tokens):
+        h = jnp.tanh(looked_up(params["embedding"], tokens))
+        return jnp.sum(jnp.square(h @ params["out"]), axis=(1, 2))
+
+    return params, losses, (jax.random.randint(k[2], (3, 2), 0, 5),)
+
+
 def equinox_mlp(key):
     model = eqx.nn.MLP(3, 2, 4, 2, activation=jax.nn.tanh, key=jax.random.fold_in(key, 8))
 
@@ -169,5 +207,6 @@ def nnx_model(key):
 
 
 ALL = [
-    relu_mlp, jitted_softmax, scanned_layers, recurrent, attention, convolution, used_otherwise, equinox_mlp, nnx_model,
+    relu_mlp, jitted_softmax, scanned_layers, recurrent, attention, convolution, used_otherwise, equinox_mlp, nnx_model, merged_axes,
+    embedded_by_hand,
 ]  # fmt: skip

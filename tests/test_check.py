@@ -313,13 +313,16 @@ def test_a_tangent_that_is_not_finite_where_the_value_is_is_reported(key):
     assert not report.ok
     assert "NOT FINITE" in str(report)
     line = loss.__code__.co_firstlineno + 1
-    with pytest.warns(RuntimeWarning, match=rf"safe_sqrt \(.*test_check.py:{line}.*not finite"):
+
+    def run(params):
         jax.block_until_ready(jax.jit(pg.value_and_grad(loss, inline))(None, params))
         jax.effects_barrier()
+
+    with pytest.warns(RuntimeWarning, match=rf"safe_sqrt \(.*test_check.py:{line}.*not finite"):
+        run(params)
     params = {"at zero": jnp.array([2.0, 1.0]), "other": jnp.ones(2)}
     assert pg.check(loss, params, estimator=inline, run=True).ok
-    jax.block_until_ready(jax.jit(pg.value_and_grad(loss, inline))(None, params))
-    jax.effects_barrier()
+    run(params)
     with pytest.raises(ValueError, match="run=True"):
         pg.check(jnp.sum, jax.ShapeDtypeStruct((3,), jnp.float32), run=True)
 

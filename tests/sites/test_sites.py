@@ -79,6 +79,9 @@ def test_exact_cotangents_at_the_sites_give_the_gradient_of_reverse_mode(model, 
         (site_models.recurrent, [(3, 4, 6), (4, 1)]),
         (site_models.convolution, [(5, 3, 3, 3), (5, 2)]),
         (site_models.equinox_mlp, [(4, 4), (4, 4), (4, 2)]),
+        # where examples share an axis it is cut into [outer, batch, inner]
+        (site_models.merged_axes, [(3, 2, 3), (1, 3, 2, 4), (2, 3, 1, 2)]),
+        (site_models.embedded_by_hand, [(3, 2, 3), (3, 2, 2)]),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
@@ -86,7 +89,9 @@ def test_a_product_and_its_bias_are_one_site(model, expected, key):
     params, losses, args = model(key)
     estimator = pg.ActivityPerturbation()
     program, floats = estimator.program(losses, params, args, False)
-    shapes = [site.perturbation.shape for site in sites(estimator.shapes(program, floats))]
+    found = sites(estimator.shapes(program, floats))
+    assert all(site.axis is not None for site in found)
+    shapes = [site.perturbation.shape for site in found]
     assert [sorted(shape) for shape in shapes] == [sorted(shape) for shape in expected]
 
 
@@ -265,6 +270,51 @@ def test_operations_that_join_examples_are_refused(mix, key):
         pg.value_and_grad(
             lambda p, x: jnp.sum(mix(x @ p["w"]), axis=-1), pg.ActivityPerturbation()
         )(key, params, x)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: jnp.roll(h, 1, axis=0),
+        lambda h: h[::-1],
+        lambda h: jnp.repeat(h[: len(h) // 2], 2, axis=0),
+        lambda h: h - h.mean(axis=0),
+        lambda h: jnp.moveaxis(h.reshape(2, -1, 8), 0, 1).reshape(-1, 8),
+    ],
+)
+def test_a_merged_axis_whose_examples_are_joined_is_no_site_of_examples(mix, key):
+    """Then the weight is perturbed itself, and the estimate stays unbiased: no position is credited with another's loss."""
+    w = site_models.normal(jax.random.fold_in(key, 1), 3, 8)
+    x = site_models.normal(jax.random.fold_in(key, 2), 4, 2, 3, scale=1)
+    losses = lambda w, x: jnp.sum(mix(x.reshape(-1, 3) @ w).reshape(-1, 16) ** 2, axis=-1)
+    report = pg.check(losses, w, x, estimator=pg.ActivityPerturbation(), memory=False)
+    assert report.sites == ((("params",), (3, 8), False),)
+
+
+def test_a_merged_axis_is_followed_in_either_order(key):
+    w = site_models.normal(jax.random.fold_in(key, 1), 3, 8)
+    x = site_models.normal(jax.random.fold_in(key, 2), 4, 2, 3, scale=1)
+    outer = lambda w, x: jnp.sum(jnp.tanh(x.reshape(-1, 3) @ w).reshape(-1, 16), axis=-1)
+    inner = lambda w, x: jnp.sum(
+        jnp.tanh(jnp.moveaxis(x, 0, 1).reshape(-1, 3) @ w).reshape(2, -1, 8), axis=(0, 2)
+    )
+    for losses, shape in ((outer, (1, 4, 2, 8)), (inner, (2, 4, 1, 8))):
+        report = pg.check(losses, w, x, estimator=pg.ActivityPerturbation(), memory=False)
+        assert report.sites == ((("params",), shape, True),)
+
+
+def test_printing_from_a_function_is_no_operation_on_examples(key, capsys):
+    params, losses, (x, y) = site_models.relu_mlp(key)
+
+    def talking(params, x, y):
+        jax.debug.print("first {}", x[0, 0])
+        return losses(params, x, y)
+
+    found, plain = (
+        pg.ActivityPerturbation().estimate(f, jax.random.clone(key), None, params, x, y)
+        for f in (talking, losses)
+    )
+    np.testing.assert_array_equal(found.grads["w"], plain.grads["w"])
 
 
 def centred(h):

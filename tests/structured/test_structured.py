@@ -208,6 +208,68 @@ def test_weights_of_numpy_are_parameters(key):
     assert grads.shape == (6, 8)
 
 
+@jax.custom_jvp
+def looked_up(table, tokens):
+    return table[tokens]
+
+
+looked_up.defjvp(lambda p, t: (looked_up(*p), 3 * t[0][p[1]]))  # not the derivative of its code
+
+
+@jax.custom_jvp
+def cubed(w):
+    return w**3
+
+
+cubed.defjvp(lambda p, t: (cubed(*p), 5 * p[0] ** 2 * t[0]))
+
+
+def test_a_rule_by_hand_is_obeyed_and_keeps_the_factors_where_it_needs_the_tangent_alone(key, x64):
+    """The first never forms [vocabulary, width]; both give what the rule says, and not the code."""
+    w, tokens = jnp.asarray(array(50, 6)), jnp.array([[3, 7], [1, 3]])
+    for loss, formed in (
+        (lambda w: jnp.sum(jnp.sin(looked_up(w, tokens))), []),
+        (lambda w: jnp.sum(jnp.sin(looked_up(jax.jit(jnp.negative)(w), tokens))), []),
+        (lambda w: jnp.sum(jnp.sin(cubed(w)[tokens])), ["cubed"]),
+    ):
+        actual, expected = directional_and_twin(loss, w, DISTRIBUTIONS, key)
+        np.testing.assert_allclose(actual, expected, rtol=1e-9)
+        assert fallbacks(loss, w, pg.LowRank(1)) == formed
+
+
+def test_an_operand_of_a_rule_by_hand_that_has_a_tangent_keeps_it(key, x64):
+    """x carries a tangent too: the output's is the sum of both."""
+
+    @jax.custom_jvp
+    def product(x, w):
+        return x @ w
+
+    @product.defjvp
+    def _(primals, tangents):
+        (x, w), (xdot, wdot) = primals, tangents
+        return x @ w, 2 * (xdot @ w) + 3 * (x @ wdot)
+
+    x = jnp.asarray(array(4, 6))
+    loss = lambda w: jnp.sum(jnp.sin(product(jnp.tanh(x @ w), w)))
+    w = jnp.asarray(array(6, 6)) / 3
+    actual, expected = directional_and_twin(loss, w, DISTRIBUTIONS, key)
+    np.testing.assert_allclose(actual, expected, rtol=1e-9)
+
+
+def test_a_bias_that_is_broadcast_is_not_listed_as_dense():
+    """What is formed is smaller than what it is added to. A sum of weights of one shape does cost."""
+    x = jnp.ones((5, 4, 3))
+    for function in (lambda b: x + b, lambda b: b * x, lambda b: x - jnp.broadcast_to(b, x.shape)):
+        assert (
+            fallbacks(
+                lambda b, f=function: jnp.sum(jnp.tanh(f(b))), jnp.ones((4, 3)), pg.LowRank(1)
+            )
+            == []
+        )
+    loss = lambda w: jnp.sum(jnp.tanh(x @ (w + jnp.ones((3, 3)))))
+    assert fallbacks(loss, jnp.eye(3), pg.LowRank(1)) == ["add"]
+
+
 @pytest.mark.parametrize("k", [3, 20])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
 def test_sums_and_products_of_tangents_equal_those_of_formed_ones(distribution, k, key, x64):

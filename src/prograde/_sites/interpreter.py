@@ -30,7 +30,7 @@ from prograde._jaxprs import (
     subprograms,
     walk,
 )
-from prograde._sites.examples import MIXED, doubled, is_traced, twins_of, where
+from prograde._sites.examples import MIXED, ExamplesError, doubled, is_traced, twins_of, where
 from prograde._sites.independence import check_independent
 from prograde._sites.labels import Along
 from prograde._sites.layout import layout_of
@@ -147,7 +147,15 @@ class Program:
             )
             perturbed = [i < self.num_leaves for i in range(len(losses.invars))]
             is_batch = [False] * self.num_leaves + [x.shape[:1] == (batch,) for x in self.arrays]
-            check_independent(losses, twin, perturbed, batch, layout_of(losses, is_batch, batch))
+            layout = layout_of(losses, is_batch, batch)
+            try:
+                check_independent(losses, twin, perturbed, batch, layout)
+            except ExamplesError:
+                if not layout:
+                    raise
+                # what is behind an axis that examples share with others is perturbed itself
+                check_independent(losses, twin, perturbed, batch, {})
+                return
             self.layout = layout_of(self.closed.jaxpr, is_batch, batch)
 
     def run(
