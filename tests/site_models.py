@@ -142,7 +142,10 @@ def used_otherwise(key):
 
 
 def merged_axes(key):
-    """Batch and time are one axis where tokens are looked up and weights act, and time is the outer one at the end."""
+    """Batch and time are one axis where tokens are looked up and weights act.
+
+    And time is the outer one at the end.
+    """
     k = jax.random.split(jax.random.fold_in(key, 12), 6)
     params = {
         "embedding": normal(k[0], 5, 3), "place": normal(k[1], 2, 3), "w": normal(k[2], 3, 4), "b": normal(k[3], 4),
@@ -168,7 +171,10 @@ looked_up.defjvp(lambda p, t: (looked_up(*p), t[0][p[1]]))
 
 
 def embedded_by_hand(key):
-    """A function with a rule of its own around the look-up: the rule needs the tangent of the table, and not the table."""
+    """A function with a rule of its own around the look-up.
+
+    The rule needs the tangent of the table, and not the table.
+    """
     k = jax.random.split(jax.random.fold_in(key, 13), 3)
     params = {"embedding": normal(k[0], 5, 3), "out": normal(k[1], 3, 2)}
 

@@ -1,4 +1,7 @@
-"""A structured tangent pushed through a program by the rules, and the same tangent formed and pushed by `jax.jvp`."""
+"""A structured tangent pushed through a program by the rules.
+
+And the same tangent formed and pushed by `jax.jvp`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,10 @@ def directional(loss, w, distribution, key):
 
 
 def directional_and_twin(loss, w, distributions, key, jit=True):
-    """grad . v through the rules, and by plain jax.jvp along the dense tangent, for each distribution."""
+    """grad .
+
+    v through the rules, and by plain jax.jvp along the dense tangent, for each distribution.
+    """
 
     def both(w, key):
         actual = [directional(loss, w, distribution, key) for distribution in distributions]

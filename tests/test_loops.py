@@ -1,4 +1,7 @@
-"""Loops of unknown length: their gradients, a bound on them, and adjoints that forward mode cannot pass, named."""
+"""Loops of unknown length: their gradients, a bound on them.
+
+And adjoints that forward mode cannot pass, named.
+"""
 
 import diffrax
 import equinox as eqx
@@ -29,6 +32,7 @@ def in_a_scan(a):
     )[0]
 
 
+LINE = never_ends.__code__.co_firstlineno + 1
 PROGRAMS = {
     "alone": never_ends,
     "in jit": jax.jit(never_ends),
@@ -48,7 +52,7 @@ def test_a_loop_that_does_not_end_is_named(name):
     safe = pg.bounded_loops(PROGRAMS[name], 50)
     with pytest.raises(
         RuntimeError,
-        match=r"while_loop at .*test_loops.py:21.* did not end within max_iterations=50",
+        match=rf"while_loop at .*test_loops.py:{LINE}:.* did not end within max_iterations=50",
     ):
         safe(jnp.array(-3.0))
 

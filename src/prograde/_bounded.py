@@ -1,4 +1,7 @@
-"""Loops that end: a bound on every `while_loop` of a function, and an error that names the loop which reached it."""
+"""Loops that end: a bound on every `while_loop` of a function.
+
+And an error that names the loop which reached it.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,11 +19,13 @@ from prograde.kit import check_whole, pack, unpack
 
 
 def bounded_loops(fun: Callable[..., Any], max_iterations: int) -> Callable[..., Any]:
-    """Puts a bound on every `jax.lax.while_loop` of a function, at any depth, each time the loop is entered.
+    """Puts a bound on every `jax.lax.while_loop` of a function, at any depth.
 
-    A loop whose condition never becomes false runs for ever, and under `jit` it cannot even be stopped. With
-    a bound it ends, and an error names the loop by file and line. Where no loop reaches the bound, values and
-    derivatives are the same as without it.
+    The bound holds anew each time a loop is entered.
+
+    A loop whose condition never becomes false runs for ever, and under `jit` it cannot even be
+    stopped. With a bound it ends, and an error names the loop by file and line. Where no loop
+    reaches the bound, values and derivatives are the same as without it.
 
     **Arguments:**
 
@@ -29,11 +34,12 @@ def bounded_loops(fun: Callable[..., Any], max_iterations: int) -> Callable[...,
 
     **Returns:** a function like `fun`, for `value_and_grad`, `jit`, `vmap`.
 
-    **Bias and variance:** none. **Cost:** a counter and a comparison per iteration. The derivative rule of a
-    function with a `jax.custom_jvp` is left as it is.
+    **Bias and variance:** none. **Cost:** a counter and a comparison per iteration. The derivative
+    rule of a function with a `jax.custom_jvp` is left as it is.
 
-    **Errors:** `ValueError` for `max_iterations` below 1. At run time a `RuntimeError` for a loop that does
-    not end; equinox raises it, and under `jit` the device does (it reads best with `equinox.filter_jit`).
+    **Errors:** `ValueError` for `max_iterations` below 1. At run time a `RuntimeError` for a loop
+    that does not end; equinox raises it, and under `jit` the device does (it reads best with
+    `equinox.filter_jit`).
 
     **Source:** no paper; `equinox.error_if` raises the error.
 
@@ -84,7 +90,10 @@ def _bounded_while(eqn: JaxprEqn, values: list[Any], run: Any, most: int) -> lis
     (cond, of_cond), (body, of_body), carry = while_parts(eqn, values)
 
     def unfinished(carry: Sequence[Any]) -> Array:
-        """Whether the loop goes on; one answer for each loop where `vmap` made one loop of several."""
+        """Whether the loop goes on.
+
+        One answer for each loop where `vmap` made one loop of several.
+        """
         return run(cond, [*of_cond, *carry])[0]
 
     def once(carry: Sequence[Any]) -> list[Array]:
@@ -102,7 +111,9 @@ def _bounded_while(eqn: JaxprEqn, values: list[Any], run: Any, most: int) -> lis
     return eqx.error_if(
         carry,
         jnp.any(unfinished(carry)),
-        f"the while_loop at {source(eqn)} did not end within max_iterations={most}. Give it a condition "
-        "that becomes false (a bound on its iterations, a tolerance above rounding error), or a larger "
+        f"the while_loop at {source(eqn)} did not end within max_iterations={most}. Give it a "
+        "condition "
+        "that becomes false (a bound on its iterations, a tolerance above rounding error), or a "
+        "larger "
         "max_iterations.",
     )

@@ -1,5 +1,6 @@
 """What stands in the way of a forward run, and what it will cost, before a long one is begun."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -31,30 +32,33 @@ def check(
     memory: bool | Literal["both"] = True,
     run: bool = False,
 ) -> CheckReport:
-    """Looks at a function before a long run: what blocks forward mode, what is always zero, and what it costs.
+    """Says before a long run what blocks forward mode, what is always zero, and what it costs.
 
-    The estimate is traced, and not run. So whatever the report says of blocked functions and formed tangents is what a
-    run would meet.
+    The estimate is traced, and not run. So whatever the report says of blocked functions and formed
+    tangents is what a run would meet.
 
     **Arguments:**
 
-    - `fun`, `params`, `args`, `has_aux`: as for `value_and_grad`. Arrays may be `jax.ShapeDtypeStruct`.
+    - `fun`, `params`, `args`, `has_aux`: as for `value_and_grad`. Arrays may be
+      `jax.ShapeDtypeStruct`.
     - `estimator`: what is going to be used; `WeightPerturbation()` when not given.
-    - `memory`: whether to compile the estimate for XLA's figure of its temporary memory; `"both"` also compiles the
-      function alone, to compare.
-    - `run`: whether to compute one estimate, to say which parameters get one that is not finite although the loss is. Needs
-      arrays, and the memory of an estimate.
+    - `memory`: whether to compile the estimate for XLA's figure of its temporary memory; `"both"`
+      also compiles the function alone, to compare.
+    - `run`: whether to compute one estimate, to say which parameters get one that is not finite
+      although the loss is. Needs arrays, and the memory of an estimate.
 
     **Returns:** a `CheckReport`; print it.
 
-    **Bias and variance:** none; the report is exact, except that costs are a count of operations and not a time.
+    **Bias and variance:** none; the report is exact, except that costs are a count of operations
+    and not a time.
 
-    **Cost:** traces `fun` once (estimators on pre-activations: once more, with twice the batch). With `memory=True` it
-    compiles the estimate. With `num_groups` above 1 and arrays given, it computes the loss of the batch and of each
-    group, to see that the one is the mean of the others.
+    **Cost:** traces `fun` once (estimators on pre-activations: once more, with twice the batch).
+    With `memory=True` it compiles the estimate. With `num_groups` above 1 and arrays given, it
+    computes the loss of the batch and of each group, to see that the one is the mean of the others.
 
-    **Errors:** as `value_and_grad` for parameters and losses that no estimator takes; `ValueError` for `run=True` with
-    shapes in place of arrays. What blocks forward mode is reported, and is no error here.
+    **Errors:** as `value_and_grad` for parameters and losses that no estimator takes; `ValueError`
+    for `run=True` with shapes in place of arrays. What blocks forward mode is reported, and is no
+    error here.
 
     **Source:** the rules of forward mode as in arXiv 2202.08587, section 2.
 
@@ -77,7 +81,8 @@ def check(
     shapes = [x for x in jax.tree.leaves((params, args)) if isinstance(x, jax.ShapeDtypeStruct)]
     if run and shapes:
         raise ValueError(
-            f"run=True, but the arguments hold shapes in place of arrays, such as {shapes[0]}. Pass arrays, or run=False."
+            f"run=True, but the arguments hold shapes in place of arrays, such as {shapes[0]}. "
+            "Pass arrays, or run=False."
         )
     given = params, args
     is_array = lambda x: isinstance(x, jax.ShapeDtypeStruct)  # noqa: E731
@@ -103,11 +108,15 @@ def check(
         result = estimator.estimate(once, key, states[-1], params, *args, has_aux=has_aux)
         return result.value, result.grads
 
-    with watching() as findings:
+    with watching() as findings, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         program = jax.make_jaxpr(alone)(dynamic)
         staged = jax.jit(estimate).trace(dynamic)
     with watching() as of_code:
         always_zero = _always_zero(pieces, dynamic)
+    for w in said:
+        if not issubclass(w.category, RuntimeWarning):
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     blocking = tuple(findings.refused)
     compiled, own = None, None
     if (memory or run) and not blocking:
@@ -139,7 +148,8 @@ def check(
         state_bytes=state_bytes,
         largest=largest,
         advice=(
-            *_advice(estimator, state_bytes, sum(sizes), largest),
+            *(str(w.message) for w in said if issubclass(w.category, RuntimeWarning)),
+            *_advice(estimator, 0 if said else state_bytes, sum(sizes), largest),
             *(() if shapes else _about_groups(fun, params, args, estimator, has_aux)),
         ),
         not_finite=() if values is None else _not_finite(*values),
@@ -154,7 +164,8 @@ def _advice(estimator: Estimator, state: int, params: int, largest: Any) -> list
     found = []
     if state > max(_SMALL, 4 * params):
         found.append(
-            f"the state is {state / params:,.0f} times the parameters. ActivityPerturbation keeps none, and "
+            f"the state is {state / params:,.0f} times the parameters. ActivityPerturbation keeps "
+            "none, and "
             "WeightPerturbation(LowRank(rank=1)) neither keeps state nor stores activations."
         )
     if largest is not None and largest[0] > 4 * params:
@@ -173,7 +184,10 @@ def _advice(estimator: Estimator, state: int, params: int, largest: Any) -> list
 def _about_groups(
     fun: Callable, params: PyTree, args: tuple[Any, ...], estimator: Any, has_aux: bool
 ) -> list[str]:
-    """A sentence where groups of examples get tangents of their own, and the loss is not the mean of theirs."""
+    """A sentence where groups of examples get tangents of their own.
+
+    And the loss is not the mean of theirs.
+    """
     while not hasattr(estimator, "num_groups") and hasattr(estimator, "estimator"):
         estimator = estimator.estimator
     groups = getattr(estimator, "num_groups", 1)
@@ -191,8 +205,10 @@ def _about_groups(
     if np.isclose(whole, mean, rtol=1e-2, atol=1e-6):
         return []
     return [
-        f"the loss of the batch is {whole:.4g}, but the mean of the losses of its {groups} groups is {mean:.4g}, and "
-        f"num_groups={groups} estimates the gradient of the latter. Return the mean over the examples, or the losses of all "
+        f"the loss of the batch is {whole:.4g}, but the mean of the losses of its {groups} groups "
+        f"is {mean:.4g}, and "
+        f"num_groups={groups} estimates the gradient of the latter. Return the mean over the "
+        "examples, or the losses of all "
         "examples."
     ]
 

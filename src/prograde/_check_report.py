@@ -15,27 +15,36 @@ class CheckReport:
 
     - `estimator`: what was checked.
     - `num_parameters`: the number of entries in all float arrays of the parameters.
-    - `blocking`: what forward mode cannot pass: functions with a `jax.custom_vjp`, and operations without a rule. Each is
-      `name (file:line:column (caller))`.
-    - `remedies`: what to do about each of these, such as the argument to pass to an adjoint of diffrax.
-    - `bypassed`: functions whose reverse rule is ignored because the estimator has `custom_vjp="inline"`.
-    - `always_zero`: paths of parameters whose tangent never reaches the loss: unused, or behind argmax,
-      `stop_gradient` or a conversion to integers. Their gradient is 0, and their estimate is only noise.
+    - `blocking`: what forward mode cannot pass: functions with a `jax.custom_vjp`, and operations
+      without a rule. Each is `name (file:line:column (caller))`.
+    - `remedies`: what to do about each of these, such as the argument to pass to an adjoint of
+      diffrax.
+    - `bypassed`: functions whose reverse rule is ignored because the estimator has
+      `custom_vjp="inline"`.
+    - `always_zero`: paths of parameters whose tangent never reaches the loss: unused, or behind
+      argmax, `stop_gradient` or a conversion to integers. Their gradient is 0, and their estimate
+      is only noise.
     - `dense`: (path, `DenseFallback`) for each place where a structured tangent had to be formed.
-    - `sites`: (paths, shape, has examples) for each site of an estimator that perturbs pre-activations: the weights behind it,
-      and the shape of what is perturbed, with an axis for each enclosing loop. A site without examples is a
-      weight that is used in another way and perturbed itself.
-    - `cost_ratio`: multiply-adds of the estimate over those of the function, by a count; `None` where something blocks. A
-      loop of unknown length counts as one iteration on both sides.
-    - `memory`: bytes of temporaries that XLA plans for the estimate; `None` where not asked for or blocked.
+    - `sites`: (paths, shape, has examples) for each site of an estimator that perturbs
+      pre-activations: the weights behind it, and the shape of what is perturbed, with an axis for
+      each enclosing loop. A site without examples is a weight that is used in another way and
+      perturbed itself.
+    - `cost_ratio`: multiply-adds of the estimate over those of the function, by a count; `None`
+      where something blocks. A loop of unknown length counts as one iteration on both sides.
+    - `memory`: bytes of temporaries that XLA plans for the estimate; `None` where not asked for or
+      blocked.
     - `memory_alone`: the same for the function alone; `None` unless `memory="both"`.
     - `state_bytes`: bytes of the estimator's state, before it is made; 0 without a state.
-    - `largest`: (bytes, shape, what makes it) of the largest temporary array of the estimate that is larger
-      than any in the function alone; `None` where there is none. A compiler that fuses operations may never make it.
-    - `advice`: sentences: what to take instead where the state or a temporary is large, and other things to know.
-    - `not_finite`: paths of parameters whose estimate is not finite although the loss is; empty unless `run=True`.
+    - `largest`: (bytes, shape, what makes it) of the largest temporary array of the estimate that
+      is larger than any in the function alone; `None` where there is none. A compiler that fuses
+      operations may never make it.
+    - `advice`: sentences: what to take instead where the state or a temporary is large, and other
+      things to know.
+    - `not_finite`: paths of parameters whose estimate is not finite although the loss is; empty
+      unless `run=True`.
 
-    **Source:** what forward mode cannot pass is what JAX refuses; the count is that of arXiv 2202.08587, section 2.
+    **Source:** what forward mode cannot pass is what JAX refuses; the count is that of arXiv
+    2202.08587, section 2.
 
     Examples:
         >>> import jax.numpy as jnp, prograde as pg
@@ -113,7 +122,8 @@ class CheckReport:
         for paths, shape, has_examples in self.sites:
             if not has_examples:
                 lines.append(
-                    f"  perturbed itself: {' and '.join(paths)}, as {list(shape)}: its result is no pre-activation of "
+                    f"  perturbed itself: {' and '.join(paths)}, as {list(shape)}: its result is "
+                    "no pre-activation of "
                     "single examples."
                 )
         return lines

@@ -13,10 +13,13 @@ from prograde._jaxprs import as_closed, called, equations, scan_groups, traced, 
 
 
 def checkpointed(fun: Callable[..., Any], num_segments: int | None) -> Callable[..., Any]:
-    """The same function; reverse mode stores only the inputs of its segments and of each `scan` iteration.
+    """The same function, of which reverse mode stores less.
 
-    The segments have about equal numbers of multiply-adds. When `num_segments` is `None` there are as many as
-    the square root of the number of products and loops, which stores about twice that many activations.
+    It stores the inputs of segments and of each `scan` iteration, and computes the rest again.
+
+    The segments have about equal numbers of multiply-adds. When `num_segments` is `None` there are
+    as many as the square root of the number of products and loops, which stores about twice that
+    many activations.
     """
 
     def run(*args: Any) -> Any:
@@ -35,7 +38,10 @@ def _is_heavy(eqn: JaxprEqn) -> bool:
 
 
 def _run(program: ClosedJaxpr, args: Sequence[Any], most: float) -> list[Any]:
-    """Runs a program whose segments and loop bodies are checkpointed; a call with too much work is cut inside."""
+    """Runs a program whose segments and loop bodies are checkpointed.
+
+    A call with too much work is cut inside.
+    """
 
     def operation(part: Any, values: list[Any]) -> list[Any]:
         if isinstance(part, _Segment):
@@ -50,7 +56,10 @@ def _run(program: ClosedJaxpr, args: Sequence[Any], most: float) -> list[Any]:
 
 
 class _Segment:
-    """Equations that are run as one, with the variables they need and the ones needed after them."""
+    """Equations that are run as one.
+
+    With the variables they need and the ones needed after them.
+    """
 
     def __init__(
         self, whole: Jaxpr, eqns: list[JaxprEqn], last_use: dict[Any, int], end: int

@@ -1,8 +1,8 @@
 """Runs one equation that holds inner programs, and lets the caller run these.
 
-An inner program is run on the values it is given: arrays, or pytrees of arrays that stand for one array, such
-as a weight with the factors of its tangent. Such values may enter a loop, a branch or a call. They leave only a
-`jit`; from everything else come arrays.
+An inner program is run on the values it is given: arrays, or pytrees of arrays that stand for one
+array, such as a weight with the factors of its tangent. Such values may enter a loop, a branch or a
+call. They leave only a `jit`; from everything else come arrays.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,11 +32,12 @@ def enter(
     **Arguments:**
 
     - `eqn`, `values`: the equation and one value for each of its inputs.
-    - `run`: runs an inner program. What it did is cached together with it, so it must be the same function for
-      the same result.
-    - `dense`: the array that a value stands for. It is applied where only arrays can be: to what a loop
-      carries, and to what leaves anything but a `jit`.
-    - `specs`: how the arrays inside a value are sharded over a mesh, given how the array is that it stands for.
+    - `run`: runs an inner program. What it did is cached together with it, so it must be the same
+      function for the same result.
+    - `dense`: the array that a value stands for. It is applied where only arrays can be: to what a
+      loop carries, and to what leaves anything but a `jit`.
+    - `specs`: how the arrays inside a value are sharded over a mesh, given how the array is that it
+      stands for.
 
     **Returns:** one value for each output of the equation.
     """
@@ -145,7 +146,8 @@ def _while(eqn: JaxprEqn, values: Sequence[Any], run: Run, dense: Any) -> list[A
         inside = leaves[: len(leaves) - len(carry)]
         return inside, jax.make_jaxpr(_flat(program, tree, run))(*leaves)
 
-    # The primitive is bound, because `lax.while_loop` refuses a condition that `vmap` made a vector.
+    # The primitive is bound, because `lax.while_loop` refuses a condition that `vmap` made a
+    # vector.
     cond_leaves, new_cond = of_arrays(*cond)
     body_leaves, new_body = of_arrays(*body)
     return lax.while_p.bind(

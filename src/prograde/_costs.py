@@ -10,17 +10,20 @@ from prograde._jaxprs import equations, subprograms
 
 
 def multiply_adds(jaxpr: Jaxpr) -> int:
-    """Multiply-adds of products and convolutions, and one for each element that another operation makes.
+    """The multiply-adds of a program.
 
-    A random word counts 40. A loop of unknown length counts as one iteration, and a decision as its most
-    expensive branch. Moving data (reshape, transpose, slices) counts nothing.
+    Products and convolutions count theirs, other operations one for each element that they make.
+
+    A random word counts 40. A loop of unknown length counts as one iteration, and a decision as its
+    most expensive branch. Moving data (reshape, transpose, slices) counts nothing.
     """
     return sum(multiply_adds_of(eqn) for eqn in jaxpr.eqns)
 
 
 _MOVES = {
-    "reshape", "transpose", "broadcast_in_dim", "squeeze", "slice", "dynamic_slice", "concatenate", "convert_element_type",
-    "copy", "pad", "gather", "split", "rev", "iota", "expand_dims", "stop_gradient", "bitcast_convert_type",
+    "reshape", "transpose", "broadcast_in_dim", "squeeze", "slice", "dynamic_slice",
+    "concatenate", "convert_element_type", "copy", "pad", "gather", "split", "rev", "iota",
+    "expand_dims", "stop_gradient", "bitcast_convert_type",
 }  # fmt: skip
 
 
@@ -30,7 +33,7 @@ _PER_RANDOM_WORD = 40  # operations of threefry
 def multiply_adds_of(eqn: JaxprEqn) -> int:
     """`multiply_adds` of one equation."""
     name, inner = eqn.primitive.name, [multiply_adds(program) for program in subprograms(eqn)]
-    out = sum(math.prod(v.aval.shape) for v in eqn.outvars)  # pyright: ignore[reportAttributeAccessIssue]
+    out = sum(math.prod(v.aval.shape) for v in eqn.outvars)  # pyright: ignore
     if name == "scan":
         return eqn.params["length"] * sum(inner)
     if name == "cond":
@@ -57,24 +60,27 @@ def multiply_adds_of(eqn: JaxprEqn) -> int:
     if name in _MOVES or name.startswith("random_"):
         return 0
     if name.startswith(("reduce", "arg", "cum")):
-        return sum(math.prod(v.aval.shape) for v in eqn.invars)  # pyright: ignore[reportAttributeAccessIssue]
+        return sum(math.prod(v.aval.shape) for v in eqn.invars)  # pyright: ignore
     return out
 
 
 def largest_array(jaxpr: Jaxpr) -> tuple[int, tuple[int, ...], str]:
-    """(bytes, shape, operation) of the largest array that an equation makes, inner programs included.
+    """(bytes, shape, operation) of the largest array that an equation makes, at any depth.
 
-    Results that only repeat or convert others are left out: a compiler reads them where they are used.
+    Results that only repeat or convert others are left out: a compiler reads them where they are
+    used.
     """
     found = [(0, (), "")]
     for eqn in equations(jaxpr):
         if eqn.primitive.name not in _MOVES and not subprograms(eqn):
-            found += [(_bytes(v), v.aval.shape, eqn.primitive.name) for v in eqn.outvars]  # pyright: ignore[reportAttributeAccessIssue]
+            found += [(_bytes(v), v.aval.shape, eqn.primitive.name) for v in eqn.outvars]  # pyright: ignore
     return max(found, key=lambda entry: entry[0])
 
 
 def live_bytes(jaxpr: Jaxpr) -> int:
-    """The most bytes of intermediate results that are live at once, if every equation is run as it stands.
+    """The most bytes of intermediate results that are live at once.
+
+    Every equation is taken to run as it stands.
 
     A compiler that fuses operations needs less.
     """

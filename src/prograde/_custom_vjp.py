@@ -1,7 +1,7 @@
-"""What forward mode cannot pass: refused by name, or, for a function with a reverse rule, differentiated as its code.
+"""What forward mode cannot pass: refused by name, or differentiated as its code.
 
-All forward runs of this package go through `bind_forward`, so that every estimator refuses the same things with the
-same words.
+All forward runs of this package go through `bind_forward`, so that every estimator refuses the same
+things with the same words.
 """
 
 import re
@@ -37,7 +37,10 @@ def is_custom_vjp(eqn: JaxprEqn) -> bool:
 
 
 def describe(eqn: JaxprEqn) -> str:
-    """The name of the called function, or of the operation, and its place: `name (file:line:column (caller))`."""
+    """The name of the called function, or of the operation, and its place.
+
+    `name (file:line:column (caller))`.
+    """
     name = function_name(_code(eqn)) if is_custom_vjp(eqn) else eqn.primitive.name
     return f"{name} ({source(eqn)})"
 
@@ -46,8 +49,10 @@ def _code(eqn: JaxprEqn) -> ClosedJaxpr:
     return as_closed(eqn.params["call_jaxpr"])
 
 
-# Libraries whose own code has a reverse rule, and what to pass to them instead. A rule is theirs when the
-# innermost frame of its traceback is in one of the first parts; the first of the second parts that occurs anywhere in
+# Libraries whose own code has a reverse rule, and what to pass to them instead. A rule is theirs
+# when the
+# innermost frame of its traceback is in one of the first parts; the first of the second parts that
+# occurs anywhere in
 # the traceback gives the advice.
 _REVERSE_ONLY = (
     "/equinox/internal/_loop/",
@@ -69,10 +74,12 @@ _ADVICE = {
         "A checkpointed loop of equinox is for reverse mode only: pass kind='lax' to it."
     ),
     "/jaxopt/": (
-        "The implicit differentiation of jaxopt is for reverse mode only: pass implicit_diff=False to the solver."
+        "The implicit differentiation of jaxopt is for reverse mode only: pass implicit_diff=False "
+        "to the solver."
     ),
     "/jax/experimental/ode.py": (
-        "jax.experimental.ode.odeint has a rule for reverse mode only: pass custom_vjp='inline' to the "
+        "jax.experimental.ode.odeint has a rule for reverse mode only: pass custom_vjp='inline' to "
+        "the "
         "estimator, or use diffrax.diffeqsolve with adjoint=diffrax.ForwardMode()."
     ),
 }
@@ -95,7 +102,8 @@ def remedy(eqn: JaxprEqn) -> str:
             if any(part in file for file in files):
                 return sentence
     return (
-        "Give it a jax.custom_jvp instead, or pass custom_vjp='inline' to the estimator to differentiate its code "
+        "Give it a jax.custom_jvp instead, or pass custom_vjp='inline' to the estimator to "
+        "differentiate its code "
         "and ignore the rule."
     )
 
@@ -108,7 +116,10 @@ def _refuse(what: str, why: str, advice: str) -> None:
 
 
 def bind_forward(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Runs one equation on arrays that may have tangents, and refuses what forward mode cannot pass."""
+    """Runs one equation on arrays that may have tangents.
+
+    And refuses what forward mode cannot pass.
+    """
     if is_custom_vjp(eqn):
         return _refusing_tangents(eqn, values)
     if any(map(is_custom_vjp, with_inner(eqn))):
@@ -117,7 +128,10 @@ def bind_forward(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def naming(eqn: JaxprEqn, run: Callable[[], list[Any]]) -> list[Any]:
-    """What `run` returns for an equation. An operation in it that JAX has no rule for is refused by name."""
+    """What `run` returns for an equation.
+
+    An operation in it that JAX has no rule for is refused by name.
+    """
     try:
         return run()
     except (NotImplementedError, ValueError) as error:
@@ -137,7 +151,10 @@ def naming(eqn: JaxprEqn, run: Callable[[], list[Any]]) -> list[Any]:
 
 
 def _is_about(message: str, eqn: JaxprEqn) -> bool:
-    """Whether an error of JAX names this operation; it says "Pure callbacks" for `pure_callback`."""
+    """Whether an error of JAX names this operation.
+
+    It says "Pure callbacks" for `pure_callback`.
+    """
     name = eqn.primitive.name
     return not list(inner_programs(eqn)) and (
         f"'{name}'" in message or name.replace("_", " ") in message.lower()
@@ -145,7 +162,10 @@ def _is_about(message: str, eqn: JaxprEqn) -> bool:
 
 
 def run_forward(program: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
-    """Runs a program on arrays that may have tangents, and refuses what forward mode cannot pass."""
+    """Runs a program on arrays that may have tangents.
+
+    And refuses what forward mode cannot pass.
+    """
     return walk(program, args, bind_forward)
 
 
@@ -172,7 +192,7 @@ def _zero_tangent(x: Any) -> Any:
 
 
 def inline_custom_vjp(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with every call of a function with a reverse rule replaced by that function's code."""
+    """The function, with the code of every function in it that has a reverse rule."""
 
     def inlined(*args: Any) -> Any:
         program, rebuilt = traced(fun, *args)
@@ -194,7 +214,7 @@ def _bind_inlined(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def _noting_tangents(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """The values, watched: a warning names the function where its code has a tangent that is not finite.
+    """The values, watched for tangents that are not finite, which a warning names.
 
     Where `check` is watching, it is told that a tangent passed by a reverse rule.
     """
@@ -230,8 +250,10 @@ def _all_finite(x: Any) -> Any:
 def _warn(what: str, lost: Any) -> None:
     if np.any(lost):
         warnings.warn(
-            f"custom_vjp='inline' differentiates the code of {what}, and there the tangent is not finite "
-            "although the value is. The rule that it ignores may be what keeps the derivative finite: give the "
+            f"custom_vjp='inline' differentiates the code of {what}, and there the tangent is not "
+            "finite "
+            "although the value is. The rule that it ignores may be what keeps the derivative "
+            "finite: give the "
             "function a jax.custom_jvp.",
             RuntimeWarning,
             stacklevel=2,

@@ -1,7 +1,8 @@
 """What a forward run meets on its way, kept for `check`.
 
-While `watching()` is active, the code that runs a program forward notes what it finds here, and goes on where
-it would otherwise raise. So `check` reports what the run itself does, and has no second opinion.
+While `watching()` is active, the code that runs a program forward notes what it finds here, and
+goes on where it would otherwise raise. So `check` reports what the run itself does, and has no
+second opinion.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DenseFallback:
-    """A place where the tangent of a weight was formed as an array: by which operation, in which shape, and where."""
+    """A place where the tangent of a weight was formed as an array: by which operation.
+
+    In which shape, and where.
+    """
 
     primitive: str
     shape: tuple[int, ...]
@@ -22,7 +26,9 @@ class DenseFallback:
 
 @dataclass(eq=False)
 class Findings:
-    """What was found. Dictionaries keep the order, and each thing once. Compared by identity, as the key of a cache.
+    """What was found.
+
+    Dictionaries keep the order, and each thing once. Compared by identity, as the key of a cache.
 
     - `refused`: what forward mode cannot pass, and what to do about it.
     - `inlined`: functions whose reverse rule was ignored although a tangent arrived there.

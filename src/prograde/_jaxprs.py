@@ -1,10 +1,11 @@
 """The walker of traced programs.
 
 JAX writes a traced function down as a program (a *jaxpr*): a list of equations
-`outputs = primitive(inputs)`, some of which hold inner programs, such as the body of a loop. Every part
-of this package that reads programs does it through this module:
+`outputs = primitive(inputs)`, some of which hold inner programs, such as the body of a loop. Every
+part of this package that reads programs does it through this module:
 
-- `equations` and `subprograms` look at a program, `source` says which line of the user wrote an equation;
+- `equations` and `subprograms` look at a program, `source` says which line of the user wrote an
+  equation;
 - `called` and `CALLS` say which operations only call another program;
 - `walk` runs a program on values of any kind: arrays, weights with tangents, labels;
 - `_control_flow.enter` runs one equation that holds inner programs, and lets the caller run these.
@@ -35,9 +36,10 @@ for _prefix in (
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"})
 """The primitives that run their one inner program on their operands, and do nothing else.
 
-Names differ between versions of JAX: `jit` was `pjit`, `checkpoint` is `remat2` in a program. Functions
-with a derivative of their own (`custom_jvp_call`, `custom_vjp_call`) are not among them: what to do with
-these is the caller's decision. `checkpoint` is, because it changes what reverse mode stores and nothing else.
+Names differ between versions of JAX: `jit` was `pjit`, `checkpoint` is `remat2` in a program.
+Functions with a derivative of their own (`custom_jvp_call`, `custom_vjp_call`) are not among them:
+what to do with these is the caller's decision. `checkpoint` is, because it changes what reverse
+mode stores and nothing else.
 """
 
 UNKNOWN = "an unknown place"
@@ -50,7 +52,8 @@ _INSIDE: ContextVar[tuple[JaxprEqn, ...]] = ContextVar("inside", default=())
 def source(eqn: JaxprEqn) -> str:
     """The line of the user's code that made an equation, `file:line:column (function)`.
 
-    An equation that a library made has no such line. Then it is the line of the call or loop around it.
+    An equation that a library made has no such line. Then it is the line of the call or loop around
+    it.
     """
     for place in (eqn, *_INSIDE.get()):
         if found := source_info_util.summarize(place.source_info):
@@ -141,9 +144,10 @@ def scan_groups(eqn: JaxprEqn, values: Sequence[Any]) -> tuple[list[Any], list[A
 def traced(
     fun: Callable[..., Any], *args: Any
 ) -> tuple[ClosedJaxpr, Callable[[Sequence[Any]], Any]]:
-    """A function of trees of arrays as a program, and its result from the values of the program's outputs.
+    """A function as a program, and how its result follows from the values of the outputs.
 
-    Outputs that depend on none of the arguments stay as they are, so that an array of numpy stays one of numpy.
+    Outputs that depend on none of the arguments stay as they are, so that an array of numpy stays
+    one of numpy.
     """
     results: list[Any] = []
 
@@ -184,7 +188,8 @@ def walk(
     - `program`, `args`: the program and one value for each of its inputs.
     - `operation`: gets an equation and the values of its inputs, returns the values of its outputs.
     - `consts`: the values of the program's constants, where they are not the arrays themselves.
-    - `parts`: what to run in place of the program's equations: anything with `invars` and `outvars`.
+    - `parts`: what to run in place of the program's equations: anything with `invars` and
+      `outvars`.
     - `number`: the value of a number that is written into the program.
     - `arrived`: gets a variable and its value, returns what is kept of it.
 
@@ -213,10 +218,10 @@ def walk(
 
 
 def derivative_of(eqn: JaxprEqn, moved: Sequence[int]) -> ClosedJaxpr:
-    """The derivative of one equation along some of its operands, by the function's own rule where it has one.
+    """The derivative of one equation along some of its operands, by its own rule if it has one.
 
-    The inputs of the program are all operands, then the tangents of the operands `moved`; its outputs
-    are the tangents of the outputs.
+    The inputs of the program are all operands, then the tangents of the operands `moved`; its
+    outputs are the tangents of the outputs.
     """
 
     def derivative(values: list[Any], tangents: list[Any]) -> Any:

@@ -1,4 +1,7 @@
-"""Structured kernels in convolutions, against the same tangent formed: every parameter, every path."""
+"""Structured kernels in convolutions, against the same tangent formed: every parameter.
+
+Every path.
+"""
 
 import jax.numpy as jnp
 import numpy as np

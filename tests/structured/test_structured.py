@@ -88,7 +88,7 @@ PRODUCTS_AND_SHAPES = {
         ),
     ),
     "columns": use((8, 9), lambda w, x: w[:, jnp.array([[0, 3], [7, -2]])]),
-    "rows and columns": use((8, 9), lambda w, x: w[jnp.array([0, 3]), jnp.array([1, 2])]),
+    "rows and columns": use((8, 9), lambda w, x: w[jnp.array([0, 3, 5]), jnp.array([1, 2, 4])]),
     "an expert for each token": use(
         (3, 6, 9), lambda w, x: jnp.einsum("tm,tmn->tn", x, w[jnp.array([0, 2, 1, 1])])
     ),
@@ -257,7 +257,10 @@ def test_an_operand_of_a_rule_by_hand_that_has_a_tangent_keeps_it(key, x64):
 
 
 def test_a_bias_that_is_broadcast_is_not_listed_as_dense():
-    """What is formed is smaller than what it is added to. A sum of weights of one shape does cost."""
+    """What is formed is smaller than what it is added to.
+
+    A sum of weights of one shape does cost.
+    """
     x = jnp.ones((5, 4, 3))
     for function in (lambda b: x + b, lambda b: b * x, lambda b: x - jnp.broadcast_to(b, x.shape)):
         assert (
@@ -273,7 +276,10 @@ def test_a_bias_that_is_broadcast_is_not_listed_as_dense():
 @pytest.mark.parametrize("k", [3, 20])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
 def test_sums_and_products_of_tangents_equal_those_of_formed_ones(distribution, k, key, x64):
-    """A few terms are added up, and many multiplied as matrices: both equal the sum of formed tangents."""
+    """A few terms are added up, and many multiplied as matrices.
+
+    Both equal the sum of formed tangents.
+    """
     params = {"w": jnp.zeros((6, 5)), "t": jnp.zeros((2, 6, 3)), "b": jnp.zeros(4)}
     tangents = jax.vmap(lambda i: distribution.sample(key, params, i, k))(jnp.arange(k))
     each = [jax.tree.map(lambda x, i=i: x[i], tangents) for i in range(k)]

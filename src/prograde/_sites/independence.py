@@ -1,7 +1,8 @@
-"""Whether the noise of one example can reach the loss of another: a rule for each operation, and refusal of all others.
+"""Whether the noise of one example can reach the loss of another.
 
-A value that noise has reached is labelled with the axis along which the examples lie: a position along it depends on the
-noise of one example only. Values without noise (data, and weights that were perturbed as a whole) have no label and may be mixed.
+A value that noise has reached is labelled with the axis along which the examples lie: a position
+along it depends on the noise of one example only. Values without noise (data, and weights that were
+perturbed as a whole) have no label and may be mixed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,11 +67,17 @@ class Walk:
         return label
 
     def joined(self, eqn: JaxprEqn) -> list[Label]:
-        """The labels of the outputs of an operation that joins examples, or is not known to keep them apart."""
+        """The labels of the outputs of an operation that joins examples.
+
+        Or is not known to keep them apart.
+        """
         raise ExamplesError(
-            f"examples depend on each other, or cannot be told apart, after {eqn.primitive.name} at {source(eqn)}: it joins "
-            "values of several examples, as batch normalisation does, or is not known to keep them apart. Pass "
-            "per_example=False, so that every perturbation is weighed by the loss of the whole batch (more variance, no "
+            f"examples depend on each other, or cannot be told apart, after {eqn.primitive.name} "
+            f"at {source(eqn)}: it joins "
+            "values of several examples, as batch normalisation does, or is not known to keep them "
+            "apart. Pass "
+            "per_example=False, so that every perturbation is weighed by the loss of the whole "
+            "batch (more variance, no "
             "bias), or write it for each example by itself."
         )
 
@@ -87,7 +94,10 @@ class Walk:
     def run(
         self, jaxpr: Jaxpr, twin: Jaxpr | None, labels: Sequence[Label], weights: Sequence[bool]
     ) -> tuple[list[Label], list[bool]]:
-        """The labels of the outputs, and which are functions of weights that noise has not reached."""
+        """The labels of the outputs.
+
+        And which are functions of weights that noise has not reached.
+        """
         counts: dict[Any, Any] = {}
         twins = twins_of(jaxpr, twin)
 
@@ -168,7 +178,8 @@ class Walk:
                 if any(at != label for at in here):
                     raise Joined
             return [label] * len(eqn.outvars), [False] * len(eqn.outvars)
-        # weights meet the examples: there noise may be injected, along the axis that grows with them
+        # weights meet the examples: there noise may be injected, along the axis that grows with
+        # them
         here = self._where(eqn, twin)
         labels = [None if at is MIXED else at for at in here]
         return labels, [at is None for at in here]
@@ -188,7 +199,10 @@ class Walk:
         return propagated(eqn, given, counts)
 
     def custom_rule(self, eqn: JaxprEqn, given: list[Label]) -> list[Label]:
-        """A hand-made derivative must keep the examples apart as well: the labels of the outputs by it."""
+        """A hand-made derivative must keep the examples apart as well.
+
+        The labels of the outputs by it.
+        """
         moved = [i for i, g in enumerate(given) if g is not None]
         if not moved:
             return [None] * len(eqn.outvars)

@@ -1,8 +1,8 @@
 """Runs a program with a perturbation injected at every site.
 
-A weight is followed through what is done to it as long as that is affine: transposed, sliced, multiplied with an activation,
-added to. Where something else is done to the result, it is perturbed. So x @ W + b is one site with two weights, and so is
-x @ W + h @ U.
+A weight is followed through what is done to it as long as that is affine: transposed, sliced,
+multiplied with an activation, added to. Where something else is done to the result, it is
+perturbed. So x @ W + b is one site with two weights, and so is x @ W + h @ U.
 """
 
 from collections import Counter
@@ -24,8 +24,6 @@ from prograde._jaxprs import (
     as_closed,
     bind,
     called,
-    derivative_of,
-    equations,
     scan_groups,
     subprograms,
     walk,
@@ -34,6 +32,15 @@ from prograde._sites.examples import MIXED, ExamplesError, doubled, is_traced, t
 from prograde._sites.independence import check_independent
 from prograde._sites.labels import Along
 from prograde._sites.layout import layout_of
+from prograde._sites.operations import (
+    AFFINE,
+    KEEPS_ELEMENTS,
+    MEETS_ACTIVATION,
+    SUMS,
+    is_elementwise,
+    linear_in,
+    size,
+)
 from prograde._sites.reach import Reach
 from prograde._sites.records import Loop, Place, Record, Reshaped, Site, Step, Use, leaves_of
 
@@ -41,7 +48,10 @@ Entries = Callable[[Key[Array, ""], tuple[int, ...], Any], Array]
 
 
 class Linear(NamedTuple):
-    """A value that is affine in leaves: a weight, or (`active`) a pre-activation that has not been perturbed yet."""
+    """A value that is affine in leaves: a weight.
+
+    Or (`active`) a pre-activation that has not been perturbed yet.
+    """
 
     value: Array
     uses: tuple[Use, ...]
@@ -71,7 +81,10 @@ class Frame:
 
 
 class Run(eqx.Module):
-    """What one run gives: the losses and other outputs of the program, the records of its sites, the values at the exact ones."""
+    """What one run gives: the losses and other outputs of the program, the records of its sites.
+
+    The values at the exact ones.
+    """
 
     losses: list[Array]
     aux: list[Any]
@@ -79,41 +92,13 @@ class Run(eqx.Module):
     at_exact: list[Array]
 
 
-# what keeps a weight affine: for each operation the operands that may be one
-_AFFINE = {
-    **{name: (0,) for name in (
-        "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "neg",
-        "rev", "slice", "split", "pvary", "pcast", "dynamic_slice", "gather", "reduce_sum", "pad", "div",
-    )},
-    **{name: (0, 1) for name in ("dot_general", "conv_general_dilated", "mul", "add", "sub")},
-}  # fmt: skip
-_SUMS = {"add", "sub"}
-_KEEPS_ELEMENTS = {
-    "transpose", "reshape", "squeeze", "expand_dims", "convert_element_type", "copy", "copy_p", "neg", "pvary", "pcast",
-}  # fmt: skip
-_MEETS_ACTIVATION = {
-    "dot_general",
-    "conv_general_dilated",
-    "mul",
-    "add",
-    "sub",
-    "gather",
-    "div",
-    "custom_jvp_call",
-}
-_ELEMENTWISE = {
-    "max", "min", "add", "sub", "mul", "div", "neg", "exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "erf", "erfc",
-    "sin", "cos", "tan", "atan", "asin", "acos", "sinh", "cosh", "abs", "sign", "sqrt", "rsqrt", "cbrt", "square", "integer_pow",
-    "pow", "select_n", "gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not", "clamp", "convert_element_type", "copy",
-    "broadcast_in_dim", "stop_gradient", "is_finite", "nextafter", "jit", "pjit", "custom_jvp_call", "closed_call", "pvary",
-    "pcast",
-}  # fmt: skip
-
-
 class Program:
-    """`of_args(params, *args) -> (losses, aux)`, `losses` a list, as a program whose sites can be perturbed.
+    """A function as a program whose sites can be perturbed.
 
-    With `batch` the losses are given per example, `[batch, ...]`, the examples are found in every value, and must be independent.
+    The function is `of_args(params, *args) -> (losses, aux)`, where `losses` is a list.
+
+    With `batch` the losses are given per example, `[batch, ...]`, the examples are found in every
+    value, and must be independent.
     """
 
     def __init__(
@@ -167,9 +152,12 @@ class Program:
         exact: Mapping[int, Array] | None = None,
         relative: bool = False,
     ) -> Run:
-        """One run, every site perturbed by `s` times the `entries` drawn for it; `relative`: to the size of what is perturbed.
+        """One run, with every site perturbed by `s` times the `entries` drawn for it.
 
-        `exact` are the records of sites that are not perturbed, and what is added to their values instead.
+        With `relative` the entries are multiplied by the size of what is perturbed.
+
+        `exact` are the records of sites that are not perturbed, and what is added to their values
+        instead.
         """
         frame = Frame(key, s, entries, relative)
         frame.exact = dict(exact or {})
@@ -249,14 +237,14 @@ class Program:
         if (
             len(positions) == 1
             and values[positions[0]].active
-            and _is_elementwise(eqn, values[positions[0]].value.shape)
+            and is_elementwise(eqn, values[positions[0]].value.shape)
         ):
             z = lax.stop_gradient(values[positions[0]].value)
 
             def of_z(z):
                 return bind(eqn, [z if i == positions[0] else v for i, v in enumerate(values)])[0]
 
-            if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):  # pyright: ignore[reportAttributeAccessIssue]
+            if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):  # pyright: ignore
                 _, gain = jax.jvp(of_z, (z,), (jnp.ones_like(z),))
             else:  # a choice has no derivative
                 gain = jnp.zeros_like(z)
@@ -279,18 +267,18 @@ class Program:
             if (
                 len(positions) > 1
                 or values[positions[0]].active
-                or not _linear_in(eqn, positions[0])
+                or not linear_in(eqn, positions[0])
             ):
                 return None
-        elif not set(positions) <= set(_AFFINE.get(name, ())) or (
-            len(positions) > 1 and name not in _SUMS
+        elif not set(positions) <= set(AFFINE.get(name, ())) or (
+            len(positions) > 1 and name not in SUMS
         ):
             return None
         if not all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.outvars):  # pyright: ignore
             return None
         given = [i for i in range(len(values)) if i not in positions]
         active = any(values[i].active for i in positions)
-        if active and name not in _SUMS | _KEEPS_ELEMENTS:
+        if active and name not in SUMS | KEEPS_ELEMENTS:
             scales = name in ("mul", "div") and all(jnp.ndim(values[i]) == 0 for i in given)
             if not scales:
                 return None
@@ -306,7 +294,7 @@ class Program:
                 return None
             axis = axes[0]
             active = axis is not None
-        elif name in _MEETS_ACTIVATION:
+        elif name in MEETS_ACTIVATION:
             active = active or any(
                 jnp.ndim(values[i]) > 0 and not isinstance(eqn.invars[i], Literal) for i in given
             )
@@ -348,7 +336,7 @@ class Program:
             return z
         noise, scale = frame.entries(frame.next_key(), z.shape, z.dtype), None
         if frame.relative and value.active:
-            scale = _size(lax.stop_gradient(z), axis)
+            scale = size(lax.stop_gradient(z), axis)
             noise = noise * scale
         if gain is not None:  # a unit that is not active has no part in the loss
             noise = jnp.where(gain != 0, noise, jnp.zeros_like(noise))
@@ -444,51 +432,3 @@ class Program:
                 Loop(inside, entered, tuple(i >= first_slice for i in weights), tuple(shapes))
             )
         return [*carry, *ys]
-
-
-def _linear_in(eqn: JaxprEqn, position: int) -> bool:
-    """Whether the rule of a function with a `jax.custom_jvp` needs only the tangent of an operand, and not its value."""
-    rule = derivative_of(eqn, [position]).jaxpr
-    _, used = dce_jaxpr(rule, [True] * len(rule.outvars), instantiate=False)
-    return not used[position]
-
-
-_LEAST_SIZE = 1e-4  # any will do: the estimate is unbiased for every scale
-
-
-def _size(z: Array, axis: int | None) -> Array:
-    """The root mean square of each example's part of a value."""
-    others = tuple(i for i in range(z.ndim) if i != axis)
-    wide = z.astype(jnp.promote_types(z.dtype, jnp.float32))
-    size = jnp.sqrt(jnp.mean(jnp.square(wide), axis=others, keepdims=True))
-    return jnp.maximum(size, _LEAST_SIZE).astype(z.dtype)
-
-
-def _is_elementwise(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
-    """Whether an operation is a function of one number, applied to every element of its only array."""
-    arrays = [v for v in eqn.invars if v.aval.shape != ()]  # pyright: ignore[reportAttributeAccessIssue]
-    if len(arrays) != 1 or len(eqn.outvars) != 1 or not _works_on_elements(eqn, shape):
-        return False
-    by_hand = [eqn, *(e for p in subprograms(eqn) for e in equations(p))]
-    return all(
-        _rule_works_on_elements(e, shape) for e in by_hand if e.primitive.name == "custom_jvp_call"
-    )
-
-
-def _rule_works_on_elements(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
-    """Whether a hand-made derivative is one of each element alone."""
-    moved = [i for i, v in enumerate(eqn.invars) if v.aval.shape == shape]  # pyright: ignore[reportAttributeAccessIssue]
-    if len(moved) != 1:
-        return False
-    return all(_works_on_elements(e, shape) for e in derivative_of(eqn, moved).jaxpr.eqns)
-
-
-def _works_on_elements(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
-    if eqn.primitive.name not in _ELEMENTWISE:
-        return False
-    if any(v.aval.shape not in (shape, ()) for v in (*eqn.invars, *eqn.outvars)):  # pyright: ignore
-        return False
-    programs = subprograms(eqn)[:1]
-    return all(
-        not p.constvars and all(_works_on_elements(e, shape) for e in p.eqns) for p in programs
-    )

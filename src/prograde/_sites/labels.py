@@ -1,7 +1,8 @@
 """Labels: along which axis of a value the examples lie, and how each operation passes a label on.
 
-A value that is labelled depends, at a position along the label's axis, on one example only. A rule either gives the
-label of the output, or raises `Joined` where the operation joins examples or is not known to keep them apart.
+A value that is labelled depends, at a position along the label's axis, on one example only. A rule
+either gives the label of the output, or raises `Joined` where the operation joins examples or is
+not known to keep them apart.
 """
 
 import math
@@ -17,8 +18,8 @@ class Along(NamedTuple):
     """The examples lie along this axis.
 
     An axis that was merged with others has size outer * batch * inner: the example at a position is
-    (position // inner) mod batch. A negative axis is that of an enclosing loop, -1 the innermost: everything inside
-    an iteration belongs to one example.
+    (position // inner) mod batch. A negative axis is that of an enclosing loop, -1 the innermost:
+    everything inside an iteration belongs to one example.
     """
 
     axis: int
@@ -27,7 +28,10 @@ class Along(NamedTuple):
 
 
 ANYWHERE = Along(1_000_000)
-"""The label of a value of which each position may depend on several examples; only walks that do not refuse use it."""
+"""The label of a value of which each position may depend on several examples.
+
+Only walks that do not refuse use it.
+"""
 
 Label = Along | None
 
@@ -66,12 +70,14 @@ def same(labels: Any) -> Label:
 
 
 _ELEMENTWISE = {
-    "add", "sub", "mul", "div", "rem", "pow", "integer_pow", "max", "min", "neg", "abs", "sign", "exp", "exp2", "log", "log1p",
-    "expm1", "sqrt", "rsqrt", "cbrt", "square", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh", "asinh",
-    "acosh", "atanh", "logistic", "erf", "erfc", "erf_inv", "lgamma", "digamma", "floor", "ceil", "round", "is_finite", "nextafter",
-    "select_n", "clamp", "convert_element_type", "reduce_precision", "copy", "copy_p", "pvary", "pcast", "add_any", "real", "imag",
-    "complex", "conj", "eq", "ne", "gt", "ge", "lt", "le", "and", "or", "not", "xor", "bessel_i0e", "bessel_i1e", "igamma", "igammac",
-    "polygamma", "mul_no_nan",
+    "add", "sub", "mul", "div", "rem", "pow", "integer_pow", "max", "min", "neg", "abs", "sign",
+    "exp", "exp2", "log", "log1p", "expm1", "sqrt", "rsqrt", "cbrt", "square", "sin", "cos",
+    "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh",
+    "logistic", "erf", "erfc", "erf_inv", "lgamma", "digamma", "floor", "ceil", "round",
+    "is_finite", "nextafter", "select_n", "clamp", "convert_element_type", "reduce_precision",
+    "copy", "copy_p", "pvary", "pcast", "add_any", "real", "imag", "complex", "conj", "eq", "ne",
+    "gt", "ge", "lt", "le", "and", "or", "not", "xor", "bessel_i0e", "bessel_i1e", "igamma",
+    "igammac", "polygamma", "mul_no_nan",
 }  # fmt: skip
 _LEADING = {
     "cholesky": 2,
@@ -85,7 +91,10 @@ _LEADING = {
 
 
 def propagated(eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> Label:
-    """The label of the outputs of an operation that noise reaches; raises where it joins examples or is not known."""
+    """The label of the outputs of an operation that noise reaches.
+
+    Raises where it joins examples or is not known.
+    """
     name, params = eqn.primitive.name, eqn.params
     shapes = [v.aval.shape for v in eqn.invars]  # pyright: ignore[reportAttributeAccessIssue]
     out_shape = eqn.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
@@ -211,7 +220,10 @@ def _of_product(numbers: Any, shapes: Sequence[tuple[int, ...]], given: list[Lab
 def _of_reshape(
     label: Along, shape: tuple[int, ...], out_shape: tuple[int, ...], dimensions: Any
 ) -> Along:
-    """Row-major order is kept, so that an axis is found again by how many elements are before and within."""
+    """Row-major order is kept.
+
+    So that an axis is found again by how many elements are before and within.
+    """
     if dimensions is not None:
         raise Joined
     before = math.prod(shape[: label.axis]) * label.outer
@@ -227,7 +239,7 @@ def _of_reshape(
 
 def _of_gather(eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> Label:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    operand_shape, label = eqn.invars[0].aval.shape, given[0]  # pyright: ignore[reportAttributeAccessIssue]
+    operand_shape, label = eqn.invars[0].aval.shape, given[0]  # pyright: ignore
     if label is None or given[1] is not None:
         raise Joined
     if label.axis < 0:
@@ -258,7 +270,10 @@ def _of_gather(eqn: JaxprEqn, given: list[Label], counts: dict[Any, Any]) -> Lab
 
 
 def count(eqn: JaxprEqn, counts: dict[Any, Any]) -> None:
-    """Follows arrays that count 0, 1, 2 ... along one axis (an int), and indices with such columns (a tuple of these)."""
+    """Follows arrays that count 0, 1, 2 ...
+
+    along one axis (an int), and indices with such columns (a tuple of these).
+    """
     if not eqn.outvars:  # such as `jax.debug.print`
         return
     name, params = eqn.primitive.name, eqn.params

@@ -1,7 +1,8 @@
-"""Where the examples lie in an axis that they share with others, as in `x.reshape(batch * time, width)`.
+"""Where the examples lie in an axis that they share, as in `x.reshape(batch * time, width)`.
 
-Two traces with different batch sizes tell which axis grows with the batch (see `examples`), but not whether the examples
-are the outer or the inner part of it. That is found by following the arrays of the batch through the program.
+Two traces with different batch sizes tell which axis grows with the batch (see `examples`), but not
+whether the examples are the outer or the inner part of it. That is found by following the arrays of
+the batch through the program.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,10 @@ from prograde._sites.records import Place
 
 
 def layout_of(jaxpr: Jaxpr, is_batch: Sequence[bool], batch: int) -> dict[Place, Along]:
-    """The label of every value whose examples share an axis with others. `is_batch` says which inputs hold the examples."""
+    """The label of every value whose examples share an axis with others.
+
+    `is_batch` says which inputs hold the examples.
+    """
     walk = _Layout(batch)
     start: list[Label] = [Along(0) if given else None for given in is_batch]
     walk.run(jaxpr, None, start, [False] * len(start))

@@ -1,4 +1,7 @@
-"""Which losses a perturbation reaches, and along which axes of a loss each part of it reaches its own part alone."""
+"""Which losses a perturbation reaches.
+
+And along which axes of a loss each part of it reaches its own part alone.
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -16,8 +19,9 @@ from prograde._sites.records import Place, Site
 class Reach:
     """What the perturbation of one site reaches.
 
-    For each loss `along` is `None` where it is not reached at all, and otherwise pairs (axis of the loss, where its positions
-    lie in the site's value). `sites` are the places of the sites whose values it changes.
+    For each loss `along` is `None` where it is not reached at all, and otherwise pairs (axis of the
+    loss, where its positions lie in the site's value). `sites` are the places of the sites whose
+    values it changes.
     """
 
     along: tuple[tuple[tuple[int, Along], ...] | None, ...]
@@ -25,13 +29,16 @@ class Reach:
 
 
 def reach_of(jaxpr: Jaxpr, num_losses: int, sites: Sequence[Site]) -> list[Reach]:
-    """The reach of every site, by following its perturbation through the program. The noise of `sites` has no axis for tangents."""
+    """The reach of every site, by following its perturbation through the program.
+
+    The noise of `sites` has no axis for tangents.
+    """
     walk = _Reach(frozenset(site.place for site in sites))
     return [_reach(walk, jaxpr, num_losses, site) for site in sites]
 
 
 def _reach(walk: "_Reach", jaxpr: Jaxpr, num_losses: int, site: Site) -> Reach:
-    losses = [v.aval.shape for v in jaxpr.outvars[:num_losses]]  # pyright: ignore[reportAttributeAccessIssue]
+    losses = [v.aval.shape for v in jaxpr.outvars[:num_losses]]  # pyright: ignore
     reached = walk.labels(jaxpr, num_losses, site.place, ANYWHERE)
     others = frozenset(walk.seen - {site.place})
     found: list[list[tuple[int, Along]]] = [[] for _ in losses]
@@ -62,7 +69,10 @@ def _reach(walk: "_Reach", jaxpr: Jaxpr, num_losses: int, site: Site) -> Reach:
 
 
 def _candidates(site: Site, lengths: Collection[int]) -> list[Along]:
-    """Where positions of an axis of a loss may lie in a site: contiguous groups first, then interleaved ones."""
+    """Where positions of an axis of a loss may lie in a site: contiguous groups first.
+
+    Then interleaved ones.
+    """
     loops, shape = site.perturbation.shape[: site.depth], site.value_shape
     found = [Along(-1) for n in lengths if loops and loops[-1] == n]
     for axis, size in enumerate(shape):
@@ -79,7 +89,10 @@ def _candidates(site: Site, lengths: Collection[int]) -> list[Along]:
 
 
 def _in_variable(along: Along, site: Site) -> Along:
-    """An axis of the site's value as one of the variable, of which one axis may be three in the site (see `Site.split`)."""
+    """An axis of the site's value as one of the variable.
+
+    Of which one axis may be three in the site (see `Site.split`).
+    """
     if site.split is None or along.axis < site.split.axis:
         return along
     merged, after = site.split, along.axis - site.split.axis
@@ -92,7 +105,10 @@ def _in_variable(along: Along, site: Site) -> Along:
 
 
 class _Reach(Walk):
-    """Starts at one site; where positions are joined, the label becomes `ANYWHERE` and is followed on."""
+    """Starts at one site; where positions are joined.
+
+    The label becomes `ANYWHERE` and is followed on.
+    """
 
     def __init__(self, places: frozenset[Place]) -> None:
         super().__init__(batch=0)

@@ -83,16 +83,20 @@ class Site(eqx.Module):
     **Fields:**
 
     - `uses`: how the value depends on the weights behind it.
-    - `perturbation`: what was added to the value for a unit of s. Its axes are those of the enclosing loops, one for the
-      tangents (absent in a single run), and those of the value. `None` once there is a cotangent.
-    - `cotangent`: the derivative of the loss by the value, with the axes of the enclosing loops and of the value;
-      `None` until `with_cotangents` gives one.
-    - `gain`: the derivative of the nonlinearity that follows, where one does, with the axes of `cotangent`.
-    - `scale`: the standard deviation of the perturbation, where it is not 1, with size 1 along the axes that share one.
+    - `perturbation`: what was added to the value for a unit of s. Its axes are those of the
+      enclosing loops, one for the tangents (absent in a single run), and those of the value. `None`
+      once there is a cotangent.
+    - `cotangent`: the derivative of the loss by the value, with the axes of the enclosing loops and
+      of the value; `None` until `with_cotangents` gives one.
+    - `gain`: the derivative of the nonlinearity that follows, where one does, with the axes of
+      `cotangent`.
+    - `scale`: the standard deviation of the perturbation, where it is not 1, with size 1 along the
+      axes that share one.
     - `axis`: the axis of the examples within the value; `None` where it has none.
     - `depth`, `ndim`: the number of enclosing loops, and of axes of the value.
-    - `split`: set where the examples share an axis of the program's variable with others. There the site's value has
-      three axes in place of that one, [outer, batch, inner], and `axis` is the second of them.
+    - `split`: set where the examples share an axis of the program's variable with others. There the
+      site's value has three axes in place of that one, [outer, batch, inner], and `axis` is the
+      second of them.
     - `place`: where in the program the value is.
     """
 
@@ -114,7 +118,10 @@ class Site(eqx.Module):
         return known.shape[known.ndim - self.ndim :]
 
     def per_example(self, values: Array) -> Array:
-        """Numbers per example, [..., batch], as an array that broadcasts against the value; their sum where it has no examples."""
+        """Numbers per example, [..., batch], as an array that broadcasts against the value.
+
+        Their sum where it has no examples.
+        """
         if self.axis is None:
             return jnp.sum(values, axis=-1).reshape(*values.shape[:-1], *(1,) * self.ndim)
         ones = (1,) * self.axis, (1,) * (self.ndim - self.axis - 1)
@@ -122,7 +129,10 @@ class Site(eqx.Module):
 
 
 class Loop(eqx.Module):
-    """The sites inside a loop, stacked along its iterations, and what the weights inside it are outside."""
+    """The sites inside a loop, stacked along its iterations.
+
+    And what the weights inside it are outside.
+    """
 
     inside: tuple["Site | Loop", ...]
     entered: tuple[
@@ -147,7 +157,10 @@ def sites(records: Sequence[Record]) -> list[Site]:
 def leaves_of(
     records: Sequence[Record], outside: Sequence[frozenset[int]] | None = None
 ) -> list[tuple[Site, frozenset[int]]]:
-    """Every site with the leaves it depends on; `outside` are those of the weights that entered an enclosing loop."""
+    """Every site with the leaves it depends on.
+
+    `outside` are those of the weights that entered an enclosing loop.
+    """
 
     def of(uses: Sequence[Use]) -> frozenset[int]:
         return frozenset().union(
@@ -170,7 +183,10 @@ def with_cotangents(records: Sequence[Record], cotangents: Sequence[Array]) -> t
 
 
 def tangent_axes(records: Sequence[Record]) -> tuple[Record, ...]:
-    """The `out_axes` of records under `vmap` over tangents: perturbations get an axis for them, and nothing else does."""
+    """The `out_axes` of records under `vmap` over tangents: perturbations get an axis for them.
+
+    And nothing else does.
+    """
     nothing = jax.tree.map(lambda _: None, tuple(records))
     return _with_each(nothing, lambda site: dict(perturbation=site.depth))
 
@@ -208,7 +224,10 @@ def collect(records: Sequence[Record], leaves: Sequence[Any]) -> list[Array]:
 
 
 def _collect_loop(loop: Loop) -> list[Array]:
-    """The cotangents of the weights that entered a loop: summed over iterations, or one for each where they were sliced."""
+    """The cotangents of the weights that entered a loop: summed over iterations.
+
+    Or one for each where they were sliced.
+    """
 
     def iteration(sums: list[Array], inside: tuple[Record, ...]) -> tuple[list[Array], list[Array]]:
         parts = collect(inside, loop.leaves)

@@ -1,6 +1,7 @@
 """Structured tangents, and how they pass through a program without being formed.
 
-- `tangent`: the factors of a tangent (`LowRankTangent`) and a weight that carries them (`PerturbedArray`);
+- `tangent`: the factors of a tangent (`LowRankTangent`) and a weight that carries them
+  (`PerturbedArray`);
 - `contractions`, `shapes`: the product rule of one primitive each, written for the factors;
 - `stretch`: other units for a parameter;
 - `rules`: the registry of these rules;
@@ -8,8 +9,8 @@
 - `derivative`: a forward run along a tree of tangents, and the sum of weighted tangents;
 - `coordinates`: tangents along single entries of the parameters.
 
-A primitive without a rule materialises the weight, which injects the dense tangent: the directional derivative is exact
-in every case, and only the cost differs.
+A primitive without a rule materialises the weight, which injects the dense tangent: the directional
+derivative is exact in every case, and only the cost differs.
 """
 
 from prograde._structured import contractions, shapes  # noqa: F401  (they register rules)

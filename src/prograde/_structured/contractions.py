@@ -1,6 +1,7 @@
 """Products of an activation with a perturbed weight: `dot_general` and `conv_general_dilated`.
 
-The tangent's factors are contracted with the activation one by one, so that x v costs a few vector products.
+The tangent's factors are contracted with the activation one by one, so that x v costs a few vector
+products.
 """
 
 import itertools
@@ -74,7 +75,10 @@ def _product(
 def _pair(
     x_names: list[str], x: Array, y_names: list[str], y: Array, later: set[str], precision: Any
 ) -> tuple[list[str], Array]:
-    """The product of two arrays with named axes, summed over the shared names that are not needed later."""
+    """The product of two arrays with named axes.
+
+    Summed over the shared names that are not needed later.
+    """
     shared = [n for n in x_names if n in y_names]
     contract, batch = [n for n in shared if n not in later], [n for n in shared if n in later]
     free_x, free_y = ([n for n in names if n not in shared] for names in (x_names, y_names))
@@ -102,8 +106,8 @@ _FEW = 2**17
 def _times_vector(x: Array, vector: Array) -> Array:
     """The product with a vector along the last axis, as a sum of products.
 
-    XLA compiles each dot with a vector on a CPU for 10 ms, and this once for all of a shape; it runs a few microseconds
-    longer. Several vectors, under `vmap`, make a product of matrices.
+    XLA compiles each dot with a vector on a CPU for 10 ms, and this once for all of a shape; it
+    runs a few microseconds longer. Several vectors, under `vmap`, make a product of matrices.
     """
     return _sum_of_products(x, vector)
 
@@ -198,7 +202,8 @@ def _convolution(
 ) -> Array:
     """`conv_general_dilated` of x and a product of factors."""
     out_axis, in_axis, *spatial = numbers.rhs_spec
-    # channels last on the way in, and one axis for each role of the kernel: [*offsets, in, out, rank]
+    # channels last on the way in, and one axis for each role of the kernel: [*offsets, in, out,
+    # rank]
     channels_last = lax.transpose(
         x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
     )
@@ -225,7 +230,10 @@ def _strided(
     precision: Any,
     **window: Any,
 ) -> Array:
-    """The convolution with what the factors make of one output channel: cheaper than all offsets at every place of x."""
+    """The convolution with what the factors make of one output channel.
+
+    Cheaper than all offsets at every place of x.
+    """
     ndim = len(offsets)
     kernel = inner * shift[(slice(None),) * ndim + (None,)]
     num_in, per_group = x.shape[-1] // groups, kernel.shape[-1]
@@ -256,9 +264,13 @@ def _shifted(
     precision: Any,
     **window: Any,
 ) -> Array:
-    """The same at stride 1: channels are contracted for all offsets at once, and each offset adds a shifted slice."""
+    """The same at stride 1: channels are contracted for all offsets at once.
+
+    And each offset adds a shifted slice.
+    """
     ndim, num_in = len(offsets), x.shape[-1] // groups
-    # y: [batch, *space, group, offset, out]; offset and out have size 1 unless the inner factors vary along them
+    # y: [batch, *space, group, offset, out]; offset and out have size 1 unless the inner factors
+    # vary along them
     *inner_offsets, _size_in, inner_groups, inner_out = inner.shape
     num_offsets = math.prod(inner_offsets)
     matrix = inner.reshape(num_offsets, -1, inner_groups, inner_out).transpose(1, 2, 0, 3)
@@ -314,10 +326,13 @@ def _rank_one_convolution(
     precision: Any = None,
     **_: Any,
 ) -> Array:
-    """The convolution of x [batch, *space, channel] with a product of factors [*offset, in, out], channels last.
+    """The convolution of x with a product of factors, channels last.
 
-    The factors that vary along the input channel contract it, at once for all offsets of the kernel they distinguish; each
-    offset then adds a shifted slice; what varies along the output channel alone multiplies the sum.
+    x is [batch, *space, channel], each factor [*offset, in, out].
+
+    The factors that vary along the input channel contract it, at once for all offsets of the kernel
+    they distinguish; each offset then adds a shifted slice; what varies along the output channel
+    alone multiplies the sum.
     """
     offsets, num_out = sizes[:-2], sizes[-1]
     groups, ndim = feature_group_count, len(offsets)

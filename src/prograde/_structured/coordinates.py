@@ -1,4 +1,7 @@
-"""The tangents along single entries of the parameters, and what is known entry by entry put together again."""
+"""The tangents along single entries of the parameters.
+
+And what is known entry by entry put together again.
+"""
 
 import math
 
@@ -11,10 +14,10 @@ from prograde._structured.tangent import LowRankTangent
 
 
 def coordinate_tangent(index: Int[Array, ""], params: PyTree[Array]) -> PyTree[Tangent]:
-    """The unit tangent along entry number `index` of all entries of `params`, in the order of its leaves.
+    """The unit tangent along entry `index` of all entries of `params`, in the order of its leaves.
 
-    e_i e_j^T is kept as its factors where these are fewer numbers than the array: a row of x times it takes as many
-    multiply-adds as it has entries, and not as many as the matrix.
+    e_i e_j^T is kept as its factors where these are fewer numbers than the array: a row of x times
+    it takes as many multiply-adds as it has entries, and not as many as the matrix.
     """
     leaves, treedef = jax.tree.flatten(params)
     tangents, start = [], 0
@@ -35,7 +38,10 @@ def coordinate_tangent(index: Int[Array, ""], params: PyTree[Array]) -> PyTree[T
 
 
 def from_coordinates(values: Float[Array, " n"], params: PyTree[Array]) -> PyTree[Array]:
-    """One number for each entry of `params`, in the order of `coordinate_tangent`, as a tree like `params`."""
+    """One number for each entry of `params`, in the order of `coordinate_tangent`.
+
+    As a tree like `params`.
+    """
     leaves, treedef = jax.tree.flatten(params)
     out, start = [], 0
     for w in leaves:

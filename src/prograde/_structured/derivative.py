@@ -49,9 +49,9 @@ def directional_derivative(
 ) -> tuple[Any, Any, PyTree]:
     """(fun, grad fun . v, aux) at `params` along `tangents`, in one forward run.
 
-    `fun` returns (value, aux), trees of arrays. It is traced once, and the program is run on weights that carry their
-    tangents. A function that Python decides on by the values of its parameters cannot be traced: there all tangents are
-    formed.
+    `fun` returns (value, aux), trees of arrays. It is traced once, and the program is run on
+    weights that carry their tangents. A function that Python decides on by the values of its
+    parameters cannot be traced: there all tangents are formed.
     """
     leaves, tree = jax.tree.flatten(params)
     tangents = jax.tree.leaves(tangents, is_leaf=is_structured)
@@ -81,7 +81,10 @@ def directional_derivative(
 
 @contextmanager
 def _recorded(params: PyTree) -> Iterator[list[Recorder | None]]:
-    """A recorder for each parameter where `check` is watching, which is told afterwards what they recorded."""
+    """A recorder for each parameter where `check` is watching.
+
+    Which is told afterwards what they recorded.
+    """
     findings = _findings.current()
     paths = jax.tree_util.tree_leaves_with_path(params)
     if findings is None:
@@ -197,7 +200,8 @@ def projected(tangents: PyTree[Tangent], directional: Float[Array, " k"]) -> Flo
         [3. 4. 0.]
     """
     gram = inner_products(tangents).astype(directional.dtype)
-    # of tangents of length 1, so that what is kept does not hang on how long a guess is beside a random direction
+    # of tangents of length 1, so that what is kept does not hang on how long a guess is beside a
+    # random direction
     length = jnp.sqrt(jnp.diagonal(gram))
     scale = jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
     gram, directional = gram * scale[:, None] * scale[None, :], directional * scale

@@ -1,9 +1,9 @@
 """Runs a program in which some values are weights that carry a structured tangent.
 
-Each operation on such a weight has a rule (see `rules`), or the tangent is formed and the plain operation runs.
-Loops, branches and calls are entered, with these exceptions, which get arrays: what a loop carries, because a carry must
-not change its kind; and what a function with a `jax.custom_jvp` is given, except where its rule does not need the weight
-itself.
+Each operation on such a weight has a rule (see `rules`), or the tangent is formed and the plain
+operation runs. Loops, branches and calls are entered, with these exceptions, which get arrays: what
+a loop carries, because a carry must not change its kind; and what a function with a
+`jax.custom_jvp` is given, except where its rule does not need the weight itself.
 """
 
 import math
@@ -35,7 +35,10 @@ _ENTERED = CALLS | {"cond", "scan", "while", "shard_map"}
 
 
 def run(program: ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
-    """Runs a program on arrays and perturbed weights; the outputs are arrays and perturbed weights."""
+    """Runs a program on arrays and perturbed weights.
+
+    The outputs are arrays and perturbed weights.
+    """
     return walk(program, values, _operation)
 
 
@@ -66,10 +69,13 @@ def _operation(eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
 
 
 def _unless_small(value: Any, eqn: JaxprEqn) -> Any:
-    """The weight without its recorder where forming its tangent costs less than the operation: a bias that is broadcast."""
+    """The weight without its recorder where forming its tangent costs less than the operation.
+
+    A bias that is broadcast.
+    """
     if isinstance(value, PerturbedArray) and eqn.primitive.name in _ARITHMETIC:
         formed = math.prod(np.broadcast_shapes(*(f.shape[:-1] for f in value.factors)))
-        if formed < max(math.prod(v.aval.shape) for v in eqn.outvars):  # pyright: ignore[reportAttributeAccessIssue]
+        if formed < max(math.prod(v.aval.shape) for v in eqn.outvars):  # pyright: ignore
             return PerturbedArray(value.weight, value.factors, value.s)
     return value
 
@@ -85,7 +91,10 @@ def _tell_recorders(eqn: JaxprEqn, weights: Sequence[PerturbedArray]) -> None:
 
 
 def _along_axis_0(value: Any) -> Any:
-    """Repeats factors that do not vary along axis 0, so that `scan` can slice them together with the weight."""
+    """Repeats factors that do not vary along axis 0.
+
+    So that `scan` can slice them together with the weight.
+    """
     if not isinstance(value, PerturbedArray):
         return value
     length = value.weight.shape[0]
@@ -95,7 +104,10 @@ def _along_axis_0(value: Any) -> Any:
 
 
 def _specs(value: Any, spec: jax.P) -> list[jax.P]:
-    """How the arrays inside a value are sharded: factors like the weight, along the axes they vary along."""
+    """How the arrays inside a value are sharded: factors like the weight.
+
+    Along the axes they vary along.
+    """
     if not isinstance(value, PerturbedArray):
         return [spec]
     entries = (*spec, *[None] * (value.weight.ndim - len(spec)))
@@ -107,10 +119,13 @@ def _specs(value: Any, spec: jax.P) -> list[jax.P]:
 
 
 def _by_its_rule(eqn: JaxprEqn, values: list[Any], positions: tuple[int, ...]) -> list[Any] | None:
-    """A function with a `jax.custom_jvp`, whose rule is run on the factors; `None` where the rule needs the tangent formed.
+    """The outputs of a function with a `jax.custom_jvp`, whose rule is run on the factors.
 
-    A rule is linear in the tangents. With t for that of the weight, the tangent of its output along s t is s times
-    that along t: so the rule is a program with a perturbed weight of value 0, and its derivative by s is what is injected.
+    `None` where the rule needs the tangent formed.
+
+    A rule is linear in the tangents. With t for that of the weight, the tangent of its output along
+    s t is s times that along t: so the rule is a program with a perturbed weight of value 0, and
+    its derivative by s is what is injected.
     """
     if len(positions) != 1 or any(
         not jnp.issubdtype(v.aval.dtype, jnp.inexact)  # pyright: ignore[reportAttributeAccessIssue]

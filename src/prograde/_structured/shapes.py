@@ -170,7 +170,10 @@ def _(p: PerturbedArray):
 
 
 def _scaled(p: PerturbedArray, primitive: Any, x: ArrayLike, params: dict[str, Any]) -> Any:
-    """The weight times, or over, a scalar; the tangent of the scalar itself is carried by the weight."""
+    """The weight times, or over, a scalar.
+
+    The tangent of the scalar itself is carried by the weight.
+    """
     if jnp.ndim(x) > 0:
         return NotImplemented
     first, *others = p.factors
@@ -195,7 +198,10 @@ def _(p: PerturbedArray, x: ArrayLike, **params):
 
 
 def _shifted(primitive: Any, x: Any, y: Any, params: dict[str, Any]) -> Any:
-    """A sum or difference of a weight and a number. With an array it may be an activation: no weight any more."""
+    """A sum or difference of a weight and a number.
+
+    With an array it may be an activation: no weight any more.
+    """
     p, other = (x, y) if isinstance(x, PerturbedArray) else (y, x)
     if jnp.ndim(other) > 0:
         return NotImplemented

@@ -1,4 +1,7 @@
-"""Coordinates in which a parameter is measured by another unit: the weight about which it is stretched stays as it is."""
+"""Coordinates in which a parameter is measured by another unit.
+
+The weight about which it is stretched stays as it is.
+"""
 
 from typing import Any
 
@@ -20,8 +23,9 @@ def stretch(
 ) -> Float[Array, "*shape"]:
     """The point about + c (u - about), with c of as many axes as u, each of size 1 or that of u.
 
-    Where u is `about` itself, as in every derivative at the present parameters, the result is u, to the bit and without arithmetic;
-    its tangent is c times that of u, and a tangent of factors keeps them where c varies along axes of one factor.
+    Where u is `about` itself, as in every derivative at the present parameters, the result is u, to
+    the bit and without arithmetic; its tangent is c times that of u, and a tangent of factors keeps
+    them where c varies along axes of one factor.
     """
     u = varying_like(u, about, c)
     return stretch_p.bind(u, varying_like(about, u), varying_like(c, u))

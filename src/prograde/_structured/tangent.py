@@ -14,7 +14,8 @@ from prograde._findings import DenseFallback
 from prograde._inject import inject, wider
 from prograde._jaxprs import UNKNOWN
 
-# A sum of so few products of factors is written out, and fused by XLA into whatever uses it: an update that adds it to the
+# A sum of so few products of factors is written out, and fused by XLA into whatever uses it: an
+# update that adds it to the
 # weights takes no memory of their size. For more, a product of matrices is faster.
 _MOST_TERMS = 16
 
@@ -73,7 +74,9 @@ class LowRankTangent(eqx.Module):
         return total.reshape(shape)
 
     def inner_products(self) -> Float[Array, "k k"]:
-        """<v_j, v_k>, for a tangent whose factors have a leading axis k, each of which varies along axes of its own.
+        """<v_j, v_k>, for a tangent whose factors have a leading axis k.
+
+        Each factor varies along axes of its own.
 
         <a b^T, c d^T> = <a, c> <b, d>, for every pair of terms of the two sums over the rank.
         """
@@ -92,7 +95,9 @@ def _sizes(factor: Array, covered: Sequence[int]) -> list[int]:
 
 
 class Recorder:
-    """Collects where the tangent of one weight is formed. Compared by identity: nothing cached for another run is used.
+    """Collects where the tangent of one weight is formed.
+
+    Compared by identity: nothing cached for another run is used.
 
     `primitive` and `place` are what is being done to the weight now.
     """
@@ -103,7 +108,10 @@ class Recorder:
 
 
 class PerturbedArray(eqx.Module):
-    """A weight whose tangent with respect to `s` is the product of `factors`. `s` has as many axes as the weight."""
+    """A weight whose tangent with respect to `s` is the product of `factors`.
+
+    `s` has as many axes as the weight.
+    """
 
     weight: Float[Array, "*shape"]
     factors: tuple[Float[Array, "*axes rank"], ...]
@@ -112,7 +120,10 @@ class PerturbedArray(eqx.Module):
 
     @property
     def scalar(self) -> Float[Array, ""]:
-        """What the program is differentiated by. After a loop `s` may be repeated along the axes the loop made."""
+        """What the program is differentiated by.
+
+        After a loop `s` may be repeated along the axes the loop made.
+        """
         return self.s[(0,) * self.s.ndim]
 
     def materialise(self) -> Array:
