@@ -89,24 +89,24 @@ def bare(program: Jaxpr | ClosedJaxpr) -> Jaxpr:
     return program.jaxpr if isinstance(program, ClosedJaxpr) else program
 
 
-def inner_programs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
+def inner_programs(eqn: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
     """The programs in an equation's parameters: bodies of loops, branches, called functions."""
     found = []
     for value in eqn.params.values():
         for item in value if isinstance(value, list | tuple) else [value]:
             if isinstance(item, Jaxpr | ClosedJaxpr):
-                found.append(as_closed(item))
+                found.append(item)
     return found
 
 
 def subprograms(eqn: JaxprEqn) -> list[Jaxpr]:
-    """`inner_programs` without their constants."""
-    return [closed.jaxpr for closed in inner_programs(eqn)]
+    """`inner_programs` without their constants: some rules keep a program with open ones."""
+    return [bare(program) for program in inner_programs(eqn)]
 
 
 def called(eqn: JaxprEqn) -> ClosedJaxpr | None:
     """The program that a call runs on its operands; `None` for what is no call (see `CALLS`)."""
-    return inner_programs(eqn)[0] if eqn.primitive.name in CALLS else None
+    return as_closed(inner_programs(eqn)[0]) if eqn.primitive.name in CALLS else None
 
 
 def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 from jaxtyping import Array, Key, PyTree
 
-from prograde._jaxprs import bind, called, inner_programs, scan_groups, source, walk
+from prograde._jaxprs import as_closed, bind, called, inner_programs, scan_groups, source, walk
 
 _MANY = 6  # operands that are shown with their values
 
@@ -172,7 +172,7 @@ def _run(eqn: JaxprEqn, tracks: list[_Track]) -> list[_Track]:
     """Runs one equation along the tangents of its operands."""
     program = called(eqn)
     if program is None and eqn.primitive.name.startswith("custom_vjp_call"):
-        program = inner_programs(eqn)[0]  # forward mode cannot pass its rule
+        program = as_closed(inner_programs(eqn)[0])  # forward mode cannot pass its rule
     if program is not None:
         return _walked(program, tracks)
     values, tangents = _push(lambda *x: bind(eqn, x), tracks)
@@ -251,7 +251,7 @@ def _in_cond(eqn: JaxprEqn, tracks: Sequence[_Track]) -> NonFinite | None:
 
 
 def _in_scan(eqn: JaxprEqn, tracks: Sequence[_Track]) -> NonFinite | None:
-    (body,) = inner_programs(eqn)
+    body = as_closed(inner_programs(eqn)[0])
     consts, carry, xs = scan_groups(eqn, tracks)
     length, reverse = eqn.params["length"], eqn.params["reverse"]
     step = jax.jit(lambda *tracks: _push(jaxpr_as_fun(body), tracks))
