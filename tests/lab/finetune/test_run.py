@@ -68,7 +68,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     whole = run(study, tmp_path / "whole")
     backward = settings.get("estimator") == "backprop"
     with monkeypatch.context() as patch:
-        stop_at(patch, 7, "step" if backward else "apply")
+        stop_at(patch, 8, "step" if backward else "apply")
         with pytest.raises(KeyboardInterrupt):
             run(study, tmp_path / "stopped")
     with pytest.raises(RecordError, match="--resume"):
@@ -593,7 +593,7 @@ def test_the_command_from_files_to_files(directory, table, tmp_path):
     ):
         assert words in done.stdout
     assert "<svg" in (out / "report.html").read_text()
-    assert "30 steps" in command("inspect", out).stdout
+    assert "of 30 planned" in command("inspect", out).stdout
     again = re.search(r"prograde (replay [^\n]*)", done.stdout)[1]
     done = command(*shlex.split(again))  # the command that the report names
     assert done.returncode == 0, done.stderr

@@ -94,7 +94,8 @@ class Steps(loop.Task):
             found["validation_loss"] = self.tuning.evaluate(self.parts.validation)["loss"]
         if losses is None:
             return found | {"train_loss": None}
-        mean, self.since = float(np.mean([*self.since, *losses])), []
+        mean = float(np.mean([*self.since, *losses], dtype=np.float64))
+        self.since = []
         return found | {"train_loss": mean}
 
     def look(self, points: list[loop.Point]) -> None:
