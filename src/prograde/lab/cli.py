@@ -121,7 +121,7 @@ def _main(arguments: list[str]) -> None:
 
 
 def _commands(short: bool) -> Any:
-    """Returns the type that tyro reads: the union of all commands. `short` help is one line each."""
+    """Returns the union of all commands, for tyro. `short` help is one line for each."""
     constructors = {name: _command(study(name)) for name in STUDIES} | COMMANDS
     choices = []
     for name, constructor in constructors.items():

@@ -49,7 +49,7 @@ class Store:
 
     @classmethod
     def open(cls, directory: Path) -> "Store":
-        """Opens a directory of records for reading. Raises `RecordError` if it is none."""
+        """Opens a directory of records for reading. Raises `RecordError` if it has no manifest."""
         store = cls(directory)
         if not store._path(MANIFEST).exists():
             raise RecordError(f"{directory}: no records here (no {MANIFEST}).")
@@ -57,7 +57,7 @@ class Store:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The configuration, and the environments the records were made in."""
+        """The configuration, and the environments in which the records were made."""
         return read_json(self._path(MANIFEST))
 
     @property
@@ -71,7 +71,7 @@ class Store:
         manifest = self.manifest
         if "study" in manifest:
             return manifest["study"]
-        # manifests of version 0.1 name the experiment alone
+        # manifests of version 0.1 have no study, but an experiment
         config = manifest["config"]
         if "job" in config:
             return "finetune"
@@ -81,13 +81,13 @@ class Store:
         return self._path(f"{name}.json").exists() or self._path(f"{name}.jsonl").exists()
 
     def names(self, folder: str = "") -> list[str]:
-        """The names of all records in a folder, sorted."""
+        """Returns the names of all records in a folder, sorted."""
         files = (self.directory / folder).glob("[!.]*.json*")
         found = {path.relative_to(self.directory).with_suffix("") for path in files}
         return sorted(str(path) for path in found if path.name != "manifest")
 
     def read(self, name: str, default: Any = None) -> Any:
-        """Reads a record. Returns `default`, if one is given, where there is no such record."""
+        """Reads a record. Without such a record, returns `default` if one is given."""
         path = self._path(f"{name}.json")
         return default if default is not None and not path.exists() else read_json(path)
 
@@ -96,7 +96,7 @@ class Store:
         write_json(self._path(f"{name}.json"), value)
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Returns the record of this name; measures and writes it first if there is none."""
+        """Returns the record of this name, which it measures and writes first if there is none."""
         if name not in self:
             self.write(name, measure())
         return self.read(name)
@@ -110,7 +110,7 @@ class Store:
         write_lines(self._path(f"{name}.jsonl"), values)
 
     def path(self, name: str) -> Path:
-        """The path of a file that is no JSON record, such as a log."""
+        """Returns the path of a file that is not a JSON record, such as a log."""
         return self._path(name)
 
     def _path(self, file: str) -> Path:
@@ -128,10 +128,10 @@ def claim(
 ) -> list[Store]:
     """Makes each directory the store of its configuration, or raises before anything is changed.
 
-    A directory that holds records of the same configuration is continued with `resume`, and refused
-    without. One that holds anything else is refused. `current` reads the configuration of older
-    records. The stores are locked until this process
-    ends: a second process that claims one of them is refused.
+    A directory with records of the same configuration is continued with `resume`, and refused
+    without. A directory with other files is refused. `current` translates the configuration of
+    older records. The stores are locked until this process ends: a second process that claims one
+    of them is refused.
     """
 
     def manifests() -> dict[Path, dict[str, Any]]:
@@ -140,13 +140,13 @@ def claim(
             for directory, config in configs.items()
         }
 
-    manifests()  # refuses before a lock is left in a directory of somebody else
+    manifests()  # refuses before it leaves a lock in another's directory
     for directory in configs:
         _lock(directory)
-    found = manifests()  # again: another process may have been faster
+    found = manifests()  # again: another process may have written in between
     here = environment()
     for directory, manifest in found.items():
-        for left in directory.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        for left in directory.rglob(".*.tmp"):  # left by a process that was killed while it wrote
             left.unlink(missing_ok=True)
         manifest["environments"].append(here)
         write_json(directory / MANIFEST, manifest)
@@ -154,7 +154,7 @@ def claim(
 
 
 def find(directories: Iterable[Path]) -> list[Store]:
-    """The stores in these directories and directly below them, in the order of their paths."""
+    """Finds the stores in these directories and directly below them, sorted by path."""
     found = []
     for directory in directories:
         paths = [directory / MANIFEST, *sorted(directory.glob(f"*/{MANIFEST}"))]
@@ -214,7 +214,7 @@ def _lock(directory: Path) -> None:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Says in words where two configurations differ."""
+    """Lists in words where two configurations differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted(old.keys() | new.keys()):
@@ -224,7 +224,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """What a number depends on besides the configuration: code, versions, machine, its load."""
+    """Describes what affects numbers beyond the configuration: code, versions, machine, load."""
 
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -255,14 +255,14 @@ def environment() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """The number of cores this process may use."""
+    """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _processor() -> str:
-    with contextlib.suppress(OSError):  # `platform` knows the architecture alone on Linux
+    with contextlib.suppress(OSError):  # on Linux, `platform` knows only the architecture
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":")[1].strip()
@@ -270,7 +270,7 @@ def _processor() -> str:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file so that it is at any moment as before or complete."""
+    """Writes a file atomically: at any moment it is as before, or complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -292,7 +292,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Turns a value into what JSON holds: numbers of NumPy become Python's, NaN and inf null."""
+    """Converts a value for JSON: NumPy numbers become Python's, NaN and inf become null."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -314,7 +314,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads one JSON value. Raises `RecordError` if the file is missing or holds no JSON."""
+    """Reads one JSON value. Raises `RecordError` if the file is missing or is not JSON."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -328,7 +328,7 @@ def write_lines(path: Path, values: list[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads JSON lines. Raises `RecordError` if the file is missing or a line is no JSON."""
+    """Reads JSON lines. Raises `RecordError` if the file is missing or a line is not JSON."""
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError, RecursionError) as error:
@@ -345,7 +345,7 @@ def save_state(path: Path, state: PyTree) -> None:
 
 
 def load_state(path: Path, like: PyTree) -> PyTree:
-    """Loads arrays that `save_state` saved, as a tree like `like`."""
+    """Loads the arrays of `save_state` into a tree of the structure of `like`."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return jax.tree_util.tree_map_with_path(

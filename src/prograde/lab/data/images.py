@@ -1,4 +1,4 @@
-"""The data sets: digits that come with the package, MNIST, or a directory of idx files."""
+"""Data sets of images: the digits of this package, MNIST, or a directory of idx files."""
 
 import gzip
 import hashlib
@@ -37,7 +37,7 @@ _MNIST_MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
 BATCH_SIZE = 64
-_VALIDATION_PART = 10  # one training example in so many is kept for the search of learning rates
+_VALIDATION_PART = 10  # one in ten training examples is kept for the search of learning rates
 
 
 class DataError(ValueError):
@@ -67,7 +67,7 @@ class Dataset:
 
 
 def synthetic(num_batches: int = 10) -> Dataset:
-    """Random images and labels, for what only costs time and memory. All parts are the same."""
+    """Makes random images and labels, to measure costs. All parts are the same."""
     generator, n = np.random.default_rng(0), num_batches * BATCH_SIZE
     images = generator.random((n, IMAGE_SIZE, IMAGE_SIZE), np.float32)
     part = images, generator.integers(0, NUM_CLASSES, n).astype(np.int32)
@@ -77,9 +77,9 @@ def synthetic(num_batches: int = 10) -> Dataset:
 def load(source: str, data_dir: Path | None = None) -> Dataset:
     """Loads "digits", "mnist", or the four idx files in a directory.
 
-    **Arguments:** `data_dir`: where the MNIST files are.
+    **Arguments:** `data_dir`: the directory of the MNIST files.
 
-    **Errors:** `DataError` naming the file, what was expected and what was found.
+    **Errors:** `DataError` names the file, what was expected and what was found.
     """
     if data_dir is not None and source != "mnist":
         raise DataError(
@@ -153,9 +153,9 @@ def _mnist_file(name: str, data_dir: Path | None) -> Path:
     cache = Path(platformdirs.user_cache_dir("prograde")) / "mnist"
     failures = []
     for mirror in _MNIST_MIRRORS:
-        try:  # pooch verifies a cached file too, and a download before it moves it into place
+        try:  # pooch verifies cached files and downloads
             return Path(pooch.retrieve(mirror + name, f"sha256:{expected}", fname=name, path=cache))
-        except Exception as error:  # pooch passes on whatever its transport raises
+        except Exception as error:  # pooch raises any error of its transport
             failures.append(f"{mirror}: {type(error).__name__}")
     raise DataError(
         f"{name} is neither in the data directory ({data_dir or 'none given'}) nor in the cache "

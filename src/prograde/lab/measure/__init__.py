@@ -1,1 +1,1 @@
-"""Measuring: `timing` for programs that take turns, `memory` for what a step needs."""
+"""Measurement: `timing` of programs that take turns, and `memory` of a step."""

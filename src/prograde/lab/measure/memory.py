@@ -1,4 +1,4 @@
-"""Memory of a step: what XLA plans, and what a process of its own really takes."""
+"""Memory of a step: what XLA plans, and what a process takes."""
 
 import contextlib
 import ctypes
@@ -16,9 +16,9 @@ import psutil
 
 
 def in_a_process(module: str, *arguments: str) -> dict[str, Any]:
-    """Runs a module with these arguments, and reads the figures it prints as JSON on its last line.
+    """Runs a module with these arguments, and reads the JSON figures on its last line of output.
 
-    If the process fails, out of memory say, the figures are null and `error` says why.
+    If the process fails, for example for lack of memory, the figures are null and `error` says why.
     """
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -31,30 +31,30 @@ def in_a_process(module: str, *arguments: str) -> dict[str, Any]:
 
 
 def resident() -> int:
-    """The resident memory of this process, in bytes."""
+    """Returns the resident memory of this process, in bytes."""
     return psutil.Process().memory_info().rss
 
 
 def available() -> int:
-    """The memory that is free on this machine, in bytes."""
+    """Returns the memory that is available on this machine, in bytes."""
     return psutil.virtual_memory().available
 
 
 def peak_resident() -> int | None:
-    """The peak of this process's resident memory since it was last reset, in bytes."""
-    with contextlib.suppress(OSError, StopIteration):  # psutil does not tell it on Linux
+    """Returns the peak resident memory of this process since the last reset, in bytes."""
+    with contextlib.suppress(OSError, StopIteration):  # psutil has no peak on Linux
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(x.split()[1] for x in lines if x.startswith("VmHWM")))
     return None
 
 
 def resident_memory(steps: Callable[[], Any]) -> dict[str, int | None]:
-    """Resident memory of this process just before `steps`, and at its peak during them, in bytes.
+    """Measures resident memory just before `steps` and at its peak during them, in bytes.
 
     The peak is null where the system cannot reset it.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        # memory that compilation freed and the C library kept would hide what steps need
+        # the C library may keep memory of the compilation, which would hide what steps need
         ctypes.CDLL(None).malloc_trim(0)
     peak_is_of_steps = False
     with contextlib.suppress(OSError):
@@ -66,7 +66,7 @@ def resident_memory(steps: Callable[[], Any]) -> dict[str, int | None]:
 
 
 def step_memory(compiled: Any, carry: Any, *arguments: Any) -> dict[str, int | None]:
-    """Memory of a compiled step `carry, _ = compiled(carry, *arguments)`, in this process.
+    """Measures the memory of a compiled step `carry, _ = compiled(carry, *arguments)`.
 
     Takes one step, and measures during three more.
     """
@@ -89,8 +89,8 @@ def step_memory(compiled: Any, carry: Any, *arguments: Any) -> dict[str, int | N
 def keep_freed_memory() -> bool:
     """Makes the C library keep memory that is freed, rather than return it to the system.
 
-    A backprop step allocates its temporary memory anew each time, and spends up to a fifth of its
-    time there otherwise. Returns False if the C library cannot.
+    Each backprop step allocates its temporary memory anew, and spends up to a fifth of its time on
+    this otherwise. Returns False if the C library does not support it.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -102,5 +102,5 @@ def keep_freed_memory() -> bool:
 
 
 def load_average() -> float:
-    """The number of processes that ran or waited in the last minute."""
+    """Returns the mean number of processes that ran or waited in the last minute."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else psutil.getloadavg()[0]

@@ -1,7 +1,7 @@
-"""Times of programs that take turns in one run, and the ratios between them.
+"""Times programs that take turns in one run, and computes the ratios between them.
 
-What disturbs the machine disturbs all programs alike when they take turns round by round. A ratio
-is the median of the rounds' own ratios, not the ratio of the medians.
+Programs take turns round by round, so that other load on the machine affects all of them alike. A
+ratio is the median of the ratios of the rounds, not the ratio of the medians.
 """
 
 import itertools
@@ -20,26 +20,26 @@ import psutil
 from prograde.lab.display import Display
 from prograde.lab.store import cores
 
-VISIT_SECONDS = 0.05  # a visit takes as many calls as fill this time
-SETTLE_SECONDS = 0.01  # between visits, for the threads of the one before to go to sleep
+VISIT_SECONDS = 0.05  # a visit makes as many calls as fit into this time
+SETTLE_SECONDS = 0.01  # between visits, until the threads of the last program sleep
 
 Visit = Callable[[int], float]
 """Makes a number of calls; returns the seconds that they took."""
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and quartiles over the rounds of a measurement."""
+    """Returns median and quartiles over the rounds of a measurement."""
     low, middle, high = np.percentile(values, [25, 50, 75]).tolist()
     return {"median": middle, "low": low, "high": high, "n": len(values)}
 
 
 def ratio_quartiles(values: list[float], base: list[float]) -> dict[str, float]:
-    """Median and quartiles of the rounds' own ratios."""
+    """Returns median and quartiles of the ratios of the rounds."""
     return quartiles([v / b for v, b in zip(values, base, strict=True)])
 
 
 def timed(calls: Callable[[int], Any]) -> Visit:
-    """A visit that takes the time until the results of `calls(count)` are there."""
+    """Makes a visit that measures the time until the results of `calls(count)` are ready."""
 
     def visit(count: int) -> float:
         begin = time.perf_counter()
@@ -50,7 +50,7 @@ def timed(calls: Callable[[int], Any]) -> Visit:
 
 
 def repeated(call: Callable[[], Any]) -> Visit:
-    """A visit that makes a call again and again, and waits for the results of each."""
+    """Makes a visit that repeats a call, and waits for the results of each."""
 
     def calls(count: int) -> None:
         for _ in range(count):
@@ -63,7 +63,7 @@ def repeated(call: Callable[[], Any]) -> Visit:
 class Program:
     """A compiled program and its arguments. `call` waits for the results.
 
-    `temp_bytes` is what XLA says it needs in addition to arguments and results.
+    `temp_bytes` is the memory that XLA plans in addition to arguments and results.
     """
 
     call: Callable[[], Any]
@@ -86,7 +86,7 @@ def compiled(fun: Callable[..., Any], *args: Any) -> Program:
 class Turns:
     """Times of programs that took turns.
 
-    **Fields:** `seconds`: of one call, by program and round; `calls`: the number of calls a visit;
+    **Fields:** `seconds`: of one call, by program and round; `calls`: number of calls in a visit;
     `busy`: the share of the machine's processor time that other processes used meanwhile.
     """
 
@@ -107,7 +107,7 @@ class Turns:
 
 
 def calibrated(visit: Visit) -> int:
-    """The number of calls that fill a visit. The first call is not counted: it may do more."""
+    """Returns the number of calls that fill a visit. The first call may do more and is ignored."""
     visit(1)
     count = 1
     while (seconds := visit(count)) < VISIT_SECONDS / 2:
@@ -116,7 +116,7 @@ def calibrated(visit: Visit) -> int:
 
 
 def orders(names: list[str]) -> Iterator[list[str]]:
-    """Orders of the names without end, the same in every run. Each differs from the one before."""
+    """Yields orders of the names, the same in every run. Each differs from the one before."""
     chance, last = random.Random(0), []
     while True:
         order = chance.sample(names, len(names))
@@ -134,8 +134,8 @@ def take_turns(
 ) -> Turns:
     """Visits each program once a round, each round in another order.
 
-    **Arguments:** `calls`: the number of calls a visit; by default as many as fill
-    `VISIT_SECONDS`, for each program by itself. Every program is called before the first round.
+    **Arguments:** `calls`: the number of calls in a visit. Default: as many as fill
+    `VISIT_SECONDS`, for each program. Every program is called before the first round.
     """
     counts, expected = {}, {}
     with display.stage(f"{title}: first calls", len(visits)):
@@ -160,33 +160,33 @@ def take_turns(
 
 
 class Others:
-    """Watches how busy other processes keep the machine, from its creation on."""
+    """Measures how busy other processes keep the machine, from its creation on."""
 
     def __init__(self):
         self._all, self._own, self._begin = _machine(), _own(), time.monotonic()
 
     def busy(self) -> float:
-        """The share of the machine's processor time that other processes used, from 0 to 1."""
+        """Returns the share of processor time that other processes used, from 0 to 1."""
         elapsed = max(time.monotonic() - self._begin, 1e-9) * cores()
         used, own = _machine() - self._all, _own() - self._own
         return min(max((used - own) / elapsed, 0.0), 1.0)
 
 
 def _machine() -> float:
-    """Processor time that the whole machine has used, in seconds."""
+    """Returns the processor time that the whole machine has used, in seconds."""
     found = psutil.cpu_times()
     return found.user + found.system + getattr(found, "steal", 0.0)
 
 
 def _own() -> float:
-    """Processor time that this process and its children have used, in seconds."""
+    """Returns the processor time that this process and its children have used, in seconds."""
     process = psutil.Process()
     own = process.cpu_times()
     total = own.user + own.system + own.children_user + own.children_system
     for child in process.children(recursive=True):
         try:
             times = child.cpu_times()
-        except psutil.Error:  # it has ended, and counts among the ended children
+        except psutil.Error:  # it has ended, and counts as an ended child
             continue
         total += times.user + times.system
     return total
@@ -195,7 +195,7 @@ def _own() -> float:
 def programs_in_turns(
     programs: Mapping[str, Program], rounds: int, base: str, display: Display, title: str
 ) -> dict[str, dict[str, Any]]:
-    """Times compiled programs that take turns; returns what their record holds.
+    """Times compiled programs that take turns; returns their record.
 
     **Returns:** for each program `seconds` and `ratio` to `base` (median, quartiles, n), `busy`,
     `temp_bytes` and `compile_seconds`.

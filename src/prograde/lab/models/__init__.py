@@ -1,4 +1,4 @@
-"""Models: the functions and networks of the paper, and small networks of other kinds."""
+"""Models: the functions and networks of the paper, and other small networks."""
 
 from prograde.lab.models.local_mixer import local_mixer
 from prograde.lab.models.network import Network

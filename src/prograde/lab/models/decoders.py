@@ -1,4 +1,4 @@
-"""Decoders of text as workloads: one like GPT-2, and one of the shapes of SmolLM2."""
+"""Text decoders as workloads: one like GPT-2, and one with the shapes of SmolLM2."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def _attention(
     k: Float[Array, "batch heads time head"],
     v: Float[Array, "batch heads time head"],
 ) -> Float[Array, "batch*time width"]:
-    """Causal attention; each key and value head serves `groups` query heads."""
+    """Causal attention. Each key and value head serves `groups` query heads."""
     batch, heads, groups, length, size = q.shape
     scores = jnp.einsum("bkgtd,bksd->bkgts", q * size**-0.5, k)
     scores += np.where(np.tril(np.ones((length, length), bool)), 0.0, -1e30).astype(scores.dtype)
@@ -45,8 +45,8 @@ def transformer(
 ) -> Workload:
     """A decoder like GPT-2: pre-norm, learned positions, GELU; next-token cross-entropy.
 
-    Batch and time are flattened to one axis. With matrices, XLA's products for the reverse pass
-    take two thirds of the time that they take otherwise.
+    Batch and time are flattened to one axis, so that all products are of matrices. The products of
+    XLA's reverse pass then take two thirds of the time.
     """
 
     def init(key):
@@ -131,10 +131,10 @@ def smollm2(
     batch: int = 4,
     length: int = 64,
 ) -> Workload:
-    """The shapes of SmolLM2-135M with random weights, fine-tuned as a classifier by prompt.
+    """A decoder with the shapes of SmolLM2-135M and random weights, fine-tuned by prompts.
 
     The loss is the cross-entropy of one token after each prompt, as in MeZO (arXiv 2305.17333).
-    Only the last position is multiplied with the vocabulary.
+    Only the last position is multiplied by the matrix of the vocabulary.
     """
     head = width // queries
 

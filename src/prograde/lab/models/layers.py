@@ -22,45 +22,45 @@ def layer(key: Key[Array, ""], shape: tuple[int, ...]) -> dict[str, Array]:
 
 
 def layers(key: Key[Array, ""], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """A layer of each shape, by name."""
+    """Draws a layer of each shape, by name."""
     keys = jax.random.split(key, len(shapes))
     return {name: layer(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
 
 
 def dense(layer: dict[str, Array], x: Array) -> Array:
-    """The affine map of a layer."""
+    """Applies the affine map of a layer."""
     return x @ layer["w"] + layer["b"]
 
 
 def merged_dense(layer: dict[str, Array], x: Array) -> Array:
-    """`dense` with all axes but the last merged: faster on a CPU, above all in reverse mode."""
+    """Applies `dense` with all axes but the last merged: faster on a CPU, most in reverse mode."""
     return dense(layer, x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 def flatten(x: Array) -> Array:
-    """All axes but the first merged."""
+    """Merges all axes but the first."""
     return x.reshape(x.shape[0], -1)
 
 
 def patches_of(
     images: Float[Array, "batch 28 28"], size: int
 ) -> Float[Array, "batch patches pixels"]:
-    """Images cut into squares of `size` x `size`, row by row."""
+    """Cuts images into squares of `size` x `size`, row by row."""
     batch, n = images.shape[0], IMAGE_SIZE // size
     return images.reshape(batch, n, size, n, size).swapaxes(2, 3).reshape(batch, n * n, size * size)
 
 
 def norm(width: int) -> dict[str, Array]:
-    """Initial scale and bias of `layer_norm`."""
+    """Makes the initial scale and bias of `layer_norm`."""
     return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
 
 
 def standardised(x: Array) -> Array:
-    """Values shifted and scaled to mean 0 and mean square 1 along the last axis."""
+    """Shifts and scales values to mean 0 and mean square 1 along the last axis."""
     x = x - jnp.mean(x, -1, keepdims=True)
     return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
 
 
 def layer_norm(norm: dict[str, Array], x: Array) -> Array:
-    """Layer normalisation."""
+    """Applies layer normalisation."""
     return standardised(x) * norm["scale"] + norm["bias"]

@@ -19,11 +19,11 @@ def local_mixer(
     """The LocalMixer: `side` x `side` patches, `depth` blocks, a loss for each of `groups`.
 
     Each block mixes channels, then the channels of each group separately. From the second block on,
-    it mixes patches first and adds its input. Values are standardised within their group, so groups
-    meet in the shared layers alone. `local_losses` gives each patch and group of a block the loss
-    of the block's own classifier, and each changes only its own part of it. Blocks, and the
-    classifier at the end, do not differentiate what comes before them. S/1/1 has width 256 and one
-    group, M/1/16 width 512 and 16 groups.
+    it mixes patches first and adds its input. Values are standardised within their group, so that
+    groups mix only in the shared layers. `local_losses` gives each patch and group of a block the
+    loss of the block's own classifier, of which each changes only its own part. Derivatives of a
+    block, and of the classifier at the end, stop at its input. S/1/1 has width 256 and one group,
+    M/1/16 width 512 and 16 groups.
     """
     patches, size = side * side, IMAGE_SIZE // side
     product = merged_dense if merged else dense
@@ -48,7 +48,7 @@ def local_mixer(
         return standardised(x.reshape(*x.shape[:-1], groups, -1))
 
     def block(p, h, first):
-        """[batch, patches, groups, channels] from the same or, in the first block, from pixels."""
+        """Maps [batch, patches, groups, channels], or pixels in the first block, to that shape."""
         x = h if first else h.reshape(*h.shape[:2], width)
         if not first:
             x = jax.nn.relu(standardised(product(p["patches"], x.swapaxes(1, 2)))).swapaxes(1, 2)
@@ -91,7 +91,7 @@ def local_mixer(
 
 
 def _kaiming(key: Key[Array, ""], shape: tuple[int, ...]) -> dict[str, Array]:
-    """Normal weights of deviation 2/sqrt(fan-in), at most 0.1, and zero biases."""
+    """Draws normal weights of deviation 2/sqrt(fan-in), at most 0.1, with zero biases."""
     deviation = min(2 / math.sqrt(shape[-2]), 0.1)
     return {
         "w": deviation * jax.random.normal(key, shape),

@@ -1,4 +1,4 @@
-"""What a network is: plain functions of plain parameters."""
+"""The interface of a network: plain functions of plain parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ class Network:
     """A classifier of images.
 
     **Fields:** `init(key) -> params`; `logits(params, images) -> [batch, classes]`;
-    `local_losses(params, images, labels)`: many losses of each example, for `LocalLosses`, where
-    the network has them.
+    `local_losses(params, images, labels)`: many losses of each example, for `LocalLosses`, if the
+    network has them.
     """
 
     init: Callable[[Key[Array, ""]], PyTree]
@@ -28,7 +28,7 @@ class Network:
     def losses(
         self, params: PyTree, images: Array, labels: Int[Array, " batch"]
     ) -> Float[Array, " batch"]:
-        """Softmax cross-entropy of each example, for estimators that need the examples apart."""
+        """Softmax cross-entropy of each example, for estimators that need separate examples."""
         return optax.softmax_cross_entropy_with_integer_labels(self.logits(params, images), labels)
 
     def loss_and_hits(self, params: PyTree, images: Array, labels: Array) -> tuple[Array, Array]:

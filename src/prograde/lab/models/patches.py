@@ -67,8 +67,8 @@ def mixer(
 ) -> Network:
     """A small MLP-mixer (arXiv 2105.01601): each block mixes the patches, then the channels.
 
-    With `merged`, examples and patches are one axis in products of matrices. Estimators that look
-    at examples one by one need them apart.
+    With `merged`, examples and patches are one axis in products of matrices. Estimators that need
+    separate examples need `merged=False`.
     """
     num_patches = (IMAGE_SIZE // size) ** 2
     product = merged_dense if merged else dense

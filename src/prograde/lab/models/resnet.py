@@ -10,13 +10,13 @@ from jaxtyping import Array
 from prograde.lab.data import NUM_CLASSES
 from prograde.lab.models.workload import Workload, as_it_is, cross_entropy, matrices
 
-_MOMENTUM = 0.1  # of the running statistics, as PyTorch counts it
+_MOMENTUM = 0.1  # of the running statistics, in PyTorch's convention
 
 
 def _batch_norm(
     norm: dict[str, Array], running: dict[str, Array], x: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """Normalises by the statistics of the batch; returns the running ones, moved towards them."""
+    """Normalises by the statistics of the batch, and updates the running statistics."""
     mean = jnp.mean(x, (0, 1, 2))
     var = jnp.mean(x * x, (0, 1, 2)) - mean * mean
     gain = norm["scale"] * lax.rsqrt(var + 1e-5)

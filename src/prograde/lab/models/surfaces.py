@@ -1,4 +1,4 @@
-"""Functions of a few variables, to be minimised: those of the paper."""
+"""The paper's functions of a few variables to minimise."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from jaxtyping import Array, Float
 
 @dataclass(frozen=True)
 class Surface:
-    """A function of a few variables to be minimised from one start.
+    """A function of a few variables to minimise from one start.
 
-    `minimum` is where its least value, 0, is. `window` is the part of the plane that is drawn,
-    ((x, x), (y, y)).
+    `minimum` is the point of its least value, 0. `window` is the part of the plane that figures
+    show, ((x, x), (y, y)).
     """
 
     fun: Callable[[Float[Array, " n"]], Float[Array, ""]]

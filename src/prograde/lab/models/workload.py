@@ -1,4 +1,4 @@
-"""What a workload is: a training loss at one fixed shape, to measure the cost of."""
+"""The interface of a workload: a training loss of fixed shape, whose cost is measured."""
 
 import math
 from collections.abc import Callable
@@ -14,15 +14,14 @@ Loss = Callable[..., tuple[Float[Array, ""], PyTree]]
 
 @dataclass(frozen=True)
 class Workload:
-    """A loss to be trained.
+    """A training loss, its parameters and its data.
 
     **Fields:** `init(key) -> (params, state)`: the state is what a step changes in addition to the
-    parameters, which are running statistics of batch normalisation, or nothing;
-    `batch(key) -> arrays`; `loss(params, state, *batch) -> (loss, state)`. Two more forms of the
-    same loss are for backprop alone: `checkpointed_loss`, whose blocks are recomputed in reverse
-    mode, and, where layers are scanned, `unrolled_loss`, which XLA reverses somewhat faster and
-    compiles much slower. `sizes`: the arguments of the constructor, which another implementation
-    of the same workload needs.
+    parameters: running statistics of batch normalisation, or nothing; `batch(key) -> arrays`;
+    `loss(params, state, *batch) -> (loss, state)`. Two more forms of the same loss are for
+    backprop: `checkpointed_loss` recomputes its blocks in reverse mode. `unrolled_loss`, if layers
+    are scanned, unrolls them, which makes XLA's reverse mode a little faster and compilation much
+    slower. `sizes`: the arguments of the constructor, for other implementations of the workload.
     """
 
     name: str
@@ -36,14 +35,14 @@ class Workload:
 
 
 def as_it_is(block: Callable) -> Callable:
-    """Leaves a block as it is, where another form of the loss checkpoints it."""
+    """Returns a block unchanged, where another form of the loss checkpoints it."""
     return block
 
 
 def matrices(key: Key[Array, ""], shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Draws normal entries of variance 1/fan-in for matrices, stacks of them and HWIO kernels.
+    """Draws normal entries of variance 1/fan-in for matrices, stacks of matrices and HWIO kernels.
 
-    It is one draw for all, which compiles fast.
+    All come from one draw, which compiles fast.
     """
     flat = jax.random.normal(key, (sum(map(math.prod, shapes.values())),))
     found, start = {}, 0

@@ -1,4 +1,4 @@
-"""All workloads: training losses to measure the cost of, as plain JAX functions.
+"""All workloads: training losses whose cost is measured, as plain JAX functions.
 
 Only cost matters here, so parameters and data are random. Sizes are arguments, so that tests can
 run small versions.
@@ -18,7 +18,7 @@ from prograde.lab.models.workload import Workload
 def _network(
     name: str, title: str, network: Callable[[bool], models.Network], batch: int
 ) -> Workload:
-    """A network of the paper as a workload."""
+    """Makes a workload of a network of the paper."""
 
     def images_and_labels(key):
         key_x, key_y = jax.random.split(key)
@@ -56,7 +56,7 @@ def mlp(batch: int = 64) -> Workload:
 
 
 def mlp_large_batch(batch: int = 512) -> Workload:
-    """The same MLP at a batch where the matrix products outweigh the update."""
+    """The same MLP with a batch so large that products of matrices outweigh the update."""
     return _network("mlp-512", f"MLP 784-1024-1024-10, batch {batch}", models.mlp, batch)
 
 

@@ -1,9 +1,8 @@
-"""Reports: what a study shows of its records.
+"""Reports: the sentences, tables and figures that a study makes of its records.
 
-A `Report` is made of sections, and a section of sentences, tables and figures. One place each
-writes it to the terminal (`terminal`), to a page (`page`) and between marks in a page of the
-documentation (`markdown`). `figures` holds the style of all figures, `words` puts numbers into
-words.
+A `Report` has sections, and a section has sentences, tables and figures. `terminal` prints it,
+`page` writes it as HTML, and `markdown` writes it between marks in a page of the documentation.
+`figures` holds the style of all figures, and `words` formats numbers.
 """
 
 import re
@@ -32,7 +31,7 @@ class Table:
 
     @property
     def numbers(self) -> list[bool]:
-        """For each column, whether all of its cells are numbers: those are aligned to the right."""
+        """Says for each column whether all cells are numbers, which are aligned to the right."""
         return [
             any(cells) and all(_NUMBER.match(cell) for cell in cells if cell)
             for cells in ([row[i] for row in self.rows] for i in range(len(self.columns)))
@@ -41,7 +40,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: its title, which readers hear who do not see it, and how to draw it.
+    """A figure: its title, which is also its alternative text, and how to draw it.
 
     `draw` draws on an empty canvas and may set its size. `name` is the name of its file.
     """
@@ -55,8 +54,8 @@ class Figure:
 class Section:
     """A part of a report. `content` is shown in its order; a text is one paragraph.
 
-    **Fields:** `made_on`: where the numbers come from; `details`: what can be unfolded on a page,
-    such as the manifest; `folded`: tables that can be unfolded there, by what they show.
+    **Fields:** `made_on`: where the numbers come from; `details`: more about them, such as the
+    manifest, folded away on a page; `folded`: tables that are folded away too, by their headings.
     """
 
     name: str

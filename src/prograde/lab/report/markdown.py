@@ -5,8 +5,8 @@ A page says where a report goes and which records it shows:
     <!-- records: records/beyond/newton -->
     <!-- end of records -->
 
-After the directories, `only NAME ...` picks sections by name. What stands between the marks is
-written by `prograde report --page PAGE`, and a test compares it with the records.
+After the directories, `only NAME ...` picks sections by name. `prograde report --pages PAGE` writes
+the text between the marks, and a test compares it with the records.
 """
 
 import re
@@ -22,10 +22,10 @@ _WIDTH = 120
 
 
 def render(page: Path, make: Callable[[list[Path]], Report]) -> tuple[str, dict[Path, str]]:
-    """Renders a page anew: returns its text, and the figures by the path of their files.
+    """Renders a page; returns its text, and the figures by path.
 
     `make` makes the report of directories, which are relative to the working directory. Figures go
-    into a directory beside the page, of its name. Raises `RecordError` if the page has no marks.
+    into a directory next to the page, with its name. Raises `RecordError` if the page has no marks.
     """
     text, drawn = page.read_text(), {}
     folder = page.with_suffix("")
@@ -56,7 +56,7 @@ def render(page: Path, make: Callable[[list[Path]], Report]) -> tuple[str, dict[
 
 
 def update(page: Path, make: Callable[[list[Path]], Report]) -> None:
-    """Writes a page anew, and its figures."""
+    """Writes a page and its figures again."""
     text, drawn = render(page, make)
     for path, picture in drawn.items():
         write(path, picture.encode())
@@ -64,7 +64,7 @@ def update(page: Path, make: Callable[[list[Path]], Report]) -> None:
 
 
 def differences(page: Path, make: Callable[[list[Path]], Report]) -> list[Path]:
-    """The page, or the figures of it, that differ from what the records give."""
+    """Returns the files, page or figures, that differ from their records."""
     text, drawn = render(page, make)
     wanted = {page: text} | drawn
     return [p for p, content in wanted.items() if not p.exists() or p.read_text() != content]
@@ -85,7 +85,7 @@ def _section(section: Section, titled: bool, folder: Path, drawn: dict[Path, str
 
 
 def table(table: Table) -> str:
-    """A table in Markdown."""
+    """Formats a table as Markdown."""
     rules = ["---:" if number else "---" for number in table.numbers]
     rows = [[_cell(cell) for cell in row] for row in table.rows]
     lines = [table.columns, rules, *rows]

@@ -16,7 +16,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def visible(text: str) -> str:
-    """A text in which control characters are shown escaped, so that none reaches the terminal."""
+    """Escapes control characters of a text, so that none reaches the terminal."""
     return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
@@ -32,7 +32,7 @@ def print_report(report: Report, console: Console) -> None:
             if isinstance(part, Table):
                 print_table(part, console)
             elif not isinstance(part, Figure):
-                for line in part.split("\n"):  # what is indented is a command, to be pasted
+                for line in part.split("\n"):  # an indented line is a command to paste
                     console.print(Text(visible(line)), soft_wrap=line.startswith("    "))
         console.print()
 

@@ -1,38 +1,38 @@
-"""Numbers in words: times, sizes, ratios, and where a number comes from."""
+"""Formats numbers: times, sizes, ratios, and where they were measured."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 MISSING = "–"
-BUSY = 0.1  # share of the machine that other processes may use while something is timed
-SPREAD = 1 / 3  # distance between the quartiles of a steady time or ratio, over its median
+BUSY = 0.1  # largest share of the machine that others may use during timing
+SPREAD = 1 / 3  # largest distance of quartiles of a steady figure, over its median
 
 
 def milliseconds(seconds: float) -> str:
-    """A time in ms, with three digits."""
+    """Formats a time in ms, with three digits."""
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
 
 
 def milliseconds_spread(seconds: dict[str, float]) -> str:
-    """The median of a measured time in ms, with half the distance between its quartiles."""
+    """Formats the median of a time in ms, with half the distance between its quartiles."""
     median, half = seconds["median"], (seconds["high"] - seconds["low"]) / 2
     said = f"{1e3 * median:.3g}" if median < 1 else f"{1e3 * median:,.0f}"
     return f"{said} ± {100 * half / median:.0f} %"
 
 
 def milliseconds_quartiles(seconds: dict[str, float]) -> str:
-    """The median of a measured time in ms, with its quartiles in brackets."""
+    """Formats the median of a time in ms, with its quartiles in brackets."""
     median, low, high = (1e3 * seconds[name] for name in ("median", "low", "high"))
     return f"{median:.3g} ({low:.3g} to {high:.3g})"
 
 
 def duration(seconds: float) -> str:
-    """A time for reading, in s or min."""
+    """Formats a time in s or min."""
     return f"{seconds:.0f} s" if seconds < 180 else f"{seconds / 60:.0f} min"
 
 
 def size(value: float) -> str:
-    """A number of bytes for reading, in B, kB or MB."""
+    """Formats a number of bytes in B, kB or MB."""
     for unit, amount in (("MB", 1e6), ("kB", 1e3)):
         if value >= amount:
             digits = ",.3g" if value < 1000 * amount else ",.0f"
@@ -41,30 +41,30 @@ def size(value: float) -> str:
 
 
 def mebibytes(value: int | None) -> str:
-    """A number of bytes in MiB."""
+    """Formats a number of bytes in MiB."""
     return MISSING if value is None else f"{value / 2**20:,.1f}"
 
 
 def megabytes(value: int | None) -> str:
-    """A number of bytes in MB."""
+    """Formats a number of bytes in MB."""
     if value is None:
         return MISSING
     return f"{value / 1e6:.2g}" if value < 1e7 else f"{value / 1e6:,.0f}"
 
 
 def quartiles(ratio: dict[str, float]) -> str:
-    """A median, with its quartiles in brackets."""
+    """Formats a median, with its quartiles in brackets."""
     return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names as a list in a sentence: `a, b and c`."""
+    """Joins names as in a sentence: `a, b and c`."""
     *first, last = list(names)
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def made_on(manifest: dict[str, Any], *more: str) -> str:
-    """Where the numbers of a store come from, in a sentence. `more` follows it."""
+    """Says where the numbers of a store were measured. `more` sentences follow."""
     environments = manifest["environments"]
     places = []
     for e in environments:
@@ -82,7 +82,7 @@ def made_on(manifest: dict[str, Any], *more: str) -> str:
 
 
 def warning(busy: float | None) -> str:
-    """Says that times are not to be trusted, where other processes were busy while they were taken.
+    """Warns about times that were measured while other processes were busy.
 
     `busy` is the share of the machine's processor time that other processes used.
     """
@@ -95,7 +95,7 @@ def warning(busy: float | None) -> str:
 
 
 def unsteady(measured: Mapping[str, dict[str, float]]) -> str:
-    """Names the times or ratios that vary much from round to round, where there are any.
+    """Names the times or ratios that vary much from round to round.
 
     `measured` holds a median and its quartiles for each name.
     """

@@ -1,4 +1,4 @@
-"""What a step of a trainer costs, measured in turns with others."""
+"""Measures the time of training steps. All trainers take turns."""
 
 import time
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ def step_seconds(
 ) -> dict[str, dict[str, Any]]:
     """Times full training steps of trainers that take turns. The trainer `bare` is the base.
 
-    **Arguments:** `steps`: the number of steps a visit; `one_carry`: whether all trainers share one
-    set of parameters, one after the other, where several do not fit.
+    **Arguments:** `steps`: the number of steps in a visit; `one_carry`: all trainers share one set
+    of parameters, for cases where several sets do not fit in memory.
 
-    **Returns:** for each trainer `seconds` a step and `ratio` to `bare`, with their spread, and
+    **Returns:** for each trainer `seconds` of a step and `ratio` to `bare`, with their spread, and
     `busy`.
     """
     shared = [trainers["bare"].start(0)] if one_carry else None
@@ -37,7 +37,7 @@ def step_seconds(
 
 
 def training_visit(trainer: Trainer, carry: list[Carry]) -> Visit:
-    """Takes steps at rate 0 from the carry in the list, and leaves the next one there."""
+    """Makes a visit of steps at rate 0. The carry in the list is replaced by the next one."""
 
     def visit(count: int) -> float:
         rows = trainer.rows(0, 0, count)

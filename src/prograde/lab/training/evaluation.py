@@ -1,6 +1,6 @@
 """Loss and accuracy of a network on a part of the data.
 
-The test part is what is reported, the validation part is what a search goes by.
+Reports use the test part. The search of learning rates uses the validation part.
 """
 
 import functools
@@ -19,7 +19,7 @@ _CHUNK = 500  # examples that are evaluated together
 def evaluate(
     network: Network, params: PyTree, part: tuple[np.ndarray, np.ndarray], limit: int
 ) -> tuple[float, float]:
-    """Mean loss and accuracy on the first `limit` examples of a part of the data."""
+    """Returns mean loss and accuracy on the first `limit` examples of a part of the data."""
     images, labels = part[0][:limit], part[1][:limit]
     sums = np.zeros(2)
     for i in range(0, len(labels), _CHUNK):
@@ -30,7 +30,7 @@ def evaluate(
 
 
 def figures_of(network: Network, data: Dataset, limit: int) -> Callable[[PyTree], dict[str, float]]:
-    """What a point of a curve holds: loss and accuracy on the test and on the training part."""
+    """Makes the figures of a point: loss and accuracy on the test and the training part."""
 
     def figures(params: PyTree) -> dict[str, float]:
         test_loss, test_accuracy = evaluate(network, params, data.test, limit)
@@ -46,7 +46,7 @@ def figures_of(network: Network, data: Dataset, limit: int) -> Callable[[PyTree]
 
 
 def judge(network: Network, data: Dataset, limit: int) -> Callable[[PyTree], float]:
-    """What the search of a rate goes by: the loss on the validation part."""
+    """Makes the criterion of the search of a rate: the loss on the validation part."""
     return lambda params: evaluate(network, params, data.validation, limit)[0]
 
 

@@ -1,4 +1,4 @@
-"""Training whose steps are shared by processes and written to a replay log."""
+"""Training with a replay log, whose steps several processes can share."""
 
 from typing import Any
 
@@ -14,10 +14,11 @@ from prograde.lab.training.trainer import Trainer
 
 
 class LoggedTrainer(Trainer):
-    """A `Trainer` whose batches the devices of a mesh share, with a log between value and update.
+    """A `Trainer` with a replay log. The devices of a mesh share each batch.
 
-    A step is two programs: one gives the directional derivatives, and one the next parameters from
-    them. For a step that the log holds, only the second runs. A resumed run begins with such steps.
+    A step is two programs. The first computes the directional derivatives, which go to the log. The
+    second computes the next parameters from them. If the log already holds the step, only the
+    second runs: a resumed run begins with such steps.
     The arguments are those of `Trainer`.
     """
 
@@ -44,7 +45,7 @@ class LoggedTrainer(Trainer):
         first: int,
         rows: Int[np.ndarray, "steps batch"],
     ) -> tuple[pg.replay.TrainState, Float[np.ndarray, " steps"]]:
-        """Takes the steps from `first` on: the new state, and the losses."""
+        """Takes steps from number `first` on; returns the new state and the losses."""
         values, seed = [], self._tangent_seed(seed)
         for step, batch in enumerate(rows, first):
             now = float(np.float32(rate.first * float(self.schedule(step, rate.length))))
@@ -75,6 +76,6 @@ class LoggedTrainer(Trainer):
         return value, derivatives
 
     def _tangent_seed(self, seed: int) -> int:
-        """The key of the tangents as a seed of 64 bits, for a log."""
+        """Returns the key of the tangents as a seed of 64 bits, for a log."""
         high, low = np.asarray(jax.random.key_data(self.keys(seed)[1])).tolist()
         return high << 32 | low

@@ -1,7 +1,7 @@
-"""The loop of every training run: steps up to the next point of the curve, and figures there.
+"""The loop of every training run: takes steps to the next point of the curve, and measures there.
 
-What is trained is a `Task`. The loop knows nothing of models, estimators or files: it counts steps
-and seconds, notices divergence, and calls `save` at every point, from which a run can go on.
+A `Task` takes the steps. The loop does not depend on models, estimators or files. It counts steps
+and seconds, notices divergence, and calls `save` at every point, so that a run can be resumed.
 """
 
 import abc
@@ -19,7 +19,7 @@ Point = dict[str, Any]
 
 
 class Task(abc.ABC):
-    """What the loop drives.
+    """A training task: it takes steps and measures its parameters.
 
     **Fields:** `judged`: the name of the figure that must be finite, such as the held-out loss.
     """
@@ -28,24 +28,24 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def steps(self, first: int, count: int) -> Float[np.ndarray, " count"]:
-        """Takes `count` steps, of which the first has the number `first`; returns their losses.
+        """Takes `count` steps from step number `first` on; returns their losses.
 
-        Waits until they are done. May return early, with a loss that is not finite as the last.
+        Waits until they are done. May return early if the last loss is not finite.
         """
 
     @abc.abstractmethod
     def figures(self, losses: Float[np.ndarray, " count"] | None) -> dict[str, Any]:
-        """Measures the parameters as they are.
+        """Measures the current parameters.
 
-        `losses` are those of the steps since the last point, None before the first step.
+        `losses` are those of the steps since the last point, or None before the first step.
         """
 
     def cause(self, taken: int) -> Literal["value", "gradient"] | None:
-        """Says why a loss is not finite: that of the parameters after `taken` steps.
+        """Says why the loss after `taken` steps is not finite.
 
-        The steps are counted from where the last call of `steps` began. "value": the parameters are
-        finite, and the loss overflows. "gradient": the loss before was finite and the step made
-        parameters that are not. None: not known.
+        The steps count from the start of the last call of `steps`. "value": the parameters are
+        finite, and the loss overflows. "gradient": the loss before was finite, and the step made
+        parameters that are not finite. None: unknown.
         """
         del taken
         return None
@@ -53,7 +53,7 @@ class Task(abc.ABC):
 
 @dataclass
 class Progress:
-    """How far a run is. `seconds` counts the steps alone, without compilation and evaluation."""
+    """The progress of a run. `seconds` is the time of steps, without compilation and evaluation."""
 
     step: int = 0
     seconds: float = 0.0
@@ -62,7 +62,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class End:
-    """How a run ended. `step` is the step whose loss is not finite where it diverged."""
+    """The end of a run. If it diverged, `step` is the step whose loss is not finite."""
 
     status: Literal["completed", "stopped", "diverged"]
     step: int
@@ -78,12 +78,12 @@ def follow(
     save: Callable[[Progress, End | None], None],
     stop: Callable[[list[Point]], bool] = lambda points: False,
 ) -> End:
-    """Takes the steps that are left, and appends a point to the curve at `points` even places.
+    """Takes the remaining steps, and appends a point to the curve at `points` even intervals.
 
     **Arguments:**
 
-    - `progress`: where the run is; it is updated. Without points, one is taken before the first
-      step.
+    - `progress`: the progress of the run, which is updated. If it has no points, one is measured
+      before the first step.
     - `save`: called after every point, and when the run ends.
     - `stop`: decides after every point, from all points so far, whether the run ends there.
     """
@@ -116,7 +116,7 @@ def follow(
             point = {"step": progress.step, "seconds": progress.seconds, **figures}
             progress.points.append(point)
             end = over()
-        else:  # the losses may all be finite, and the last step leave parameters that are not
+        else:  # all losses may be finite when the last step makes parameters that are not
             taken = count if finite.all() else int(np.argmin(finite))
             end = End("diverged", first + taken, progress.seconds, task.cause(taken))
         save(progress, end)
@@ -124,12 +124,12 @@ def follow(
 
 
 def best(points: list[Point], figure: str) -> Point:
-    """The point with the least figure, the first of equals. One that is not finite never is."""
+    """Returns the point with the least finite figure, the first of equals."""
     return min(points, key=lambda p: p[figure] if _is_finite(p.get(figure)) else math.inf)
 
 
 def points_since_best(points: list[Point], figure: str) -> int:
-    """The number of points after the best. Early stopping compares it with a patience."""
+    """Returns the number of points after the best, to be compared with a patience."""
     return len(points) - 1 - next(i for i, p in enumerate(points) if p is best(points, figure))
 
 

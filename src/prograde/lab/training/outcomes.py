@@ -1,4 +1,4 @@
-"""What training runs reached, computed from their records alone."""
+"""Outcomes of training runs, computed from their records alone."""
 
 import statistics
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Divergence:
-    """A run that diverged, at which step, and why where that is known."""
+    """A run that diverged: its step, and the cause if it is known."""
 
     seed: int
     step: int
@@ -31,19 +31,19 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method reached at a setting.
+    """The outcome of a method at a setting.
 
     **Fields:**
 
     - `final_loss`, `final_accuracy`: held-out, over the seeds that completed.
-    - `diverged`: the runs that did not; `finished`: how many seeds ended in either way.
+    - `diverged`: the runs that diverged; `finished`: how many seeds completed or diverged.
     - `time_ratio`: T, the time to backprop's best held-out loss divided by backprop's time to it.
-      It is the median over the seeds, where time is steps times the median cost of a step. None
-      where the median seed does not reach that loss.
-    - `time_bound`: what T exceeds in that case, the time of the whole run divided by backprop's.
-      None when that seed diverged.
-    - `reached` of `compared` seeds reach it. `compared` is 0 where backprop has not run, or never
-      got better than its start.
+      It is the median over the seeds. Time is steps times the median cost of a step. None if the
+      median seed does not reach that loss.
+    - `time_bound`: a lower bound on T in that case, the time of the whole run divided by
+      backprop's. None if that seed diverged.
+    - `reached`: the number of seeds, of `compared`, that reach that loss. `compared` is 0 if
+      backprop has not run, or did not improve on its start.
     """
 
     method: str
@@ -61,12 +61,12 @@ class Outcome:
 
 
 def points(run: Record) -> list[dict[str, Any]]:
-    """The points of a curve that have a held-out loss."""
+    """Returns the points of a curve that have a held-out loss."""
     return [line for line in run if line["kind"] == "point" and line.get("test_loss") is not None]
 
 
 def spread(values: list[float]) -> Spread | None:
-    """The spread of values. `None` if there are none."""
+    """Returns the spread of values, or `None` without values."""
     if not values:
         return None
     return Spread(statistics.fmean(values), min(values), max(values), len(values))
@@ -79,7 +79,7 @@ def outcome_of(
     backprop_runs: list[Record],
     costs: dict[str, Any],
 ) -> Outcome:
-    """What runs of a method at a setting reached, compared with backprop at the same setting."""
+    """Computes the outcome of a method at a setting, compared with backprop at the same setting."""
     ended = [run for run in runs if run[-1]["kind"] == "end"]
     finals = [points(run)[-1] for run in ended if run[-1]["status"] == "completed"]
     times: list[tuple[int, float]] = []
@@ -88,7 +88,7 @@ def outcome_of(
         pairs = [(run, references[run[0]["seed"]]) for run in ended if run[0]["seed"] in references]
         found = (_time_ratio(run, reference, method, costs) for run, reference in pairs)
         times = sorted(time for time in found if time is not None)
-    # (0, T) of a seed that reaches it, (1, bound) of one that does not, (2, 0) of one that diverged
+    # (0, T) for a seed that reaches the loss, (1, bound) if it does not, (2, 0) if it diverged
     kind, value = times[len(times) // 2] if times else (2, 0.0)
     return Outcome(
         method,
@@ -113,7 +113,7 @@ def outcome_of(
 def _time_ratio(
     run: Record, backprop_run: Record, method: str, costs: dict[str, Any]
 ) -> tuple[int, float] | None:
-    """(0, T), (1, what T exceeds) or, for a run that diverged, (2, 0). None without a reference."""
+    """Returns (0, T), (1, bound of T), or (2, 0) if it diverged. None without a reference."""
     reference = min(points(backprop_run), key=lambda p: p["test_loss"])
     if reference["step"] == 0:
         return None
@@ -128,7 +128,7 @@ def _time_ratio(
 
 
 def spread_text(spread: Spread | None, percent: bool = False) -> str:
-    """The mean and, where there are several, the least and the greatest."""
+    """Formats the mean and, of several values, the least and the greatest."""
     if spread is None:
         return MISSING
     values = spread.low, spread.mean, spread.high
@@ -138,7 +138,7 @@ def spread_text(spread: Spread | None, percent: bool = False) -> str:
 
 
 def ratio_text(outcome: Outcome) -> str:
-    """T, or what it exceeds."""
+    """Formats T, or its lower bound."""
     if outcome.method == "backprop":
         return "1"
     if not outcome.compared:
@@ -152,7 +152,7 @@ def ratio_text(outcome: Outcome) -> str:
 
 
 def ended_text(outcome: Outcome) -> str:
-    """How many seeds ended, and how many of them diverged, for a cell of a table."""
+    """Formats how many seeds ended and how many diverged, for a cell of a table."""
     some = outcome.finished < len(outcome.runs)
     said = f"{outcome.finished} of {len(outcome.runs)}" if some else str(len(outcome.runs))
     if not outcome.diverged:
@@ -162,7 +162,7 @@ def ended_text(outcome: Outcome) -> str:
 
 
 def divergence_text(outcome: Outcome, name: str) -> str:
-    """Says how many runs diverged, where the first did, and why where the records tell."""
+    """Says how many runs diverged, at which step the first did, and why if the records tell."""
     first = min(outcome.diverged, key=lambda divergence: divergence.step)
     because = {
         "value": ", where the loss overflowed and the parameters were finite",

@@ -22,7 +22,7 @@ from prograde.lab.training.loop import End, Progress, Task, follow
 from prograde.lab.training.schedules import Rate
 from prograde.lab.training.trainer import Trainer
 
-_TRAJECTORY_LENGTH = 500  # steps of a trajectory that are recorded, at most
+_TRAJECTORY_LENGTH = 500  # maximum number of recorded steps of a trajectory
 
 Measure = Callable[[PyTree], dict[str, float]]
 """Figures of parameters. `test_loss` is one of them."""
@@ -30,7 +30,7 @@ Measure = Callable[[PyTree], dict[str, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: everything that its numbers depend on, given the configuration."""
+    """One training run: what its numbers depend on, in addition to the configuration."""
 
     method: str
     setting: str
@@ -45,7 +45,7 @@ class Run:
 
     @property
     def rate(self) -> Rate:
-        """The learning rate, which may fall until the last step."""
+        """The learning rate, which a schedule may lower until the last step."""
         return Rate(self.learning_rate, self.steps)
 
 
@@ -58,15 +58,14 @@ def train(
     on_point: Callable[[Run, dict[str, Any]], None],
     mesh: Mesh | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs, or resumes, or just reads a finished run; returns its record.
+    """Starts or resumes a run, or reads a finished one; returns its record.
 
     The record has a line `run`, a line `point` for each point of the curve, and a line `end`, which
-    says how the run ended, at which step, and why where it diverged.
+    says how the run ended, at which step, and why if it diverged.
 
-    **Arguments:** `measure`: the figures of each point; `on_point`: called with each point that is
-    new, or the end of a run that diverged; `mesh`: the devices that share each batch, whose
-    parameters are compared at each point. Such a run is resumed from its log, and begins again
-    without one.
+    **Arguments:** `measure`: the figures of each point; `on_point`: called with each new point, or
+    with the end of a run that diverged; `mesh`: the devices that share each batch. Their parameters
+    are compared at each point. Such a run is resumed from its log. Without a log it starts again.
     """
     name, state_path = f"runs/{run.name}", store.path(f"states/{run.name}.npz")
     head = {"kind": "run", **vars(run)}
@@ -88,7 +87,7 @@ def train(
             task = _SavedSteps(trainer, run, measure, mesh)
             if old and mesh is None and state_path.exists():
                 progress = task.restore(state_path)
-        # the state is saved after the record, so the record may be a point ahead of it
+        # the state is saved after the record, which may therefore be a point ahead
         lines = [{k: v for k, v in line.items() if k != "kind"} for line in old[1:]]
         progress.points = [p for p in lines if p["step"] <= progress.step] if progress.step else []
         task.warm_up(points)
@@ -126,15 +125,15 @@ class _Steps(Task, abc.ABC):
     @property
     @abc.abstractmethod
     def params(self) -> PyTree:
-        """The parameters as they are."""
+        """The current parameters."""
 
     @abc.abstractmethod
     def warm_up(self, points: int) -> None:
-        """Compiles before the clock runs."""
+        """Compiles before times are taken."""
 
     @abc.abstractmethod
     def params_after(self, taken: int) -> PyTree:
-        """Takes steps again, the first `taken` since the last point; returns the parameters."""
+        """Repeats the first `taken` steps since the last point; returns the parameters."""
 
     def figures(self, losses: np.ndarray | None) -> dict[str, Any]:
         """The loss of the batches since the last point, the figures, and the path of the steps."""
@@ -152,14 +151,14 @@ class _Steps(Task, abc.ABC):
         return found
 
     def cause(self, taken: int) -> Literal["value", "gradient"]:
-        """Tells a loss that overflows from a gradient that is not finite where its loss was."""
+        """Distinguishes a loss that overflows from a gradient that is not finite."""
         leaves = jax.tree.leaves(self.params_after(taken))
         finite = all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in leaves)
         return "value" if finite else "gradient"
 
 
 class _SavedSteps(_Steps):
-    """The steps of a `Trainer`, from a state that is saved at every point."""
+    """The steps of a `Trainer`, whose state is saved at every point."""
 
     def __init__(self, trainer: Trainer, run: Run, measure: Measure, mesh: Mesh | None):
         super().__init__(run, measure, mesh)
@@ -188,7 +187,9 @@ class _SavedSteps(_Steps):
         return np.asarray(losses)  # waits for the steps
 
     def figures(self, losses: np.ndarray | None) -> dict[str, Any]:
-        self._before = jax.tree.map(np.array, self.carry)  # the next steps take the carry's memory
+        self._before = jax.tree.map(
+            np.array, self.carry
+        )  # the next steps reuse the memory of the carry
         return super().figures(losses)
 
     def params_after(self, taken: int) -> PyTree:
@@ -203,7 +204,7 @@ class _SavedSteps(_Steps):
         files.save_state(path, {"carry": self.carry, "seconds": np.asarray(progress.seconds)})
 
     def restore(self, path: Path) -> Progress:
-        """Goes on from the state that was saved."""
+        """Restores the saved state."""
         saved = files.load_state(path, {"carry": self.carry, "seconds": np.zeros(())})
         self._before = saved["carry"]
         self.carry = jax.tree.map(jnp.asarray, saved["carry"])
@@ -211,7 +212,7 @@ class _SavedSteps(_Steps):
 
 
 class _LoggedSteps(_Steps):
-    """The steps of a `LoggedTrainer`. Those that the log holds are made from it."""
+    """The steps of a `LoggedTrainer`. Steps that the log holds are replayed from it."""
 
     def __init__(
         self,
@@ -252,7 +253,7 @@ class _LoggedSteps(_Steps):
 
 
 def _log(trainer: LoggedTrainer, run: Run, path: Path) -> pg.replay.ReplayLog:
-    """The log of a run, begun or continued."""
+    """Opens the log of a run, or creates it."""
     base = trainer.start(run.seed)[0]
     if not path.exists():
         return pg.replay.ReplayLog.create(path, base, trainer.update, vars(run))

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, by the names that options give them."""
+"""Optimizers and learning-rate schedules by name."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-DECAY = 1e-4  # of the paper's rate, a step
+DECAY = 1e-4  # of the paper's rate, for each step
 
 OPTIMIZERS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
     "sgd": optax.sgd,

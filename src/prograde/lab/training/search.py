@@ -13,7 +13,7 @@ from prograde.lab.training.trainer import Trainer
 
 GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e0)
 TRIALS = len(GRID) + 2
-PARTS = 8  # of a trial: divergence ends it after a part
+PARTS = 8  # of a trial, which ends after a part if it diverged
 _SEED = 1_000_000  # the first seed of the search; the seeds of runs are small
 
 
@@ -29,14 +29,14 @@ def search(
 ) -> float:
     """Finds the learning rate with the least loss after `steps`, the length of a run.
 
-    The trials are a grid over five decades, then half a decade to either side of its best. Shorter
-    trials would choose rates that diverge later: a forward gradient goes wrong by chance, and late.
-    A trial that diverges loses. If all diverge, the rate is the first of the grid, and the trials
-    in the record `search/NAME` say so.
+    The trials are a grid over five decades, then half a decade to either side of its best. Trials
+    are as long as a run, because forward gradients often diverge late: shorter trials would choose
+    rates that diverge later. A trial that diverges loses. If all diverge, the rate is the first of
+    the grid, and the trials in the record `search/NAME` show it.
 
     **Arguments:** `judge`: the loss of parameters, on data that is neither trained on nor reported;
-    `last`: the loss of a trial is the mean after each of this many of its eight parts; `seeds`: the
-    loss is also the mean over so many seeds.
+    `last`: the loss of a trial is the mean over the ends of this many last parts of eight; `seeds`:
+    the number of seeds, over which the loss is averaged too.
     """
     found: dict[str, Any] = store.read(f"search/{name}", default={"steps": steps, "trials": []})
     trials: list[dict[str, Any]] = found["trials"]
@@ -47,7 +47,7 @@ def search(
             half = -0.5 if len(trials) == len(GRID) else 0.5
             rate = best_rate(trials[: len(GRID)]) * 10**half
         losses = [_trial(trainer, Rate(rate, steps), _SEED + i, judge, last) for i in range(seeds)]
-        mean = float(np.mean(losses))  # one seed that diverges loses the trial
+        mean = float(np.mean(losses))  # not finite if one seed diverged
         trials.append({"learning_rate": rate, "loss": mean if math.isfinite(mean) else None})
         store.write(f"search/{name}", {**found, "best": best_rate(trials)})
         on_trial(name, len(trials), trials[-1])
@@ -55,14 +55,14 @@ def search(
 
 
 def best_rate(trials: list[dict[str, Any]]) -> float:
-    """The rate of the trial with the least loss, the first of equals. Diverged trials lose."""
+    """Returns the rate of the least loss, the first of equals. Diverged trials lose."""
     return min(trials, key=lambda t: math.inf if t["loss"] is None else t["loss"])["learning_rate"]
 
 
 def _trial(
     trainer: Trainer, rate: Rate, seed: int, judge: Callable[[PyTree], float], last: int
 ) -> float:
-    """The loss of one trial; not finite where it diverged."""
+    """Runs one trial; returns its loss, which is not finite if it diverged."""
     carry, found, steps = trainer.start(seed), [], int(rate.length)
     chunk = math.ceil(steps / PARTS)
     parts = range(0, steps, chunk)

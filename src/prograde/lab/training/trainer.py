@@ -1,4 +1,4 @@
-"""Trains one loss by one estimator: the compiled step, and which examples each step sees."""
+"""Trains one loss by one estimator: compiles the step, and decides which examples it gets."""
 
 import functools
 from collections.abc import Callable
@@ -20,21 +20,21 @@ Carry = tuple[PyTree, PyTree, Array, PyTree]
 
 
 class Trainer:
-    """Trains one loss by one estimator; compiled once, for all rates and seeds.
+    """Trains one loss by one estimator; compiles once for all rates and seeds.
 
-    The order of the data and the keys derive from seed and step. A resumed run repeats the bits of
+    The order of the data and the keys derive from seed and step. A resumed run is bit-identical to
     an uninterrupted one.
 
     **Arguments:**
 
-    - `init(key) -> params`, and `loss(params, *batch)`: a scalar, or what else the estimator takes.
+    - `init(key) -> params`, and `loss(params, *batch)`, which returns what the estimator takes.
     - `estimator`: None evaluates the loss on the same batches and changes nothing: the bare forward
       pass.
     - `data`: the training examples, arrays of one length; () for a loss without data.
     - `optimizer`, `schedule`: names in `OPTIMIZERS` and `SCHEDULES`.
-    - `in_scan`: whether the steps run inside one `lax.scan`. On a CPU, XLA runs the reverse of a
-      convolution on a slow path inside a loop; such steps are dispatched one by one.
-    - `traced`: whether `steps` returns the parameters before each step, where they are few.
+    - `in_scan`: run the steps inside one `lax.scan`. On a CPU, XLA's reverse pass of a convolution
+      is slow inside a loop; such steps are dispatched one by one.
+    - `traced`: `steps` also returns the parameters before each step, for losses with few of them.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Trainer:
         self.program = jax.jit(self._scan if in_scan else self.step, donate_argnums=0)
 
     def start(self, seed: int) -> Carry:
-        """The state before the first step."""
+        """Returns the state before the first step."""
         key, _ = self.keys(seed)
         params = self._init(key)
         estimator_state = None
@@ -70,7 +70,7 @@ class Trainer:
     def steps(
         self, carry: Carry, rate: Rate, seed: int, rows: Int[np.ndarray, "steps batch"]
     ) -> tuple[Carry, Float[Array, " steps"], PyTree]:
-        """Takes as many steps as there are rows: the new state, the losses, the parameters visited.
+        """Takes a step for each row; returns the new state, the losses, the parameters visited.
 
         The carry is donated. The parameters visited are None unless the trainer is `traced`.
         """
@@ -78,13 +78,13 @@ class Trainer:
         if self.in_scan:
             return self.program(carry, *arguments, jnp.asarray(rows))
         losses = []
-        for batch in jnp.asarray(rows):  # dispatched ahead: nothing waits for the result of a step
+        for batch in jnp.asarray(rows):  # asynchronous: does not wait for the result of a step
             carry, (loss, _) = self.program(carry, *arguments, batch)
             losses.append(loss)
         return carry, jnp.stack(losses), None
 
     def arguments(self, rate: Rate, seed: int) -> tuple[Rate, Key[Array, ""], PyTree]:
-        """The arguments of `step` between the carry and the rows."""
+        """Returns the arguments of `step` between the carry and the rows."""
         as_arrays = Rate(jnp.float32(rate.first), jnp.float32(rate.length))
         return as_arrays, self.keys(seed)[1], self.data
 
@@ -96,7 +96,7 @@ class Trainer:
         data: PyTree,
         rows: Int[Array, " batch"],
     ) -> tuple[Carry, tuple[Array, PyTree]]:
-        """One step, to be compiled: the new state, and the loss and the parameters before it."""
+        """Takes one step; returns the new state, and the loss and the parameters before it."""
         params, optimizer_state, step, estimator_state = carry
         batch = jax.tree.map(lambda x: x[rows], data)
         if self.estimator is None:
@@ -113,9 +113,9 @@ class Trainer:
         return carry, (found.value, visited)
 
     def rows(self, seed: int, first: int, count: int) -> Int[np.ndarray, "count batch"]:
-        """The examples that the steps first, first + 1, ... see.
+        """Returns the indices of the examples of the steps first, first + 1, ...
 
-        Every epoch is a permutation of its own. Examples that do not fill a batch are left out.
+        Each epoch has its own permutation. Examples that do not fill a batch are left out.
         """
         if not self.data or not count:
             return np.zeros((count, self._batch_size if self.data else 0), np.int32)
@@ -127,12 +127,12 @@ class Trainer:
 
     @staticmethod
     def keys(seed: int) -> tuple[Key[Array, ""], Key[Array, ""]]:
-        """The keys of the initial parameters and of the tangents."""
+        """Returns the keys of the initial parameters and of the tangents."""
         key_init, key_tangents = jax.random.split(jax.random.key(seed))
         return key_init, key_tangents
 
     def compiled_step(self) -> tuple[Any, Carry, tuple[Any, ...]]:
-        """One step compiled by itself: `carry, _ = compiled(carry, *arguments)`.
+        """Compiles a single step: `carry, _ = compiled(carry, *arguments)`.
 
         Returns `compiled`, a carry and the arguments, with a rate of 0.
         """
