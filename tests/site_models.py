@@ -80,7 +80,8 @@ def attention(key):
     """
     k = jax.random.split(jax.random.fold_in(key, 5), 5)
     params = {
-        "embedding": normal(k[0], 5, 4, scale=0.7), "qkv": normal(k[1], 4, 3, 4), "gain": jnp.ones(4), "shift": jnp.zeros(4),
+        "embedding": normal(k[0], 5, 4, scale=0.7), "qkv": normal(k[1], 4, 3, 4),
+        "gain": jnp.ones(4), "shift": jnp.zeros(4),
     }  # fmt: skip
 
     def losses(params, tokens):
@@ -148,7 +149,8 @@ def merged_axes(key):
     """
     k = jax.random.split(jax.random.fold_in(key, 12), 6)
     params = {
-        "embedding": normal(k[0], 5, 3), "place": normal(k[1], 2, 3), "w": normal(k[2], 3, 4), "b": normal(k[3], 4),
+        "embedding": normal(k[0], 5, 3), "place": normal(k[1], 2, 3), "w": normal(k[2], 3, 4),
+        "b": normal(k[3], 4),
         "out": normal(k[4], 4, 2),
     }  # fmt: skip
 
@@ -213,6 +215,7 @@ def nnx_model(key):
 
 
 ALL = [
-    relu_mlp, jitted_softmax, scanned_layers, recurrent, attention, convolution, used_otherwise, equinox_mlp, nnx_model, merged_axes,
+    relu_mlp, jitted_softmax, scanned_layers, recurrent, attention, convolution, used_otherwise,
+    equinox_mlp, nnx_model, merged_axes,
     embedded_by_hand,
 ]  # fmt: skip

@@ -109,7 +109,8 @@ def test_the_bound_is_checked():
 def decay(adjoint):
     def loss(rate):
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, y, rate: -rate * y), diffrax.Tsit5(), 0.0, 1.0, 0.1, jnp.array(1.0), args=rate,
+            diffrax.ODETerm(lambda t, y, rate: -rate * y), diffrax.Tsit5(), 0.0, 1.0, 0.1,
+            jnp.array(1.0), args=rate,
             stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-6), adjoint=adjoint,
         )  # fmt: skip
         return solution.ys[0]
@@ -143,7 +144,8 @@ by_hand.defvjp(lambda y: (-y, None), lambda _, g: (-g,))
 def test_a_rule_of_the_users_own_is_not_blamed_on_the_adjoint():
     def loss(rate):
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, y, rate: by_hand(rate * y)), diffrax.Tsit5(), 0.0, 1.0, 0.1, jnp.array(1.0), args=rate,
+            diffrax.ODETerm(lambda t, y, rate: by_hand(rate * y)), diffrax.Tsit5(), 0.0, 1.0, 0.1,
+            jnp.array(1.0), args=rate,
             adjoint=diffrax.ForwardMode(),
         )  # fmt: skip
         return solution.ys[0]

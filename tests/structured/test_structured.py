@@ -114,8 +114,9 @@ PRODUCTS_AND_SHAPES = {
 }
 X_ROWS = np.array([1, 0, 2])
 FORMED = {
-    "flattened", "w @ w.T", "arrays added", "scaled by what depends on it", "an embedding for each", "the larger weight first",
-    "the larger weight second", "divided by what depends on it", "taken from an array", "to integers",
+    "flattened", "w @ w.T", "arrays added", "scaled by what depends on it", "an embedding for each",
+    "the larger weight first", "the larger weight second", "divided by what depends on it",
+    "taken from an array", "to integers",
 }  # fmt: skip
 
 

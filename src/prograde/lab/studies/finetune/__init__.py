@@ -1,1 +1,1 @@
-"""TODO."""
+"""`prograde finetune`: fine-tunes a language model by forward gradients."""

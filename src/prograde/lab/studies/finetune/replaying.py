@@ -31,7 +31,8 @@ def replay(
     """Makes the weights of a run from its base model and its log, and saves them.
 
     A log that is damaged, or ends before the planned steps, is replayed with `partial` or for a
-    number of `steps` only. `verify` compares the weights with the fingerprints in the log. Raises `UsageError` for a log, a model or an output that does not fit; then nothing is written.
+    number of `steps` only. `verify` compares the weights with the fingerprints in the log. Raises
+    `UsageError` for a log, a model or an output that does not fit; then nothing is written.
     """
     if out.exists():
         raise UsageError(f"{out} exists. Choose another path; nothing was changed.")

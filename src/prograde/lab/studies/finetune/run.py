@@ -173,8 +173,8 @@ def _before(
     summary["trained"] = tuning.num_trained
     if not math.isfinite(loss := summary["zero_shot"]["loss"]):
         raise UsageError(
-            f"the held-out loss of {study.model.model} before any step is {loss}. Its weights may be "
-            "damaged, or overflow in bfloat16: try --dtype float32."
+            f"the held-out loss of {study.model.model} before any step is {loss}. Its weights may "
+            "be damaged, or overflow in bfloat16: try --dtype float32."
         )
     if not isinstance(data.held_out, texts.Examples):
         talk(f"Before: {in_words(summary['zero_shot'])}")

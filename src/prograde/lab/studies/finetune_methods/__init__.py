@@ -1,1 +1,1 @@
-"""TODO."""
+"""`prograde finetune-methods`: methods of fine-tuning compared on one model."""
