@@ -62,7 +62,7 @@ CONVOLUTIONS = {
         (2, 20, 16), (9, 16, 4), **NHC | {"window_strides": (2,)}
     ),
     "batch groups": conv((4, 8, 7, 3), (3, 3, 3, 4), **NHWC | {"batch_group_count": 2}),
-    "no offsets": conv((5, 3), (4, 3), padding=()),
+    "no offsets": conv((5, 6), (7, 6), padding=()),
     "groups": conv((2, 8, 7, 6), (3, 3, 3, 4), **NHWC | {"feature_group_count": 2}),
     "groups, channels first": conv((2, 6, 5, 7), (4, 3, 3, 3), feature_group_count=2),
     "depthwise": conv((2, 8, 7, 6), (3, 3, 1, 6), **NHWC | {"feature_group_count": 6}),
