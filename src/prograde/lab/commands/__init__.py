@@ -1,4 +1,4 @@
-"""The commands that are no studies. One line adds a command; the class is its options."""
+"""Commands that are not studies. A line here adds a command; its class holds the options."""
 
 from prograde.lab.commands.inspect import Inspect
 from prograde.lab.commands.launch import Launch

@@ -1,4 +1,4 @@
-"""`prograde inspect`: what a replay log holds."""
+"""`prograde inspect`: shows and verifies a replay log."""
 
 import json
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Inspect:
 
 
 def steps_table(log: "ReplayLog") -> "Table":
-    """The steps of a log, in ten parts."""
+    """Makes a table of the steps of a log, in ten parts."""
     import numpy as np
 
     from prograde.lab.report import Table

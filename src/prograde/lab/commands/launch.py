@@ -30,7 +30,7 @@ class Launch:
     join: use it in private networks only."""
 
     def __call__(self, console: "Console", errors: "Console", rest: tuple[str, ...]) -> int:
-        """Starts the processes, and watches over them."""
+        """Starts the processes, and watches them."""
         from prograde.lab.cli import _program
         from prograde.lab.processes.launch import launch
         from prograde.lab.report.terminal import say

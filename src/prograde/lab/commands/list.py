@@ -1,4 +1,4 @@
-"""`prograde list`: everything that the options of studies can name."""
+"""`prograde list`: shows the names that options of studies accept."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class List:
-    """List the studies, and what their options can name: experiments, models, estimators."""
+    """List the studies and the names that options accept: experiments, models, estimators."""
 
     def __call__(self, console: "Console", errors: "Console", rest: tuple[str, ...]) -> int:
         """Prints a table of the studies, and the tables of each study."""

@@ -1,4 +1,4 @@
-"""`prograde replay`: fine-tuned weights again, from the base model and a log."""
+"""`prograde replay`: computes fine-tuned weights again from the base model and a log."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Replay:
-    """Make fine-tuned weights again from the base model and a log. No data is read.
+    """Compute fine-tuned weights again from the base model and a log, without any data.
 
     The log holds seeds and scalars. No example is run.
     """
@@ -20,7 +20,7 @@ class Replay:
     base: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="smollm2|DIR|FILE.gguf")]
     """Model that the run started from."""
     log: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LOG")]
-    """The run's replay.log, or its directory."""
+    """The replay.log of the run, or the directory of the run."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE.safetensors|DIR")]
     """Where the weights go: a directory that `transformers` loads, or the weights alone."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None

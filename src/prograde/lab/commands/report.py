@@ -1,4 +1,4 @@
-"""`prograde report`: the report of records again, from the records alone."""
+"""`prograde report`: builds reports again, from records alone."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ class ReportCommand:
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where report.html goes. Default: the first directory."""
     pages: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="[PAGE ...]")] = ()
-    """Pages of a documentation, with marks that name the directories of the records."""
+    """Pages of documentation, with marks that name the directories of the records."""
     check: bool = False
     """Compare the pages with the records; write nothing."""
 
@@ -58,14 +58,14 @@ class ReportCommand:
 
 
 def report_of_directories(directories: list[Path]) -> "Report":
-    """The report of the stores in these directories."""
+    """Makes the report of the stores in these directories."""
     from prograde.lab import store
 
     return report_of(store.find(directories))
 
 
 def report_of(stores: "list[Store]") -> "Report":
-    """The report of stores, which must be of one study."""
+    """Makes the report of stores, which must be of one study."""
     from prograde.lab.store import RecordError
     from prograde.lab.studies import STUDIES, study
 

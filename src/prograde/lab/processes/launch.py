@@ -1,4 +1,4 @@
-"""Starts the processes of one command on this machine, and watches over them."""
+"""Starts the processes of one command on this machine, and watches them."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 
-_GRACE = 15.0  # seconds that the others have to end by themselves when one is gone
+_GRACE = 15.0  # seconds for the other processes to end by themselves when one is gone
 
 
 def launch(
@@ -16,9 +16,9 @@ def launch(
 ) -> int:
     """Runs a program in several processes, each on its share of the cores; returns the exit status.
 
-    The first process has the terminal, and only errors of the others are shown. When one fails or
-    is killed, the others get some seconds to end and are then stopped: nothing is left behind, and
-    nothing waits forever.
+    Only the first process prints to the terminal; the others print errors. When one fails or is
+    killed, the others get some seconds to end, and are then stopped. No process is left behind, and
+    none waits forever.
     """
     address = coordinator or f"127.0.0.1:{free_port()}"
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -32,14 +32,14 @@ def launch(
         worker = subprocess.Popen(
             program, env=environment, stdout=None if i == 0 else subprocess.DEVNULL
         )
-        if len(cores) >= processes:  # one shares no core with another
+        if len(cores) >= processes:  # no two processes share a core
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(worker.pid, cores[i::processes])
         workers.append(worker)
     try:
         return _watched(workers, say)
     except KeyboardInterrupt:
-        for worker in workers:  # from a terminal they have it already, from elsewhere not
+        for worker in workers:  # a terminal sends it to all processes, other senders do not
             worker.send_signal(signal.SIGINT)
         _ended(workers)
         return 130
@@ -59,7 +59,7 @@ def _watched(workers: list[subprocess.Popen], say: Callable[[str], None]) -> int
         if len(ended) == len(workers):
             return 0
         time.sleep(0.05)
-    # one that was killed may end at the same moment as those that lost it, which JAX aborts
+    # JAX aborts processes that lose one, perhaps at the same moment as the killed one ends
     first, code = min(failed.items(), key=lambda pair: (pair[1] == -signal.SIGABRT, pair[1]))
     if code < 0:
         say(f"worker {first} was ended by {signal.Signals(-code).name}; the others are stopped.")
@@ -70,14 +70,14 @@ def _watched(workers: list[subprocess.Popen], say: Callable[[str], None]) -> int
 
 
 def _ended(workers: list[subprocess.Popen]) -> None:
-    """Waits some seconds for all to end."""
+    """Waits some seconds until all have ended."""
     deadline = time.monotonic() + _GRACE
     while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
         time.sleep(0.05)
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that no process listens at."""
+    """Returns a free port of 127.0.0.1."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Processes that run one command together: they find each other and get to the same point."""
+"""Connects processes that run one command together, and brings them to the same point."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ from prograde.lab import store
 from prograde.lab.data import BATCH_SIZE
 from prograde.lab.study import UsageError
 
-TIMEOUT = 60  # seconds to wait for the others
+TIMEOUT = 60  # seconds to wait for the other processes
 
 
 def join() -> int:
     """Joins the other processes; returns the number of this one.
 
-    Raises `UsageError` where the others cannot be found, or would not divide a batch.
+    Raises `UsageError` if the others are not found, or if the devices do not divide a batch.
     """
     _keep_output_of_libraries_away()
     try:
@@ -39,14 +39,14 @@ def join() -> int:
 
 
 def devices() -> Mesh:
-    """The devices of all processes."""
+    """Returns a mesh of the devices of all processes."""
     return jax.make_mesh((jax.device_count(),), ("workers",))
 
 
 def agree(facts: dict[str, Any]) -> Mesh:
-    """Returns the devices of all processes, if all have the same code and are about to do the same.
+    """Checks that all processes have the same code and the same facts; returns their devices.
 
-    Raises `UsageError` on all processes if not.
+    Raises `UsageError` on all processes if they differ.
     """
     code = {"the code of prograde": source_digest(), "the version of jax": jax.__version__}
     try:
@@ -57,7 +57,7 @@ def agree(facts: dict[str, Any]) -> Mesh:
 
 
 def source_digest() -> str:
-    """A digest of the package's own code."""
+    """Returns a digest of the code of this package."""
     root = Path(pg.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -66,10 +66,10 @@ def source_digest() -> str:
 
 
 def share_files(directory: Path, suffixes: tuple[str, ...] = (".json", ".jsonl", ".log")) -> None:
-    """Gives every worker the records and logs of the one that got furthest.
+    """Copies the records and logs of the worker that got furthest to all others.
 
-    All go on from the same point. Logs are seeds and scalars: no parameter is sent. Each keeps its
-    own manifest.
+    All then resume from the same point. Logs are seeds and scalars: no parameter is sent. Each
+    worker keeps its own manifest.
     """
     paths = [
         path
@@ -87,7 +87,7 @@ def share_files(directory: Path, suffixes: tuple[str, ...] = (".json", ".jsonl",
 
 
 def _from(source: bool, content: bytes) -> bytes:
-    """The bytes that one of the workers has, for all."""
+    """Returns the bytes of the source worker on all workers."""
     length = int(
         multihost_utils.broadcast_one_to_all(np.asarray(len(content), np.int32), is_source=source)
     )
@@ -98,7 +98,7 @@ def _from(source: bool, content: bytes) -> bytes:
 
 
 def _keep_output_of_libraries_away() -> None:
-    """Leaves standard output to Python alone: Gloo prints lines there that break the display."""
+    """Reserves standard output for Python, because Gloo prints lines that break the display."""
     sys.stdout.flush()
     own = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -15,13 +15,13 @@ from prograde.lab.study import Study, UsageError
 class Basics(Study):
     """Measure the costs that the project promises: the import, a step, the training loop.
 
-    It takes about two minutes, and means something on an otherwise idle machine only.
+    It takes about two minutes. Run it on an otherwise idle machine: other load spoils the times.
     """
 
     name: ClassVar[str] = "basics"
 
     rounds: Annotated[int, tyro.conf.arg(metavar="N")] = 40
-    """Number of rounds in which programs take turns."""
+    """Number of rounds. Each program is timed once a round."""
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """One store."""

@@ -8,12 +8,12 @@ from prograde.lab.store import Store
 
 _INTRODUCTION = "The costs that the project promises to keep to, measured."
 _TERMS = (
-    "Programs take turns in one run, each round in another order. Times are medians, and a ratio "
-    "is the median of the rounds' own ratios. The training loop is a `lax.scan` over steps."
+    "Programs take turns in one run, in a new order in each round. A time is a median, and a ratio "
+    "is the median of the ratios of the rounds. The training loop is a `lax.scan` over steps."
 )
 _METHODS = {"low-rank": "rank-one", "backprop": "backprop"}
 IMPORT, BEALE, STEP, LOOP = 0.5, 20.0, 1.9, 1.05
-"""What each cost may be at most: seconds, seconds, and two ratios."""
+"""The maximum of each cost: seconds, seconds, and two ratios."""
 
 
 def report(stores: list[Store]) -> Report:

@@ -25,14 +25,14 @@ _LOOP_STEPS = 50  # steps of a visit, where the loop itself is timed
 
 
 def process_seconds(*command: str) -> float:
-    """Seconds that a process takes."""
+    """Returns the seconds that a process takes."""
     begin = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - begin
 
 
 def imports(display: Display) -> dict[str, Any]:
-    """Seconds that `import prograde` takes in addition to `import jax`, in fresh processes."""
+    """Measures `import prograde` in addition to `import jax`, in fresh processes."""
 
     def visit(code: str) -> Visit:
         return lambda _: process_seconds(sys.executable, "-c", code)
@@ -45,7 +45,7 @@ def imports(display: Display) -> dict[str, Any]:
 
 
 def beale(display: Display) -> dict[str, Any]:
-    """Seconds from the start of the process to the end of `prograde reproduce beale`."""
+    """Measures `prograde reproduce beale`, from the start of the process to its end."""
     command = [sys.executable, "-m", "prograde.lab.cli", "reproduce", "beale", "--out"]
     with display.stage("prograde reproduce beale", 1), tempfile.TemporaryDirectory() as folder:
         watch = Others()
@@ -53,13 +53,13 @@ def beale(display: Display) -> dict[str, Any]:
 
 
 def mlp_step(rounds: int, display: Display) -> dict[str, Any]:
-    """A full SGD step of the MLP at batch 64 over the bare forward pass, in the training loop."""
+    """Measures an SGD step of the MLP at batch 64 over the bare forward pass, in the loop."""
     trainers = {name: _trainer(estimator) for name, estimator in {"bare": None, **METHODS}.items()}
     return step_seconds(trainers, rounds, display, "mlp", _SCAN_STEPS)
 
 
 def loop(rounds: int, display: Display) -> dict[str, Any]:
-    """A step in the training loop over a bare jitted step, dispatched alone on a given batch."""
+    """Measures a step of the training loop over a bare jitted step on a given batch."""
     found = {}
     for method, estimator in METHODS.items():
         looped, alone = _trainer(estimator), _trainer(estimator, in_scan=False)
@@ -70,13 +70,13 @@ def loop(rounds: int, display: Display) -> dict[str, Any]:
 
 
 def _trainer(estimator: pg.Estimator | None, in_scan: bool = True) -> Trainer:
-    """A trainer of the paper's MLP on random images: only its cost matters."""
+    """Makes a trainer of the paper's MLP on random images, because only its cost matters."""
     network = models.mlp()
     return Trainer(network.init, network.loss, estimator, synthetic().train, in_scan=in_scan)
 
 
 def _dispatched(trainer: Trainer) -> Visit:
-    """A visit whose steps are dispatched one by one, on a batch that lies ready."""
+    """Makes a visit whose steps are dispatched one by one on a given batch."""
     ready = jnp.asarray(trainer.rows(0, 0, 1)[0])
     arguments, carry = trainer.arguments(Rate(0.0), 0), trainer.start(0)
 

@@ -37,8 +37,8 @@ METHODS = {
     "torch-backprop-compiled": "PyTorch, backprop through torch.compile",
     "torch-jvp": "PyTorch, forward gradient, one normal tangent through torch.func.jvp",
 }
-LEARNING_RATE = 1e-6  # small, so that no method diverges while it is timed
-NUM_BATCHES = 4  # they take turns, so that no step sees the data of the one before
+LEARNING_RATE = 1e-6  # so small that no method diverges while it is timed
+NUM_BATCHES = 4  # they alternate, so that no step gets the data of the step before
 NUM_TANGENTS = (1, 4, 16)
 _PERTURBATION = 1e-3  # of a central difference, MeZO's
 
@@ -75,7 +75,7 @@ def _by_prograde(loss: Loss, num_tangents: int) -> Step:
 
 
 def _by_dense_jvp(loss: Loss) -> Step:
-    """The forward gradient as one writes it without a library."""
+    """Makes the forward gradient as users write it without a library."""
 
     def step(params, state, key, *batch):
         leaves, treedef = jax.tree.flatten(params)
@@ -96,12 +96,12 @@ def _by_dense_jvp(loss: Loss) -> Step:
 
 
 def _by_central_difference(loss: Loss, distribution: pg.TangentDistribution) -> Step:
-    """MeZO's step: the weights move up, down and to their new place along one direction.
+    """Makes MeZO's step: weights move up, down and to their new values along one direction.
 
     The direction is drawn again for each move, so that it is never stored. The moves are a loop,
-    because a loop keeps what it carries in one buffer; XLA keeps a second copy of scanned weights
-    for three moves in a row. Each draw depends on a value that the loop carries, if only on whether
-    it is NaN. Otherwise XLA would draw once before the loop and store the direction.
+    because a loop keeps its carry in one buffer. For three moves in a row, XLA keeps a second copy
+    of scanned weights. Each draw depends on whether a value of the carry is NaN. Without this, XLA
+    would draw once before the loop and store the direction.
     """
 
     def step(params, state, key, *batch):
@@ -129,7 +129,7 @@ def _by_central_difference(loss: Loss, distribution: pg.TangentDistribution) -> 
 
 
 def steps(workload: Workload) -> dict[str, Step]:
-    """The methods of JAX, each as one step of this workload."""
+    """Returns the methods of JAX, each as one step of this workload."""
 
     def bare(params, state, key, *batch):
         value, state = workload.loss(params, state, *batch)
@@ -150,7 +150,7 @@ def steps(workload: Workload) -> dict[str, Step]:
 
 
 def counted_ratios(workload: Workload) -> dict[str, float | None]:
-    """Multiply-adds of an estimate over those of the loss alone, by number of tangents."""
+    """Counts the multiply-adds of an estimate over those of the loss, by number of tangents."""
     shapes = [jax.eval_shape(make, jax.random.key(0)) for make in (workload.init, workload.batch)]
     (params, state), batch = shapes
 
@@ -197,7 +197,7 @@ class JaxSide:
         return {"compile_seconds": seconds, "temp_bytes": analysis.temp_size_in_bytes}
 
     def visit(self, method: str, count: int) -> tuple[float, float]:
-        """Takes `count` steps, waiting for the last; returns the seconds and the last loss."""
+        """Takes `count` steps and waits for the last; returns the seconds and the last loss."""
         step, carry, key, batches = self.compiled[method], self.carry, self._key, self.batches
         value = None
         begin = time.perf_counter()

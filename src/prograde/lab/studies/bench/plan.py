@@ -23,10 +23,10 @@ class Bench(Study):
     compiled) and torch.func.jvp take turns with them.
 
     - prograde bench: all models, which takes most of an hour
-    - prograde bench mlp cnn --rounds 5 --no-memory: a first look
+    - prograde bench mlp cnn --rounds 5 --no-memory: first results in minutes
     - prograde bench resnet --out DIR --resume: one more model, in the same records
 
-    The times mean something on an otherwise idle machine only.
+    Run it on an otherwise idle machine: other load spoils the times.
     """
 
     name: ClassVar[str] = "bench"
@@ -38,7 +38,7 @@ class Bench(Study):
     rounds: Annotated[int, tyro.conf.arg(metavar="N")] = 20
     """Number of rounds. Each method is timed once a round."""
     no_memory: bool = False
-    """Leave out the resident memory, which takes a process for each method."""
+    """Do not measure resident memory, which needs a process for each method."""
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """One store, to which models can be added."""
@@ -51,13 +51,13 @@ class Bench(Study):
         return {".": {"rounds": self.rounds, "memory": not self.no_memory}}
 
     def prepare(self) -> None:
-        """Makes the C library keep freed memory, which serves backprop most."""
+        """Makes the C library keep freed memory, which helps backprop most."""
         from prograde.lab.measure.memory import keep_freed_memory
 
         keep_freed_memory()
 
     def run(self, stores: dict[str, Store], display: Display) -> None:
-        """Measures one model after the other. Each is a record, which is complete or absent."""
+        """Measures one model after the other. The record of each is complete or absent."""
         from prograde.lab.studies.bench.run import measure
 
         (store,) = stores.values()

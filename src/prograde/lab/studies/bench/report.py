@@ -71,19 +71,19 @@ def models_of(store: Store) -> dict[str, Model]:
 
 
 def fastest_backprop(model: Model) -> str:
-    """The method of least median ratio among those of reverse mode."""
+    """Returns the method of reverse mode with the least median ratio."""
     methods = model["methods"]
     return min((m for m in BACKPROPS if m in methods), key=lambda m: methods[m]["ratio"]["median"])
 
 
 def over_backprop(model: Model, method: str = OURS) -> dict[str, float]:
-    """Time of a method over that of the fastest backprop: median and quartiles, round by round."""
+    """Returns time over that of the fastest backprop: median and quartiles over rounds."""
     methods = model["methods"]
     return ratio_quartiles(methods[method]["rounds"], methods[fastest_backprop(model)]["rounds"])
 
 
 def conclusion(models: dict[str, Model]) -> str:
-    """Says where which step is faster. Times taken on a busy machine decide nothing."""
+    """Says which step is faster on which model. Times from a busy machine do not count."""
     wins: dict[bool, list[str]] = {True: [], False: []}
     busy = []
     for name, model in models.items():
@@ -106,7 +106,7 @@ def conclusion(models: dict[str, Model]) -> str:
 
 
 def overview_table(models: dict[str, Model], rounds: int) -> Table:
-    """One line for each model: the fastest backprop, and ours over it."""
+    """Makes a table of the models: the fastest backprop, and our time over its time."""
     rows = []
     for name, model in models.items():
         methods, fastest, over = model["methods"], fastest_backprop(model), over_backprop(model)
@@ -129,12 +129,12 @@ def overview_table(models: dict[str, Model], rounds: int) -> Table:
 
 
 def methods_table() -> Table:
-    """The methods."""
+    """Makes the table of the methods."""
     return Table("Methods of prograde bench", ["name", "method"], list(map(list, METHODS.items())))
 
 
 def model_table(model: Model) -> Table:
-    """All methods of a model."""
+    """Makes the table of all methods of a model."""
     fastest, over = fastest_backprop(model), over_backprop(model)
     wins = "" if over["median"] < 1 else ", backprop wins"
     notes = {
@@ -157,7 +157,7 @@ def model_table(model: Model) -> Table:
             ]
         )
     columns = ["method", "ms", "R (quartiles)", "counted", "XLA temp, MB", _RSS, "compile, s", ""]
-    if all(_growth(found) is None for found in model["methods"].values()):  # it was left out
+    if all(_growth(found) is None for found in model["methods"].values()):  # it was not measured
         i = columns.index(_RSS)
         columns, rows = columns[:i] + columns[i + 1 :], [row[:i] + row[i + 1 :] for row in rows]
     return Table(f"{model['title']}; {model['parameters']:,} parameters", columns, rows, unbroken=3)
@@ -202,7 +202,7 @@ def _model_content(model: Model) -> list[Any]:
 
 
 def _draw(models: dict[str, Model], canvas: Canvas) -> None:
-    """A panel for each model, and in it a bar for each method."""
+    """Draws a panel for each model, with a bar for each method."""
     rows = -(-len(models) // 2)
     canvas.set_size_inches(10, 0.6 + 2.9 * rows)
     panels = canvas.subplots(rows, 2, squeeze=False).ravel()
@@ -218,7 +218,7 @@ def _bars(axes: Any, name: str, model: Model) -> None:
     methods = list(reversed(model["methods"]))
     ratios = [model["methods"][m]["ratio"] for m in methods]
     medians = np.array([r["median"] for r in ratios])
-    # bars that are far longer than the others are cut
+    # cuts bars that are far longer than the others
     widest = min(1.2 * medians.max(), 4 * np.median(medians))
     spread = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
     colours = [_COLOURS[m.removeprefix("torch-").split("-")[0]] for m in methods]

@@ -22,7 +22,7 @@ Figures = dict[str, dict[str, Any]]  # of each method
 
 
 def measure(name: str, rounds: int, with_memory: bool, display: Display) -> dict[str, Any]:
-    """Takes all figures of a model: what its record holds."""
+    """Takes all figures of a model; returns its record."""
     workload = WORKLOADS[name]()
     with tempfile.TemporaryDirectory() as folder:
         arrays = Path(folder) / "arrays.npz"
@@ -55,7 +55,7 @@ def _timed(workload: Workload, arrays: Path, rounds: int, display: Display) -> d
         "sizes": workload.sizes,
         "parameters": parameters,
         "torch": None if torch_side is None else torch_side.facts,
-        "missing": missing,  # methods of PyTorch that do not run here, and why
+        "missing": missing,  # PyTorch methods that do not run here, and why
         "busy": turns.busy,
         "load": memory.load_average(),
         "methods": {name: figures[name] for name in METHODS if name in figures},
@@ -63,7 +63,7 @@ def _timed(workload: Workload, arrays: Path, rounds: int, display: Display) -> d
 
 
 def timing_figures(turns: Turns) -> Figures:
-    """The times of each method: in all, over the bare forward pass, and round by round."""
+    """Returns the times of each method, in total, over the bare forward pass, and by round."""
     summary = turns.summary("bare")
     return {
         name: {
@@ -83,24 +83,24 @@ def _compiled(
     missing: dict[str, str],
     display: Display,
 ) -> tuple[Figures, dict[str, Visit]]:
-    """Compiles everything; returns what that cost, and how each method is visited."""
+    """Compiles everything; returns the costs of compilation and the visit of each method."""
     sides: dict[str, JaxSide | TorchSide] = dict.fromkeys(jax_side.methods, jax_side)
     if torch_side is not None:
         sides |= dict.fromkeys(torch_side.methods, torch_side)
     figures: Figures = {}
     visits: dict[str, Visit] = {}
-    # the first compilation of a process sets up what all others use
+    # the first compilation of a process also does set-up for all others
     jax.block_until_ready(jax.jit(lambda x: x @ x)(jnp.ones((8, 8))))
     with display.stage(f"{workload.name}: compiling", len(sides)):
         for name, side in sides.items():
             try:
                 figures[name] = side.compile(name)
-            except TorchError as error:  # no C++ compiler, say: the others go on without it
+            except TorchError as error:  # for example, no C++ compiler: the other methods go on
                 missing[name] = str(error)
             else:
                 visits[name] = finite_visit(side, name)
             display.advance(1, name)
-    if "torch-bare" in visits:  # neither has moved its parameters yet
+    if "torch-bare" in visits:  # neither has changed its parameters yet
         ours, theirs = jax_side.visit("bare", 1)[1], figures["torch-bare"]["first_loss"]
         if not math.isclose(ours, theirs, rel_tol=1e-3):
             raise RuntimeError(
@@ -110,7 +110,7 @@ def _compiled(
 
 
 def finite_visit(side: JaxSide | TorchSide, method: str) -> Visit:
-    """A visit of a method that raises `RuntimeError` where the loss is not finite."""
+    """Makes a visit of a method that raises `RuntimeError` if the loss is not finite."""
 
     def visit(count: int) -> float:
         seconds, loss = side.visit(method, count)
@@ -122,7 +122,7 @@ def finite_visit(side: JaxSide | TorchSide, method: str) -> Visit:
 
 
 def _add_memory(workload: Workload, arrays: Path, figures: Figures, display: Display) -> None:
-    """Measures each method in a process of its own, with the C library's allocator as it comes."""
+    """Measures each method in its own process, with default settings of the allocator."""
     with display.stage(f"{workload.name}: memory", len(figures)):
         for name, found in figures.items():
             if name.startswith("torch"):

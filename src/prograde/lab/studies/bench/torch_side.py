@@ -1,4 +1,4 @@
-"""PyTorch's side of the comparison: a process that works only while it is asked to."""
+"""PyTorch's side of the comparison: a process that works only on request."""
 
 import contextlib
 import json
@@ -11,20 +11,20 @@ from typing import Any
 
 from prograde.lab.models.workload import Workload
 
-# Waiting threads of PyTorch spin less than a millisecond, which is as fast for it as its default,
-# and sleep when JAX has its turn. (OMP_WAIT_POLICY=PASSIVE, which does not spin at all, makes an
-# MLP step of PyTorch a fifth slower.)
+# Waiting threads of PyTorch spin for less than a millisecond, and sleep during JAX's turns. PyTorch
+# is as fast with this as by default. (With OMP_WAIT_POLICY=PASSIVE threads do not spin at all, and
+# an MLP step of PyTorch is a fifth slower.)
 _SPINS = "20000"
 
 
 class TorchError(RuntimeError):
-    """PyTorch, or its process, did not do what it was asked for."""
+    """PyTorch or its process failed to carry out a request."""
 
 
 class TorchSide:
-    """A workload in PyTorch, in a process of its own (`torch_worker`). `methods` names what it has.
+    """A workload in PyTorch, in its own process (`torch_worker`). `methods` names its methods.
 
-    Raises `TorchError` where the process fails.
+    Raises `TorchError` if the process fails.
     """
 
     def __init__(self, workload: Workload, arrays: Path, keep_memory: bool = True):
@@ -40,7 +40,7 @@ class TorchSide:
             stderr=self._errors,
             text=True,
             env=os.environ | settings,
-            start_new_session=True,  # Ctrl-C is for the command, which ends this process itself
+            start_new_session=True,  # Ctrl-C goes to the command, which ends this process
         )
         try:
             given = {"name": workload.name, "sizes": workload.sizes, "arrays": str(arrays)}
@@ -68,7 +68,7 @@ class TorchSide:
         return found
 
     def compile(self, method: str) -> dict[str, Any]:
-        """Takes the first step. Its time is that of compilation, where there is one."""
+        """Takes the first step, whose time includes compilation if there is one."""
         return self._ask(do="compile", method=method)
 
     def visit(self, method: str, count: int) -> tuple[float, float]:
@@ -77,7 +77,7 @@ class TorchSide:
         return found["seconds"], found["loss"]
 
     def memory(self, method: str) -> dict[str, Any]:
-        """Resident memory of the process before and during three steps."""
+        """Measures the resident memory of the process before and during three steps."""
         return self._ask(do="memory", method=method)
 
     def __enter__(self) -> "TorchSide":

@@ -1,9 +1,9 @@
-"""The benchmark's workloads in PyTorch: a process that takes steps when asked, and else sleeps.
+"""The benchmark's workloads in PyTorch: a process that takes steps on request.
 
-`TorchSide` starts it. Parameters, state and batches come from JAX, in a file, so that both compute
-the same losses. Convolution kernels and stacked layers have another layout in PyTorch; they are
-converted once, here. Every line of standard input is a request, and every line of standard output
-its answer, both JSON.
+`TorchSide` starts it. A file holds parameters, state and batches of JAX, so that both compute the
+same losses. Convolution kernels and stacked layers have another layout in PyTorch; this module
+converts them once. Every line of standard input is a request, and every line of standard output is
+its answer, both in JSON.
 """
 
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 else:
     Tensor = Any
 
-# PyTorch is no dependency. Nothing here is called where it is missing. Its warnings are its own.
+# PyTorch is not a dependency. Without it, nothing here is called.
 with contextlib.suppress(ImportError), warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
@@ -154,7 +154,7 @@ _SMOLLM2_LEAVES = ("norm1", "q", "k", "v", "o", "norm2", "gate", "up", "down")
 
 
 def loss_of(name: str, sizes: dict[str, int]) -> Loss:
-    """The loss of a workload of these sizes."""
+    """Returns the loss of a workload of these sizes."""
     if name == "resnet":
         return _resnet(sizes["stages"])
     if name == "transformer":
@@ -167,7 +167,7 @@ def loss_of(name: str, sizes: dict[str, int]) -> Loss:
 
 
 def arrays_of(file: Any) -> tuple[Arrays, Arrays, list[list[Tensor]]]:
-    """Parameters, state and batches of a file of `save_arrays`, in the layouts of PyTorch."""
+    """Reads parameters, state and batches of `save_arrays`, in the layouts of PyTorch."""
     params, state, batches = {}, {}, {}
     for path, array in file.items():
         kind, name = path.split("/", 1)
@@ -179,7 +179,7 @@ def arrays_of(file: Any) -> tuple[Arrays, Arrays, list[list[Tensor]]]:
         elif kind == "state":
             state[name] = tensor
         elif name.startswith("layers/"):
-            # each layer is a leaf, because the gradient of a slice is as large as the stack
+            # each layer is a leaf, because the gradient of a slice is as large as the whole stack
             for i, part in enumerate(tensor):
                 params[name.replace("layers/", f"layers/{i}/", 1)] = part.clone()
         elif tensor.ndim == 4:
@@ -207,7 +207,7 @@ class Worker:
 
     @functools.cached_property
     def compiled(self) -> Loss:
-        """The loss through torch.compile."""
+        """The loss, compiled by torch.compile."""
         return torch.compile(self.loss)
 
     def _bare(self, batch: list[Tensor]) -> Tensor:
@@ -223,7 +223,7 @@ class Worker:
 
     def _jvp(self, batch: list[Tensor]) -> Tensor:
         tangents = {name: torch.randn_like(w) for name, w in self.params.items()}
-        # only the plain attention kernel has a forward derivative
+        # only the plain attention kernel has a forward-mode derivative
         with sdpa_kernel(SDPBackend.MATH):
             value, slope, *_ = torch.func.jvp(
                 lambda p: self.loss(p, self.state, *batch), (self.params,), (tangents,)
@@ -255,7 +255,7 @@ class Worker:
 def main() -> None:
     """Answers requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what PyTorch or a compiler prints is no answer
+    os.dup2(2, 1)  # keeps the output of PyTorch and of compilers out of the answers
     warnings.simplefilter("ignore")
     worker = None
     for line in sys.stdin:

@@ -1,1 +1,1 @@
-"""`prograde bounds`: what bounds a structured step, and ways round it that did not help."""
+"""`prograde bounds`: what bounds a structured step, and remedies that did not help."""

@@ -13,17 +13,17 @@ from prograde.lab.study import Study, UsageError
 
 @dataclass(frozen=True)
 class Bounds(Study):
-    """Measure what bounds a structured step, and ways round it that did not help.
+    """Measure what bounds a structured step, and remedies that did not help.
 
     The parts are one product for primal and tangent, the paper's convolutional network, one of its
-    convolutions, and the time to compile a deep network. It takes about two minutes, and means
-    something on an otherwise idle machine only.
+    convolutions, and the time to compile a deep network. It takes about two minutes. Run it on an
+    otherwise idle machine: other load spoils the times.
     """
 
     name: ClassVar[str] = "bounds"
 
     rounds: Annotated[int, tyro.conf.arg(metavar="N")] = 15
-    """Number of rounds in which programs take turns."""
+    """Number of rounds. Each program is timed once a round."""
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """One store."""

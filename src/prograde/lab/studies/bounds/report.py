@@ -6,10 +6,10 @@ from prograde.lab.report import Report, Section, Table
 from prograde.lab.report.words import MISSING, made_on, quartiles, unsteady, warning
 from prograde.lab.store import Store
 
-_INTRODUCTION = "What bounds a structured step, and ways round it that did not help."
+_INTRODUCTION = "What bounds a structured step, and remedies that did not help."
 _TERMS = (
-    "Programs take turns in one run, each round in another order. Times are medians, with their "
-    "quartiles in brackets, and a ratio is the median of the rounds' own ratios."
+    "Programs take turns in one run, in a new order in each round. A time is a median, with its "
+    "quartiles in brackets, and a ratio is the median of the ratios of the rounds."
 )
 TITLES = {
     "product": ("One product with a weight, or two (batch 64, 1024 x 1024)", "two products"),

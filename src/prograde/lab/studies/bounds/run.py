@@ -19,7 +19,7 @@ _COMPILE_ROUNDS = 3
 
 
 def product(rounds: int, display: Display) -> dict[str, Any]:
-    """Primal and tangent rows in one product with a weight, or in two."""
+    """Measures primal and tangent rows in one product with a weight, or in two."""
     x, w = jnp.ones((64, 1024)), jnp.ones((1024, 1024))
     two = compiled(lambda x, v, w: (x @ w, v @ w), x, 0.5 * x, w)
     stacked = lambda x, v, w: jnp.split(jnp.concatenate([x, v]) @ w, 2)
@@ -31,7 +31,7 @@ def product(rounds: int, display: Display) -> dict[str, Any]:
 
 
 def cnn(rounds: int, display: Display) -> dict[str, Any]:
-    """The paper's CNN: loss, tangent along the input alone, forward gradient, backprop."""
+    """Measures the paper's CNN: loss, tangent along the input, forward gradient, backprop."""
     network = models.cnn()
     params = network.init(jax.random.key(0))
     x = jax.random.uniform(jax.random.key(1), (64, 28, 28))
@@ -49,7 +49,7 @@ def cnn(rounds: int, display: Display) -> dict[str, Any]:
 
 
 def convolution(rounds: int, display: Display) -> dict[str, Any]:
-    """One layer of it: XLA's convolution, and products of shifted slices.
+    """Measures one layer of the CNN: XLA's convolution, and products of shifted slices.
 
     The input is 64 x 26 x 26 x 64, and the kernel 3 x 3 with 64 outputs.
     """
@@ -78,7 +78,7 @@ def convolution(rounds: int, display: Display) -> dict[str, Any]:
 def compilation(
     rounds: int, display: Display, layers: int = 100, width: int = 1024, batch: int = 64
 ) -> dict[str, Any]:
-    """Seconds to trace, lower and compile a step of an unrolled network."""
+    """Measures the seconds to trace, lower and compile a step of an unrolled network."""
     shapes = [jax.ShapeDtypeStruct((width, width), jnp.float32)] * layers
     x = jax.ShapeDtypeStruct((batch, width), jnp.float32)
 

@@ -1,4 +1,4 @@
-"""What `prograde compare` compares: estimators by name, on models by name."""
+"""Estimators and models of `prograde compare`, by name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class InputRMS:
     """Scales for the rows of the weights of `mlp`, from the batch at hand.
 
     The scale of a row is rms^-1/2, where rms is the root mean square of the row's input. A row's
-    gradient is about as large as its input, so these scales have about the least second moment:
-    what `Scaled(scales="gradient")` learns for leaves, row by row. An input below `floor` times
-    the root mean square of its layer counts as that.
+    gradient is about as large as its input, so that these scales nearly minimise the second moment.
+    `Scaled(scales="gradient")` learns the same for leaves. An input below `floor` times the root
+    mean square of its layer counts as that value.
 
     **Errors:** `ValueError` for parameters of another model.
     """
@@ -28,7 +28,7 @@ class InputRMS:
     floor: float = 0.1
 
     def __call__(self, params: PyTree, images: Array, labels: Array) -> PyTree:
-        """The scales of all leaves."""
+        """Returns the scales of all leaves."""
         del labels
         if list(params) != ["hidden1", "hidden2", "out"]:
             raise ValueError(
@@ -99,12 +99,12 @@ TITLES = {
     "difference": "central difference along a rank-one tangent: two evaluations",
 }
 DEFAULT = ("backprop", "checkpointed", "weight", "weight-16", "activity", "feedback")
-# these follow the sum of the network's local losses, and not its loss at the end
+# these minimise the sum of the local losses, not the loss at the end of the network
 LOCAL = ("local", "local-4", "local-backprop")
-# the same gradient at another cost: measured, but not searched and trained a second time
+# these have the gradient of another at another cost: measured, but not trained again
 SAME_GRADIENT = {"checkpointed": "backprop"}
 
-# estimators that need not tell examples apart get the faster network
+# estimators that do not need separate examples get the faster network
 MERGED = (
     pg.Backprop
     | pg.CheckpointedBackprop
@@ -117,7 +117,7 @@ MERGED = (
 
 @dataclass(frozen=True)
 class Entry:
-    """An estimator with an optimizer, which has a learning rate of its own."""
+    """An estimator with an optimizer. Each entry has its own learning rate."""
 
     estimator: str
     optimizer: str
@@ -130,11 +130,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Model:
-    """What can be trained.
+    """A model to train.
 
     **Fields:** `build(merged)`: the network, in which examples may be merged with other axes;
-    `visit`: how many steps are timed together; `estimates`: how many gradients are drawn; `local`:
-    whether it has local losses.
+    `visit`: number of steps that are timed together; `estimates`: number of gradients for bias and
+    variance; `local`: true if it has local losses.
     """
 
     title: str

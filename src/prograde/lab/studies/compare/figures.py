@@ -31,9 +31,9 @@ _DOTS = {"sgd": ":", "adam": (0, (3, 1, 1, 1, 1, 1))}
 
 
 def figure(comparison: Comparison) -> Figure | None:
-    """Held-out loss against steps, time and memory, with the frontiers.
+    """Makes the figure: held-out loss against steps, time and memory, with the frontiers.
 
-    None before anything was trained.
+    Returns None if nothing was trained yet.
     """
     if not any(_curve(r) is not None for r in comparison.results):
         return None
@@ -69,7 +69,7 @@ def _draw(comparison: Comparison, canvas: Canvas) -> None:
         ),
     )
     _memory_panel(by_memory, comparison)
-    # the start, the same for all, would leave the curves no room
+    # the start, which is the same for all, is cut off to leave room for the curves
     shown = np.concatenate([mean[1:] for _, mean in curves])
     by_steps.set_ylim(shown.min() / 1.15, shown.max() * 1.15)
     by_steps.set(xlabel="steps", ylabel="held-out loss (nats), mean over seeds", yscale="log")
@@ -110,7 +110,7 @@ def _style(comparison: Comparison, result: Result) -> dict[str, Any]:
 
 
 def _curve(result: Result) -> tuple[np.ndarray, ...] | None:
-    """Steps, and mean, least and greatest loss over the seeds that got there. None without two."""
+    """Returns steps, and mean, least and greatest loss of the seeds. None for fewer than two."""
     values: dict[int, list[float]] = {}
     for run in result.runs:
         for point in points(run):
@@ -123,7 +123,7 @@ def _curve(result: Result) -> tuple[np.ndarray, ...] | None:
 
 
 def _frontier(x: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points that no other beats in both respects: the least loss so far, in order of x."""
+    """Returns the points that no other point beats in both x and loss, in order of x."""
     order = np.lexsort((loss, x))
     x, loss = x[order], loss[order]
     best = np.minimum.accumulate(loss)

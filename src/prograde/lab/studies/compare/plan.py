@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MINUTES = 2.5
 POINTS = 12  # of a curve
-JUDGED = 4  # of the eight parts of a trial: a good rate is good at more than one moment
-LEAST_ESTIMATES = 8  # where nothing is random, and the least that `diagnose` takes
+JUDGED = 4  # of the eight parts of a trial, so that a rate is not judged at one moment alone
+LEAST_ESTIMATES = 8  # for estimators without randomness; also the minimum of `diagnose`
 SCHEDULES = {  # those of `training.schedules`, in words
     "exp": "rate eta_0 exp(-0.0001 t)",
     "cosine": "rate eta_0 (1 + cos(pi t / T)) / 2 over the T steps of a run",
@@ -36,16 +36,16 @@ class Compare(Study):
     - prograde compare --model transformer --estimators backprop weight dense
     - prograde compare --model cnn --data mnist --optimizers sgd adam --minutes 240
 
-    All are timed in turns. The memory of a step, and the bias and variance of the estimate at the
-    start are measured. A learning rate is searched with the same budget, and each is trained for
-    several seeds. The report has held-out losses at equal steps and at equal time, and the
-    frontiers of loss against time and against memory.
+    The study times all estimators in turns, and measures the memory of a step and the bias and
+    variance of the estimate at the start. It searches a learning rate for each with the same
+    budget, and trains with several seeds. The report has held-out losses at equal steps and at
+    equal time, and the frontiers of loss against time and against memory.
     """
 
     name: ClassVar[str] = "compare"
 
     model: Annotated[str, tyro.conf.arg(metavar=_MODELS)] = "mlp"
-    """What is trained."""
+    """The model to train."""
     data: Annotated[str, tyro.conf.arg(metavar="digits|mnist|DIR")] = "digits"
     """digits (comes with the package), mnist, or a directory of idx files."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -56,7 +56,7 @@ class Compare(Study):
     optimizers: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[sgd|adam ...]")] = ("sgd",)
     """Optimizers. With both, each estimator is tuned and trained with each."""
     rates: Annotated[tuple[float, ...], tyro.conf.arg(metavar="[RATE ...]")] = ()
-    """Learning rates, one for all or one for each estimator. Default: they are searched."""
+    """Learning rates, one for all or one for each estimator. Default: a search finds them."""
     minutes: Annotated[float | None, _DURATION, tyro.conf.arg(metavar="M")] = None
     """Total time, which decides the length of runs and trials. Default: 2.5."""
     steps: Annotated[int | None, _DURATION, tyro.conf.arg(metavar="N")] = None
@@ -66,7 +66,7 @@ class Compare(Study):
     estimates: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Number of gradients that bias and variance are measured with. Default: 100; CNN: 24."""
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 64
-    """Number of examples a step."""
+    """Number of examples in each batch."""
     schedule: Annotated[str, tyro.conf.arg(metavar="exp|cosine")] = "exp"
     """How the rate falls: by exp(-1e-4 t), as in the paper, or along a cosine to zero at the end of
     a run."""
@@ -92,14 +92,14 @@ class Compare(Study):
 
     @property
     def entries(self) -> "list[Entry]":
-        """What is measured."""
+        """The entries that are measured."""
         from prograde.lab.studies.compare.estimators import Entry
 
         return [Entry(name, optimizer) for optimizer in self.optimizers for name in self.names]
 
     @property
     def trained(self) -> "list[Entry]":
-        """What is searched for a rate and trained."""
+        """The entries that get a search for a rate and are trained."""
         from prograde.lab.studies.compare.estimators import SAME_GRADIENT
 
         return [e for e in self.entries if SAME_GRADIENT.get(e.estimator) not in self.names]
@@ -125,7 +125,7 @@ class Compare(Study):
         return self.estimates or MODELS[self.model].estimates
 
     def configs(self) -> dict[str, dict[str, Any]]:
-        """One store. Raises `UsageError` for names and numbers that make no sense."""
+        """One store. Raises `UsageError` for invalid names and numbers."""
         from prograde.lab.studies.compare.estimators import ESTIMATORS
 
         self._check()

@@ -84,7 +84,7 @@ def _section(comparison: Comparison) -> Section:
 
 
 def _made_on(comparison: Comparison) -> str:
-    """Where the numbers come from."""
+    """Says where the numbers come from."""
     config = comparison.manifest["config"]
     search = "rates given, not searched"
     if config["trials"]:
@@ -98,7 +98,7 @@ def _made_on(comparison: Comparison) -> str:
 
 
 def cost_table(comparison: Comparison) -> Table:
-    """What a step costs."""
+    """Makes the table of what a step costs."""
     rows = []
     for name, cost in comparison.costs.items():
         result = next((r for r in comparison.results if r.entry.name == name), None)
@@ -117,7 +117,7 @@ def cost_table(comparison: Comparison) -> Table:
 
 
 def noise_table(comparison: Comparison) -> Table:
-    """The bias and the variance of each estimator."""
+    """Makes the table of the bias and the variance of each estimator."""
     rows, shown = [], set()
     for result in comparison.results:
         d = result.diagnosis
@@ -155,7 +155,7 @@ def _measured(x: dict[str, Any]) -> str:
 
 
 def _bound(x: dict[str, Any]) -> str:
-    """A rate bound; unclear where its curvature is lost in noise."""
+    """Formats a rate bound, or "unclear" if noise hides its curvature."""
     return "unclear" if x["value"] is None or x["error"] > x["value"] / 2 else _measured(x)
 
 
@@ -168,7 +168,7 @@ def _bias(diagnosis: dict[str, Any]) -> str:
 
 
 def result_table(comparison: Comparison) -> Table:
-    """What each reached."""
+    """Makes the table of what each entry reached."""
     rows = []
     for result in comparison.results:
         if (o := result.outcome) is None:
@@ -198,7 +198,7 @@ def result_table(comparison: Comparison) -> Table:
 
 
 def leaf_table(result: Result) -> Table:
-    """Signal to noise of an estimator, leaf by leaf."""
+    """Makes the table of signal to noise of an estimator, leaf by leaf."""
     rows = []
     for leaf in result.diagnosis["leaves"]:
         ratio, bias = leaf["signal_to_noise"], leaf["bias_squared"]
@@ -218,7 +218,7 @@ def leaf_table(result: Result) -> Table:
 
 
 def conclusion(comparison: Comparison) -> str:
-    """Says in a few sentences what the figures show."""
+    """Says what the figures show."""
     final = [(r, r.outcome.final_loss) for r in comparison.trained if r.outcome]
     said = [
         _ranking(comparison, f"After {comparison.steps} steps each", final),

@@ -1,7 +1,7 @@
 """Measures, searches and trains for `prograde compare`.
 
-Every estimator gets the same: the same batches and starts, the same optimizer, the same number of
-trials for a learning rate of its own, the same steps.
+Every estimator gets the same batches, starts, optimizer and number of steps, and as many trials to
+find its own learning rate.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ from prograde.lab.training.schedules import Rate
 from prograde.lab.training.search import TRIALS, search
 from prograde.lab.training.trainer import Trainer
 
-ROUNDS = 15  # in which every step is timed
-_LEARNING_STEPS = 200  # for an estimator that learns, before its bias is measured
-_DIAGNOSIS_SEED = 2_000_000  # apart from those of the runs and of the search
-_RESERVED_SECONDS = 8  # of the minutes, for the report and for the first step of each run
+ROUNDS = 15  # in each of which every step is timed
+_LEARNING_STEPS = 200  # of an estimator that learns, before its bias is measured
+_DIAGNOSIS_SEED = 2_000_000  # different from the seeds of runs and of the search
+_RESERVED_SECONDS = 8  # of --minutes, for the report and the first step of each run
 
 
 def run(plan: Compare, store: Store, display: Display) -> None:
@@ -71,14 +71,14 @@ def run(plan: Compare, store: Store, display: Display) -> None:
 def trainer_of(
     plan: Compare, network: Network, data: Dataset, name: str | None, optimizer: str
 ) -> Trainer:
-    """The trainer of an estimator on a network. Without a name, that of the bare forward pass."""
+    """Makes the trainer of an estimator, or of the bare forward pass without a name."""
     estimator = None if name is None else ESTIMATORS[name]
     loss: Callable[..., Any] = network.losses
     if name in LOCAL:
         assert network.local_losses is not None
         local = network.local_losses
         loss = local if isinstance(estimator, pg.LocalLosses) else pg.total_loss(local)
-    # steps are dispatched one by one, for reverse mode of convolutions is slow inside a loop
+    # steps are dispatched one by one, because reverse mode of convolutions is slow in a loop
     return Trainer(
         network.init,
         loss,
@@ -92,7 +92,7 @@ def trainer_of(
 
 
 def _costs(plan: Compare, trainers: dict[str, Trainer], display: Display) -> dict[str, Any]:
-    """Time and memory of a step."""
+    """Measures time and memory of a step."""
     title, visit = f"{plan.model}: time a step", MODELS[plan.model].visit
     measured = step_seconds(trainers, ROUNDS, display, title, visit)
     with display.stage(f"{plan.model}: memory of a step", len(trainers)):
@@ -111,7 +111,7 @@ def _diagnose(
     store: Store,
     display: Display,
 ) -> None:
-    """Bias and variance at the start of the first seed, on its first batch."""
+    """Measures bias and variance at the start of the first seed, on its first batch."""
     names = {name: Entry(name, plan.optimizers[0]).name for name in plan.names}
     # an estimate, and a second derivative, which takes about four forward passes
     work = {
@@ -122,7 +122,7 @@ def _diagnose(
     def diagnosis(estimator: str) -> dict[str, Any]:
         trainer = trainers[names[estimator]]
         carry = trainer.start(0)
-        if carry[3] is not None:  # it learns: at rate 0, so that the parameters stay
+        if carry[3] is not None:  # it learns at rate 0, so that the parameters stay
             rows = trainer.rows(0, 0, _LEARNING_STEPS)
             carry, _, _ = trainer.steps(carry, Rate(0.0), 0, rows)
         found = pg.diagnostics.diagnose(
@@ -146,7 +146,7 @@ def _diagnose(
 def _length(
     plan: Compare, network: Network, data: Dataset, seconds: dict[str, float], begin: float
 ) -> dict[str, Any]:
-    """The number of steps of a run: as given, or as many as fit into what is left of the minutes.
+    """Returns the number of steps of a run: as given, or as many as fit into the remaining minutes.
 
     It is decided once, and recorded.
     """
@@ -161,7 +161,7 @@ def _length(
 
 
 def _evaluation_seconds(plan: Compare, network: Network, data: Dataset) -> float:
-    """The time that the evaluations of an entry take: those of trials, and of points of curves."""
+    """Measures the time of the evaluations of an entry, in trials and at points of curves."""
     params = network.init(jax.random.key(0))
 
     def measure(part: Any) -> float:
@@ -213,7 +213,7 @@ def _train(
     store: Store,
     display: Display,
 ) -> None:
-    """Trains all entries of a seed before the next seed, so that a part of the runs compares."""
+    """Trains all entries of a seed before the next seed, so that unfinished records compare."""
     runs = [
         (e.name, Run(e.estimator, e.optimizer, rates[e.name], seed, steps))
         for seed in range(plan.seeds)

@@ -1,4 +1,4 @@
-"""What `prograde compare` recorded, read back: costs, diagnoses, curves, losses at equal time."""
+"""The records of `prograde compare`, read back: costs, diagnoses, curves, losses at equal time."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,9 @@ from prograde.lab.training.outcomes import Outcome, Record, Spread, outcome_of, 
 
 @dataclass(frozen=True)
 class Result:
-    """What an entry costs and reached.
+    """The costs and results of an entry.
 
-    `trials` are those of its search. `runs` are those of `backprop` where the gradient is the same.
+    `trials` are those of its search. `runs` are those of `backprop` if the gradient is the same.
     """
 
     entry: Entry
@@ -33,7 +33,7 @@ class Result:
 
     @property
     def at_edge(self) -> bool:
-        """True if the rate that was found is the least or the greatest that was tried."""
+        """True if the best rate is the least or the greatest that was tried."""
         rates = [trial["learning_rate"] for trial in self.trials]
         return (
             self.outcome is not None
@@ -55,13 +55,13 @@ class Comparison:
 
     @property
     def trained(self) -> list[Result]:
-        """Those with runs of their own."""
+        """The results with their own runs."""
         names = self.manifest["config"]["estimators"]
         return [r for r in self.results if SAME_GRADIENT.get(r.entry.estimator) not in names]
 
     @property
     def falls_to_zero(self) -> bool:
-        """True if the rate falls to zero at the end of a run: a part of a run is another run."""
+        """True if the rate falls to zero, so that a part of a run is not a shorter run."""
         return self.manifest["config"]["schedule"] == SCHEDULES["cosine"]
 
     @property
@@ -71,13 +71,13 @@ class Comparison:
         return f"{MODELS[config['model']].title}, {config['data']['name']}"
 
     def label(self, entry: Entry) -> str:
-        """The estimator, and the optimizer where there are several."""
+        """The estimator, and the optimizer if there are several."""
         several = len(self.manifest["config"]["optimizers"]) > 1
         return f"{entry.estimator}, {entry.optimizer}" if several else entry.estimator
 
 
 def read(store: Store) -> Comparison:
-    """The comparison that a store holds.
+    """Reads the comparison in a store.
 
     **Errors:** `RecordError` if it was stopped before anything was trained.
     """
@@ -105,7 +105,7 @@ def _result(
     trained = Entry(twin, entry.optimizer) if twin in config["estimators"] else entry
     runs, reference = _runs(store, trained), _runs(store, Entry("backprop", entry.optimizer))
     cost = costs[entry.name]
-    # what T is relative to: the faster of those that have the gradient of backprop
+    # the reference of T: the fastest of those with the gradient of backprop
     exact = [Entry(e, entry.optimizer).name for e in ("backprop", *SAME_GRADIENT)]
     fastest = min(
         (costs[e] for e in exact if e in costs), key=lambda c: c["seconds"]["median"], default=None
@@ -130,9 +130,9 @@ def _runs(store: Store, entry: Entry) -> list[Record]:
 
 
 def _loss_at(run: Record, step: float) -> float | None:
-    """The held-out loss at a step, between the points of the curve. None beyond its end."""
+    """Interpolates the held-out loss at a step. Returns None beyond the end of the curve."""
     curve = points(run)
     steps = [p["step"] for p in curve]
-    if not curve or step > steps[-1] * (1 + 1e-9):  # the shortest run ends there, but for rounding
+    if not curve or step > steps[-1] * (1 + 1e-9):  # the shortest run ends there, up to rounding
         return None
     return float(np.interp(step, steps, [p["test_loss"] for p in curve]))

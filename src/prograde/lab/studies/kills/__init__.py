@@ -1,1 +1,1 @@
-"""`prograde kills`: workers of a training run are killed, and nothing may be lost."""
+"""`prograde kills`: kills workers of a training run, and checks that nothing is lost."""

@@ -1,4 +1,4 @@
-"""Two workers of a small training run, started in the background and killed."""
+"""Starts two workers of a small training run in the background, and kills them."""
 
 import json
 import os
@@ -24,7 +24,7 @@ _HUNG = 60.0  # seconds
 class Group:
     """Workers that `launch` watches in the background.
 
-    **Fields:** `said`: what `launch` said; `status`: the status it ended with, None before.
+    **Fields:** `said`: the messages of `launch`; `status`: its exit status, None before its end.
     """
 
     def __init__(self, directory: Path, steps: int, *options: str):
@@ -56,7 +56,7 @@ class Group:
         return self.status
 
     def kill_all(self) -> None:
-        """Kills the workers that are left."""
+        """Kills the remaining workers."""
         for worker in range(WORKERS):
             try:
                 self.kill(worker)
@@ -66,12 +66,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Kill:
-    """What came of one kill.
+    """The result of one kill.
 
-    **Fields:** `victim`: the worker; `begun`: the step that the run went on from; `flushed`: the
-    number of steps that a log held afterwards; `seconds`: until all workers had ended; `hung`:
-    whether that was not within a minute; `status`: of `launch`, 0 if the run ended before the kill;
-    `busy`: the share of the machine that other processes used meanwhile.
+    **Fields:** `victim`: the worker; `begun`: the step at which the run began; `flushed`: number of
+    steps in the log afterwards; `seconds`: until all workers had ended; `hung`: true if that took
+    more than a minute; `status`: of `launch`, 0 if the run ended before the kill; `busy`: share of
+    the machine that other processes used meanwhile.
     """
 
     victim: int
@@ -116,12 +116,12 @@ def kill_at_random(directory: Path, steps: int, chance: random.Random) -> Kill:
 
 
 def begun_from(directory: Path) -> int:
-    """The step that the last start of the run went on from."""
+    """Returns the step at which the last start of the run began."""
     return json.loads((directory / "0" / "start.json").read_text())["from"]
 
 
 def finals(directory: Path) -> list[str]:
-    """The fingerprints of the parameters that the workers ended with."""
+    """Returns the fingerprints of the final parameters of the workers."""
     return [path.read_text() for path in sorted(directory.glob("*/final"))]
 
 

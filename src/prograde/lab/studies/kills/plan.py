@@ -13,12 +13,12 @@ from prograde.lab.study import Study, UsageError
 
 @dataclass(frozen=True)
 class Kills(Study):
-    """Kill workers of a training run at random moments, resume it, and look for anything lost.
+    """Kill workers of a training run at random moments, resume it, and check for losses.
 
-    Two processes train a small network together. Again and again one of them is killed with
-    SIGKILL; chance decides which and when. Measured are the seconds until the other one ends, and
-    whether the next start goes on from the last step that was written. The parameters at the end
-    must equal those of a run that nobody disturbed, bit by bit. 50 kills take about ten minutes.
+    Two processes train a small network together. Again and again the study kills a random one of
+    them with SIGKILL at a random moment. It measures the seconds until the other one ends, and
+    whether the next start goes on from the last step in the log. The final parameters must equal
+    those of a run without kills, bit by bit. 50 kills take about ten minutes.
     """
 
     name: ClassVar[str] = "kills"
@@ -35,7 +35,7 @@ class Kills(Study):
         return {".": self.config()}
 
     def run(self, stores: dict[str, Store], display: Display) -> None:
-        """Kills until there were enough kills, and lets the run end. Each kill is recorded."""
+        """Makes and records the remaining kills, and lets the run end."""
         from prograde.lab.studies.kills.run import measure
 
         (store,) = stores.values()

@@ -11,7 +11,7 @@ from prograde.lab.studies.kills.group import WORKERS
 _INTRODUCTION = "Workers of a training run are killed at random moments, and the run is resumed."
 _TERMS = (
     "Seconds are counted from the kill until all workers have ended. A lost step is one that a log "
-    "held, and that the next start did not go on from."
+    "held, but the state of the next start did not include."
 )
 
 

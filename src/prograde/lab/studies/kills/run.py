@@ -1,4 +1,4 @@
-"""Kills workers of a training run again and again, and compares the end with an undisturbed run."""
+"""Kills workers of a training run many times, and compares the result with a run without kills."""
 
 import dataclasses
 import random
@@ -14,9 +14,9 @@ _TO_THE_END = 600.0  # seconds
 
 
 def measure(store: Store, kills: int, seed: int, display: Display) -> None:
-    """Records each kill, and then the result. Goes on from the kills that are recorded.
+    """Records each kill, and then the result. Continues after the kills that are recorded.
 
-    Chance starts anew for each kill, from the seed and its number.
+    The random numbers of a kill derive from the seed and its number.
     """
     if "result" in store:
         return
@@ -47,9 +47,9 @@ def measure(store: Store, kills: int, seed: int, display: Display) -> None:
 
 
 def lost_steps(kills: list[dict[str, Any]], last: int) -> int:
-    """The number of steps that a log held after a kill and that the next start did not go on from.
+    """Counts the steps that were in a log after a kill, and lost at the next start.
 
-    `last` is where the start after the last kill went on from.
+    `last` is the step at which the start after the last kill began.
     """
     begun = [kill["begun"] for kill in kills[1:]] + [last]
     pairs = zip(kills, begun, strict=True)

@@ -1,8 +1,8 @@
-"""One worker of a small training run. `kills` and tests start several of them and kill some.
+"""One worker of a small training run. `kills` and tests start several workers and kill some.
 
     python -m prograde.lab.studies.kills.worker DIR STEPS [NAME=VALUE ...]
 
-It goes on from the logs that are there, and writes the fingerprint of its parameters at the end.
+It resumes from existing logs, and writes the fingerprint of its parameters at the end.
 Options: `timeout` and `flush_every`, as in `prograde.distributed` and `prograde.replay`; `sleep`:
 seconds to wait after each step; `order`: a fact that all workers must share; `spoil`: the step at
 which worker 1 changes a parameter.
@@ -25,13 +25,13 @@ from prograde.lab.processes import workers
 
 
 def loss(params, x, y):
-    """Squared errors of a network with one hidden layer, by example."""
+    """Returns the squared error of a network with one hidden layer, for each example."""
     hidden = jnp.tanh(x @ params["in"] + params["bias"])
     return jnp.mean((hidden @ params["out"] - y) ** 2, axis=-1)
 
 
 def main(directory: Path, steps: int, options: dict[str, str]) -> None:
-    """Trains."""
+    """Runs the worker."""
     pg.distributed.initialize(timeout=int(options.get("timeout", 20)))
     here = jax.process_index()
     facts = {"steps": steps, "order of the data": int(options.get("order", 0))}
@@ -52,7 +52,7 @@ def main(directory: Path, steps: int, options: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     (path.parent / "pid").write_text(str(os.getpid()))
     workers.share_files(path.parent)
-    if path.exists():  # its own log, or that of the worker that got furthest
+    if path.exists():  # its own log, or the log of the worker that got furthest
         log = pg.replay.ReplayLog.open(path, append=True)
     else:
         log = pg.replay.ReplayLog.create(path, base, update)
@@ -92,4 +92,4 @@ if __name__ == "__main__":
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # a process that ends in order waits for the others, and one may be gone
+        os._exit(1)  # an orderly exit waits for the other processes, and one may be gone

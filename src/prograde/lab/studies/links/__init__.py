@@ -1,4 +1,4 @@
 """`prograde links`: steps of workers that are joined by a slow link, and a model of their costs."""
 
 PARTS = ("link", "updates", "smollm2", "mlp", "scaling")
-"""What is measured: the name of each record."""
+"""The parts of the study, which are the names of its records."""

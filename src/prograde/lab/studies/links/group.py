@@ -1,4 +1,4 @@
-"""Processes that train what they are told to, joined by a network or each by itself."""
+"""Processes that train on request, joined by a network or each alone."""
 
 import contextlib
 import dataclasses
@@ -18,9 +18,9 @@ WORKER = "prograde.lab.studies.links.worker"
 
 @dataclass(frozen=True)
 class Job:
-    """A training step: a workload, its batch in all, and a method.
+    """A training step: a workload, its total batch, and a method.
 
-    **Fields:** `method`: "weight" for ours, "backprop"; `tangents`: of all workers together.
+    **Fields:** `method`: "weight" for ours, or "backprop"; `tangents`: total of all workers.
     """
 
     workload: str
@@ -36,9 +36,9 @@ class Job:
 
 
 class Group:
-    """Processes that wait for jobs, each on a core: one training run, or each by itself.
+    """Processes that wait for jobs, each on one core.
 
-    Without a network each process trains alone, on its part of the batch.
+    On a network they share one training run. Without it, each trains alone on its own part.
     """
 
     def __init__(self, processes: int, network: Network | None = None):
@@ -71,7 +71,7 @@ class Group:
             self._answer(worker)
 
     def ask(self, do: str, job: Job | None = None, **more: Any) -> list[dict[str, Any]]:
-        """Asks all processes for the same; returns their answers."""
+        """Sends one request to all processes; returns their answers."""
         asked = {"do": do, "job": None if job is None else dataclasses.asdict(job), **more}
         for worker in self._workers:
             assert worker.stdin is not None
@@ -87,7 +87,7 @@ class Group:
         raise RuntimeError(f"a worker of {self.size} ended with status {worker.wait()}.")
 
     def own_part(self, job: Job) -> Job:
-        """The job of one process: the whole batch where all share it, else its part of it."""
+        """Returns the job of one process: the whole batch if all share it, else its part."""
         joined = self.network is not None or self.size == 1
         return job if joined else dataclasses.replace(job, batch=job.batch // self.size)
 
@@ -101,7 +101,7 @@ class Group:
 
 @contextlib.contextmanager
 def group(processes: int, link: Link | None = None) -> Iterator[Group]:
-    """Processes on a link. Without a link, each trains alone on its part of the batch."""
+    """Starts processes on a link. Without a link, each trains alone on its part of the batch."""
     with contextlib.ExitStack() as stack:
         network = None if link is None else stack.enter_context(Network(link, processes))
         found = Group(processes, network)
@@ -119,10 +119,10 @@ class Measured:
         self.seconds: list[float] = []
         self.bytes: list[float] = []
         self.dropped = 0
-        group.ask("run", self.job, steps=1)  # connections are made
+        group.ask("run", self.job, steps=1)  # makes the connections
 
     def visit(self, steps: int) -> list[float]:
-        """Takes steps; returns the seconds of each, of all processes."""
+        """Takes steps; returns the seconds of each step of each process."""
         before = self._dropped()
         found = self.group.ask("run", self.job, steps=steps)
         seconds = [s for worker in found for s in worker["seconds"]]

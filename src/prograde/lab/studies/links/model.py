@@ -2,12 +2,12 @@
 
     seconds = compute + 2 delay rounds + 8 bytes / rate
 
-`compute` is what one worker takes for its part of the batch when it exchanges nothing. In each
-round a worker hears that its neighbour is ready and then gets the data, which takes two delays. A
-ring of W workers gathers in W - 1 rounds, in which each worker passes on W - 1 messages. It sums an
-array of b bytes in 2 (W - 1) rounds and 2 b (W - 1) / W bytes; XLA sums the arrays one after the
-other. Nothing is fitted. Rounds and bytes are counted in the compiled step, and the bytes that Gloo
-and TCP put around a message are counted at the interface. Delay and rate are those of the relay.
+`compute` is the time of one worker for its part of the batch without any exchange. In each round a
+worker waits until its neighbour is ready, and then for the data, which takes two delays. A ring of
+W workers gathers in W - 1 rounds, in which each worker passes on W - 1 messages. It sums an array
+of b bytes in 2 (W - 1) rounds and 2 b (W - 1) / W bytes. XLA sums the arrays one after the other.
+The model has no fitted constants. Rounds and bytes are counted in the compiled step, and the bytes
+that Gloo and TCP add to a message are counted at the interface. Delay and rate are the relay's.
 """
 
 import math
@@ -25,15 +25,15 @@ Found = dict[str, Any]  # the figures of a part
 
 
 def arrays(collective: str) -> list[int]:
-    """Bytes of the float32 arrays that a collective of the compiled step returns."""
+    """Returns the bytes of the float32 arrays that a collective of the compiled step returns."""
     shapes = re.findall(r"f32\[([\d,]*)\]", collective)
     return [4 * math.prod(int(size) for size in shape.split(",") if size) for shape in shapes]
 
 
 def exchange(collectives: list[str], workers: int, around: float) -> tuple[int, float]:
-    """Rounds of a step, and bytes from each worker.
+    """Returns the rounds of a step, and the bytes that each worker sends.
 
-    **Arguments:** `around`: bytes that are sent in addition with each message of a gather.
+    **Arguments:** `around`: bytes that Gloo and TCP add to each message of a gather.
     """
     rounds, sent = 0, 0.0
     for collective in collectives:
@@ -48,12 +48,12 @@ def exchange(collectives: list[str], workers: int, around: float) -> tuple[int, 
 
 
 def seconds(compute: float, rounds: float, sent: float, rate: float, delay: float) -> float:
-    """Seconds of a step, by the model."""
+    """Returns the seconds of a step by the model."""
     return compute + 2 * delay * rounds + 8 * sent / rate
 
 
 def rate_factor(parameters: int, tangents: int) -> float:
-    """The learning rate that so many tangents in all allow, over that of the gradient.
+    """Returns the learning rate that the tangents allow, over that of the exact gradient.
 
     It is 1 / (1 + n / (K W)) for n parameters and K tangents on each of W workers.
     """
@@ -61,13 +61,13 @@ def rate_factor(parameters: int, tangents: int) -> float:
 
 
 def bytes_around(mlp: Found) -> float:
-    """Bytes that Gloo and TCP put around the message of one round."""
+    """Returns the bytes that Gloo and TCP add to the message of one round."""
     alone = mlp["2"]["100 Mbit/s, 50 ms"]["K = 1"]
     return alone["bytes"]["median"] - alone["payload"]
 
 
 def predicted(source: Found, workers: int, around: float) -> dict[tuple[str, str], float]:
-    """Seconds of each measured step by the model, by link and method.
+    """Predicts the seconds of each measured step, by link and method.
 
     **Arguments:** `source`: the steps by link and method, and those that exchange nothing, which
     are called "apart".
@@ -84,7 +84,7 @@ def predicted(source: Found, workers: int, around: float) -> dict[tuple[str, str
 
 
 def line_kept_full(smollm2: Found) -> float:
-    """Seconds of backprop over 100 Mbit/s, 50 ms, if its all-reduce kept the line full."""
+    """Returns the time of backprop at 100 Mbit/s, 50 ms, if its all-reduce used the full rate."""
     link = "100 Mbit/s, 50 ms"
     compute = smollm2["apart"]["backprop"]["seconds"]["median"]
     _, sent = exchange(smollm2[link]["backprop"]["collectives"][1:], 2, 0)
@@ -92,11 +92,11 @@ def line_kept_full(smollm2: Found) -> float:
 
 
 def projected(source: Found, updates: Found, workers: int, around: float) -> list[dict[str, Any]]:
-    """A step on each link with so many workers, each with a tangent of its own.
+    """Projects a step on each link to many workers, each with its own tangent.
 
-    "ring" is the exchange as it is, and "doubling" one of log2 W rounds (2 log2 W for a sum), in
-    which the arrays of a gradient are joined into one. The update from W tangents is measured, or
-    extrapolated from the largest number of tangents that was (`update_measured`).
+    "ring" is the present exchange. "doubling" is an exchange of log2 W rounds (2 log2 W for a sum)
+    that joins the arrays of a gradient into one. The time of the update from W tangents is
+    measured, or extrapolated from the largest measured number of tangents (`update_measured`).
     """
     ours, theirs = (source["unlimited"][method] for method in ("K = 1", "backprop"))
     one_update = updates["1"]["median"]
@@ -105,14 +105,14 @@ def projected(source: Found, updates: Found, workers: int, around: float) -> lis
     measured = workers in known or workers == 2
     if workers == 2:
         update = one_update
-    else:  # the most tangents that were measured, times what is missing
+    else:  # in proportion to the largest measured number of tangents
         update = updates[str(max(known))]["median"] * workers / max(known)
     of_backprop = source["apart"]["backprop"]["seconds"]["median"]
     doubling_rounds = math.ceil(math.log2(workers))
     found = []
     for link, rate in RATES.items():
         rounds, sent = exchange([f"all-gather f32[{workers},2]"], workers, around)
-        # messages double in size, so that fewer of them have bytes around them
+        # messages double in size, so that there are fewer of them
         less = sent - around * (rounds - doubling_rounds)
         compute = own + update
         row = {

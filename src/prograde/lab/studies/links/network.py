@@ -22,14 +22,14 @@ import time
 from dataclasses import dataclass
 
 PREFIX = "prograde"
-MTU = 9000  # of both kinds of link: fewer packets for the relay
+MTU = 9000  # of both kinds of link; large, so that the relay has fewer packets
 
 
 @dataclass(frozen=True)
 class Link:
-    """What joins the machines: bits per second of each sender, and seconds one way.
+    """The link between machines: bits per second of each sender, and delay in seconds one way.
 
-    Without a rate it is a bridge.
+    Without a rate, it is a bridge.
     """
 
     rate: float | None = None
@@ -37,12 +37,12 @@ class Link:
 
     @property
     def queue(self) -> float:
-        """Bytes that may wait: as many as pass in two round trips, or a few packets."""
+        """Maximum number of waiting bytes: those of two round trips, but at least a few packets."""
         return max(16 * MTU, 4 * self.delay * (self.rate or 0) / 8)
 
     @property
     def name(self) -> str:
-        """The rate, and the time there and back."""
+        """The rate, and the round-trip time."""
         if self.rate is None:
             return "unlimited"
         return f"{self.rate / 1e6:g} Mbit/s, {2e3 * self.delay:g} ms"
@@ -52,7 +52,7 @@ _networks = itertools.count()
 
 
 def missing() -> str | None:
-    """Says what a network needs that this machine lacks. None: nothing."""
+    """Says what this machine lacks for a network, or returns None if it lacks nothing."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "it must be started by root"
     if not os.path.exists("/dev/net/tun"):
@@ -74,12 +74,12 @@ def ip(*arguments: str) -> None:
 
 
 def address(i: int) -> str:
-    """The address of a machine."""
+    """Returns the address of a machine."""
     return f"10.77.0.{i + 1}"
 
 
 class Network(contextlib.AbstractContextManager):
-    """Machines on a link. Machines and their processes are gone when the block is left."""
+    """Machines on a link. At the end of the block, machines and their processes are removed."""
 
     def __init__(self, link: Link, machines: int):
         self.link, self.machines, self.relay = link, machines, None
@@ -90,7 +90,7 @@ class Network(contextlib.AbstractContextManager):
         try:
             for i, name in enumerate(self.names):
                 ip("netns", "add", name)
-                # Gloo listens at the address that the host's name has
+                # Gloo listens at the address of the host name
                 os.makedirs(f"/etc/netns/{name}", exist_ok=True)
                 with open(f"/etc/netns/{name}/hosts", "w") as hosts:
                     hosts.write(f"127.0.0.1 localhost\n{address(i)} {os.uname().nodename}\n")
@@ -136,7 +136,7 @@ class Network(contextlib.AbstractContextManager):
             raise RuntimeError("the relay did not start: is this root, and is there /dev/net/tun?")
 
     def inside(self, i: int, *program: str) -> list[str]:
-        """A command line that runs a program on a machine."""
+        """Returns a command line that runs a program on a machine."""
         return ["ip", "netns", "exec", self.names[i], *program]
 
     def run(self, i: int, *program: str) -> str:
@@ -145,7 +145,7 @@ class Network(contextlib.AbstractContextManager):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def dropped(self) -> int:
-        """Packets that the relay dropped so far."""
+        """Returns the number of packets that the relay has dropped."""
         if self.relay is None:
             return 0
         assert self.relay.stdin is not None
@@ -159,7 +159,7 @@ class Network(contextlib.AbstractContextManager):
         for name in [*self.names, self.hub]:
             asked = ["ip", "netns", "pids", name]
             found = subprocess.run(asked, capture_output=True, text=True).stdout.split()
-            for pid in found:  # all were started here: the namespaces are of this process
+            for pid in found:  # all were started by this process, which owns the namespaces
                 with contextlib.suppress(OSError):
                     os.kill(int(pid), signal.SIGKILL)
         if self.relay is not None:
@@ -228,7 +228,7 @@ def check(network: Network, size: int) -> dict[str, float]:
 def relay(names: list[str], rate: float, delay: float, queue: float) -> None:
     """Passes packets on until standard input is closed.
 
-    Answers each line there with the number of packets dropped so far.
+    Answers each line of input with the number of packets dropped so far.
     """
     devices = []
     for i, name in enumerate(names):
@@ -243,13 +243,13 @@ def relay(names: list[str], rate: float, delay: float, queue: float) -> None:
         ip("link", "set", given, "netns", name)
         ip("-n", name, "link", "set", given, "name", "net0")
         devices.append(device)
-    with contextlib.suppress(OSError):  # a packet does not wait for a processor
+    with contextlib.suppress(OSError):  # so that a packet does not wait for a processor
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     print("ready", flush=True)
     of_address = {
         bytes(map(int, address(i).split("."))): device for i, device in enumerate(devices)
     }
-    free = dict.fromkeys(devices, 0.0)  # when the line of each machine is free
+    free = dict.fromkeys(devices, 0.0)  # the time at which the line of each machine is free
     waiting = {device: collections.deque() for device in devices}
     dropped = 0
     poll = select.epoll()

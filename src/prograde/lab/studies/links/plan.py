@@ -17,14 +17,15 @@ from prograde.lab.study import Study, UsageError
 class Links(Study):
     """Measure training steps of processes that are joined by a slow link.
 
-    Ours and data-parallel backprop, over links of 10 and 100 Mbit/s with 50 ms there and back, and
-    over one without limits; and a model of the costs, with a projection to thousands of workers. It
-    takes about fifteen minutes, and needs root, Linux, iproute2, /dev/net/tun and two cores.
+    The study compares forward gradients with data-parallel backprop, over links of 10 and 100
+    Mbit/s with a round trip of 50 ms, and over a link without limits. A model of the costs projects
+    them to thousands of workers. It takes about fifteen minutes, and needs root, Linux, iproute2,
+    /dev/net/tun and two cores.
 
     - prograde links: all parts
     - prograde links mlp --out DIR --resume: one more part, in the same records
 
-    The times mean something on an otherwise idle machine only.
+    Run it on an otherwise idle machine: other load spoils the times.
     """
 
     name: ClassVar[str] = "links"
@@ -32,11 +33,11 @@ class Links(Study):
     parts: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar=f"[{'|'.join(PARTS)} ...]")
     ] = dataclasses.field(default=("all",), metadata={"positional": True})
-    """What to measure. Default: all."""
+    """Parts to measure. Default: all."""
     note: str = ""
-    """What else there is to know about the machine. The report shows it."""
+    """A note about the machine, which the report shows."""
     quick: bool = False
-    """Take few steps, to see that everything works."""
+    """Take few steps, as a check that everything works."""
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """One store, to which parts can be added."""
@@ -51,7 +52,7 @@ class Links(Study):
         return {".": {"quick": self.quick}}
 
     def run(self, stores: dict[str, Store], display: Display) -> None:
-        """Measures one part after the other. Each is a record, which is complete or absent."""
+        """Measures one part after the other. The record of each is complete or absent."""
         from prograde.lab.studies.links.run import measure
 
         (store,) = stores.values()

@@ -1,4 +1,4 @@
-"""The report of `prograde links`, from records alone: measured beside predicted, and projected."""
+"""The report of `prograde links`, from records alone: measured, predicted and projected."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -61,13 +61,13 @@ def _sections(store: Store, several: bool) -> list[Section]:
 
 
 def _doubts(name: str, part: dict[str, Any]) -> list[str]:
-    """What speaks against the figures of a part."""
+    """Lists reasons for doubt about the figures of a part."""
     note = f"Note on the part `{name}`: {part['note']}" if part["note"] else ""
     return [*filter(None, [note, warning(part.get("busy")), unsteady(_ratios(name, part))])]
 
 
 def _ratios(name: str, part: dict[str, Any]) -> Mapping[str, dict[str, float]]:
-    """The times or ratios of a part that have to be steady, by what they are called."""
+    """Returns the times or ratios of a part that should be steady, by name."""
     found = part["found"]
     if name == "scaling":
         return {
@@ -106,9 +106,9 @@ def _smollm2(found: dict[str, Any], around: float) -> list[Any]:
         ours, theirs = (found[_MIDDLE][m]["seconds"]["median"] for m in ("K = 1", "backprop"))
         least = model.line_kept_full(found)
         said.append(
-            f"Over {_MIDDLE} a step of ours is {theirs / ours:.0f} times as fast as backprop's. "
-            "With an all-reduce that kept the line full from its first byte to its last, backprop "
-            f"would take {duration(least)}, and ours would be {least / ours:.0f} times as fast."
+            f"Over {_MIDDLE}, our step is {theirs / ours:.0f} times as fast as backprop's. With an "
+            "all-reduce that used the full rate from its first byte to its last, backprop would "
+            f"take {duration(least)}, and our step would be {least / ours:.0f} times as fast."
         )
     title = "135M parameters (the shapes of SmolLM2), 4 x 64 tokens in all"
     rows = _step_rows(found, 2, around)
@@ -118,7 +118,7 @@ def _smollm2(found: dict[str, Any], around: float) -> list[Any]:
 def _mlp(found: dict[str, Any], around: float) -> list[Any]:
     rows = [row for w in (2, 4) for row in _step_rows(found[str(w)], w, around)]
     table = Table("MLP 784-1024-1024-10, batch 64 in all", _STEP_COLUMNS, rows, unbroken=3)
-    return [table, f"Gloo and TCP put {around:,.0f} bytes around the message of one round."]
+    return [table, f"Gloo and TCP add {around:,.0f} bytes to the message of one round."]
 
 
 def _step_rows(source: dict[str, Any], workers: int, around: float) -> list[list[str]]:
@@ -190,7 +190,7 @@ def _projection_row(workload: str, p: dict[str, Any]) -> list[str]:
 
 
 def duration(value: float) -> str:
-    """A time of microseconds to days, with its unit."""
+    """Formats a time, from microseconds to days, with its unit."""
     if value >= 1e5:
         return f"{value / 86400:,.0f} days"
     if value >= 100:
@@ -201,6 +201,6 @@ def duration(value: float) -> str:
 
 
 def spread(found: dict[str, float]) -> str:
-    """A median time with its quartiles and the number of values."""
+    """Formats a median time with its quartiles and the number of values."""
     low, middle, high = (duration(found[k]) for k in ("low", "median", "high"))
     return f"{middle} ({low} to {high}, n = {found['n']})"

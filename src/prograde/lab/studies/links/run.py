@@ -20,7 +20,7 @@ Tell = Callable[[str], None]
 
 
 def measure(name: str, quick: bool, note: str, display: Display) -> dict[str, Any]:
-    """Measures a part: what its record holds."""
+    """Measures a part; returns its record."""
     tell: Tell = lambda text: display.advance(1, text)  # noqa: E731
     before, others = load_average(), Others()
     with stopped_by_signals():
@@ -67,7 +67,7 @@ def steps_of(group: Group, job: Job, steps: int, tell: Tell) -> dict[str, Any]:
 
 
 def the_link(quick: bool, tell: Tell) -> dict[str, Any]:
-    """What a TCP connection over each link gets, and how long a byte takes there and back."""
+    """Measures rate and round trip of a TCP connection over each link."""
     found = {}
     for name, link in LINKS.items():
         with Network(link, 2) as network:
@@ -82,9 +82,9 @@ _UPDATES = {"mlp": (1, 64, 512, 4096), "smollm2": (1, 64)}
 
 
 def updates(quick: bool, tell: Tell) -> dict[str, Any]:
-    """Seconds of the update alone, by workload and number of tangents.
+    """Measures the seconds of the update alone, by workload and number of tangents.
 
-    The update grows with workers that have tangents of their own.
+    If each worker has its own tangents, the update grows with the number of workers.
     """
     found: dict[str, dict[str, Any]] = {}
     with group(1) as alone:
@@ -99,7 +99,7 @@ def updates(quick: bool, tell: Tell) -> dict[str, Any]:
 
 
 def smollm2(quick: bool, tell: Tell) -> dict[str, Any]:
-    """SmolLM2-135M shapes, 4 x 64 tokens shared by two workers, in turns with backprop."""
+    """Measures SmolLM2-135M shapes, 4 x 64 tokens on two workers, in turns with backprop."""
     ours, theirs = Job("smollm2", 4, "weight"), Job("smollm2", 4, "backprop")
     found: dict[str, dict[str, Any]] = {"apart": {}}
     with group(2) as apart:
@@ -117,9 +117,9 @@ def smollm2(quick: bool, tell: Tell) -> dict[str, Any]:
 
 
 def mlp(quick: bool, tell: Tell) -> dict[str, Any]:
-    """The MLP at batch 64: one to sixty-four tangents and backprop.
+    """Measures the MLP at batch 64, with one to sixty-four tangents and with backprop.
 
-    On each link with two workers; with four on two of the links, with fewer methods.
+    Each link joins two workers. Two of the links also join four, with fewer methods.
     """
     jobs = [Job("mlp", 64, "weight", k) for k in (1, 8, 64)] + [Job("mlp", 64, "backprop")]
     steps = 3 if quick else 20
@@ -155,9 +155,9 @@ _VISIT_SECONDS = 0.4
 
 
 def scaling(quick: bool, display: Display) -> dict[str, Any]:
-    """The same batch on one core, on two, and on four processes; and on two that exchange nothing.
+    """Measures the same batch in one, two and four processes, and in two without exchange.
 
-    All take turns. `of_ideal` is the part of the ideal, which is twice as fast as one core.
+    All take turns. `of_ideal` is the share of the ideal, which is twice as fast as one core.
     """
     found = {}
     with group(1) as one, group(2, Link()) as two, group(4, Link()) as four, group(2) as apart:
@@ -179,12 +179,12 @@ def scaling(quick: bool, display: Display) -> dict[str, Any]:
 
 
 def median_visit(measured: Measured) -> Visit:
-    """A visit that gives every step the median time of its steps, over all processes."""
+    """Makes a visit that gives every step the median time of all steps and processes."""
     return lambda count: count * quartiles(measured.visit(count))["median"]
 
 
 def of_ideal(rounds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """For each kind but one process, half the time of one process over its time, by rounds."""
+    """Returns half the time of one process over the time of each other kind, by rounds."""
     return {
         kind: quartiles([alone / (2 * t) for alone, t in zip(rounds["1"], values, strict=True)])
         for kind, values in rounds.items()
@@ -198,4 +198,4 @@ _PARTS: dict[str, tuple[Callable[[bool, Tell], dict[str, Any]], Callable[[bool],
     "smollm2": (smollm2, lambda quick: 4 if quick else 6),
     "mlp": (mlp, lambda quick: 4 + 4 * 4 + 2 * 3),
 }
-"""What measures each part, except scaling, and how often it tells how far it is."""
+"""For each part except scaling: its function, and the number of times it reports progress."""

@@ -1,4 +1,4 @@
-"""One worker of `prograde links`: trains what it is told to, and says how long each step took.
+"""One worker of `prograde links`: trains on request, and reports the time of each step.
 
 It reads jobs from its standard input, one JSON object a line. It answers each with a line that
 begins with `@`, because Gloo prints to standard output as well.
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 SETTINGS = json.loads(sys.argv[1])
-os.sched_setaffinity(0, SETTINGS["cores"])  # before JAX starts as many threads as there are cores
+os.sched_setaffinity(0, SETTINGS["cores"])  # before JAX starts one thread for each core
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -21,17 +21,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
 import prograde as pg  # noqa: E402
 from prograde.lab.models.workloads import WORKLOADS  # noqa: E402
 
-RATE = 1e-6  # of the updates: so small that a noisy step does not diverge
+RATE = 1e-6  # learning rate, so small that noisy steps do not diverge
 
 
 def sent() -> int:
-    """Bytes that left this machine so far, headers included; 0 where there is no link."""
+    """Returns the bytes that left this machine, with headers; 0 without a link."""
     found = re.search(r"net0:(.*)", Path("/proc/net/dev").read_text())
     return int(found[1].split()[8]) if found else 0
 
 
 def settled() -> int:
-    """The same, after everything that is on its way has been acknowledged."""
+    """Returns the same, after all data on its way has been acknowledged."""
     time.sleep(SETTINGS["settle"])
     return sent()
 
@@ -83,7 +83,7 @@ class Job:
         self.count = 0
 
     def run(self, steps: int) -> dict:
-        """Takes steps, waiting for each; returns seconds, bytes and the last loss."""
+        """Takes steps and waits for each; returns seconds, bytes and the last loss."""
         seconds, value, before = [], np.float32(np.nan), settled()
         for _ in range(steps):
             begin = time.perf_counter()
@@ -94,7 +94,7 @@ class Job:
         return {"seconds": seconds, "bytes": (settled() - before) / steps, "loss": float(value)}
 
     def facts(self) -> dict:
-        """What the compiled step exchanges, and what `payload` says that it does."""
+        """Returns what the compiled step exchanges, and what `payload` predicts."""
         collectives = re.findall(
             r"= (.*?) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)\(",
             self.step.as_text() or "",
@@ -108,9 +108,9 @@ class Job:
 
 
 def update_seconds(workload: str, tangents: int, steps: int) -> list[float]:
-    """Seconds of SGD updates from so many tangents, whose derivatives are given.
+    """Measures the seconds of SGD updates from given derivatives along several tangents.
 
-    The first two updates are left out: they compile and start cold.
+    The first two updates, which include compilation, do not count.
     """
     estimator = pg.WeightPerturbation(pg.LowRank(rank=1), num_tangents=tangents)
 

@@ -1,4 +1,4 @@
-"""`prograde replay-speed`: training with a replay log, and the same parameters from the log."""
+"""`prograde replay-speed`: times training with a replay log, and replaying the log."""
 
 LEAST_TURNS = 4
-"""Two turns are not timed, replaying is one turn behind, and one is left to be timed."""
+"""Least number of turns: two are not timed, replaying is one behind, and one is timed."""

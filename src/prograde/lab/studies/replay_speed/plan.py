@@ -13,10 +13,10 @@ from prograde.lab.study import Study, UsageError
 
 @dataclass(frozen=True)
 class ReplaySpeed(Study):
-    """Train the paper's MLP with a replay log, and make the parameters again from the log.
+    """Train the paper's MLP with a replay log, and compute the parameters again from the log.
 
-    Compares bits, times and sizes. Training, training in one scan and replaying take turns. It
-    takes about three minutes.
+    The study compares bits, times and sizes. Training, training in one scan and replaying take
+    turns. It takes about three minutes.
     """
 
     name: ClassVar[str] = "replay-speed"

@@ -24,11 +24,10 @@ def _section(store: Store) -> Section:
     found, config = store.read("replay"), store.config
     same = "the same bit by bit" if found["same_bits"] else "NOT the same"
     text = (
-        f"The MLP of the paper, {config['steps']:,} steps of batches of 64: "
-        f"{found['parameter_bytes'] / 1e6:.1f} MB of parameters and a log of "
-        f"{found['log_bytes'] / 1e3:.0f} KB, as its rate changes at every step. Replayed, the "
-        f"parameters are {same}, in {quartiles(found['replay_over_training'])} of the time of "
-        "training."
+        f"The MLP of the paper has {found['parameter_bytes'] / 1e6:.1f} MB of parameters. The log "
+        f"of {config['steps']:,} steps of batches of 64 takes {found['log_bytes'] / 1e3:.0f} KB, "
+        f"because the rate changes at every step. The replayed parameters are {same}. Replaying "
+        f"takes {quartiles(found['replay_over_training'])} of the time of training."
     )
     times = found["seconds_a_step"]
     rows = [[name, milliseconds(one["median"])] for name, one in times.items()]

@@ -1,4 +1,4 @@
-"""Trains with a replay log, and makes the same parameters again from the log."""
+"""Trains with a replay log, and computes the same parameters again from the log."""
 
 import tempfile
 import time
@@ -22,7 +22,7 @@ _RATE = Rate(1e-3)
 
 
 def measure(steps: int, turn: int, display: Display) -> dict[str, Any]:
-    """Takes all figures: what the record holds."""
+    """Takes all figures; returns the record."""
     network, estimator = models.mlp(), pg.WeightPerturbation(pg.LowRank(rank=1))
     data = synthetic().train
     mesh = jax.make_mesh((1,), ("workers",))
@@ -34,7 +34,7 @@ def measure(steps: int, turn: int, display: Display) -> dict[str, Any]:
         training = Training(logged, log, base, turn)
         scan = Scan(Trainer(network.init, network.loss, estimator, data), turn)
         again = Replaying(pg.replay.Update(estimator, logged.update.optimizer), log, base, turn)
-        training.turn()  # replaying follows one turn behind, in whatever order they take turns
+        training.turn()  # replaying is one turn behind, whatever the order of turns
         visits = {
             "training": timed(lambda _: training.turn()),
             "training in one scan": timed(lambda _: scan.turn()),
@@ -65,7 +65,7 @@ def measure(steps: int, turn: int, display: Display) -> dict[str, Any]:
 
 
 class Training:
-    """Training with a log, a turn at a time."""
+    """Trains with a log, one turn at a time."""
 
     def __init__(self, trainer: LoggedTrainer, log: pg.replay.ReplayLog, base: Any, turn: int):
         self.trainer, self.log, self.size = trainer, log, turn
@@ -80,7 +80,7 @@ class Training:
 
 
 class Scan:
-    """Training without a log, a turn at a time, each turn in one scan."""
+    """Trains without a log, one turn at a time, each in one scan."""
 
     def __init__(self, trainer: Trainer, turn: int):
         self.trainer, self.size = trainer, turn
@@ -95,7 +95,7 @@ class Scan:
 
 
 class Replaying:
-    """Making the parameters again from the log, a turn at a time."""
+    """Replays the log, one turn at a time."""
 
     def __init__(self, update: pg.replay.Update, log: pg.replay.ReplayLog, base: Any, turn: int):
         self.update, self.log, self.size = update, log, turn

@@ -1,4 +1,4 @@
-"""What a step of each method costs: time in turns, and memory in a process for each."""
+"""Measures the cost of a step of each method: time in turns, memory in separate processes."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ from prograde.lab.training.trainer import Trainer
 
 
 def variants(experiment: Experiment) -> dict[str, tuple[pg.Estimator | None, bool]]:
-    """What is measured: name -> (estimator, whether reverse mode is checkpointed)."""
+    """Returns what is measured: name -> (estimator, whether reverse mode is checkpointed)."""
     found: dict[str, tuple[pg.Estimator | None, bool]] = {"bare": (None, False)}
     found |= {name: (estimator, False) for name, estimator in METHODS.items()}
     if not isinstance(experiment.subject, models.Surface):
@@ -34,7 +34,7 @@ def trainer_of(
     checkpointed: bool = False,
     mesh: Mesh | None = None,
 ) -> Trainer:
-    """A trainer of an experiment. On a mesh, its devices share each batch."""
+    """Makes a trainer of an experiment. The devices of a mesh share each batch."""
     if isinstance(surface := experiment.subject, models.Surface):
         start = lambda key: jnp.asarray(surface.start)  # noqa: E731
         return Trainer(start, surface.fun, estimator, traced=True, in_scan=experiment.in_scan)
@@ -51,7 +51,7 @@ def trainer_of(
 
 
 def depth_experiment(depth: int) -> Experiment:
-    """The depth experiment at one depth, as something to train."""
+    """Makes the depth experiment at one depth, as an experiment to train."""
     base = EXPERIMENTS["depth"]
     return Experiment(
         base.name,
@@ -65,12 +65,12 @@ def depth_experiment(depth: int) -> Experiment:
 
 
 def memory(experiment: Experiment, depth: int, display: Display, part: float) -> dict[str, Any]:
-    """Memory of one training step of each method, each in a process of its own, two at a time.
+    """Measures the memory of one training step of each method, each in its own process.
 
-    In bytes: `temp_bytes` is what XLA says the step needs in addition to arguments and results.
-    `peak_rss` and `rss_before` are the resident memory of the process at its peak during three
-    steps, and just before them; null where the system cannot tell. `part` is what a method counts
-    on the display.
+    Two processes run at a time. All figures are in bytes. `temp_bytes` is what XLA plans in
+    addition to arguments and results. `peak_rss` and `rss_before` are the resident memory of the
+    process at its peak during three steps, and just before them, or null if the system does not
+    tell. `part` is the amount of work of a method on the display.
     """
     methods = list(variants(experiment))
 

@@ -1,4 +1,4 @@
-"""The experiments of the paper as values: what is trained, at which rates, and what is reported.
+"""The experiments of the paper as values: the function, the rates, and the reported figures.
 
 "Gradients without Backpropagation" (arXiv 2202.08587) trains everything by plain SGD with the
 learning rate eta_t = eta_0 exp(-1e-4 t), t in iterations, and networks on batches of 64 images.
@@ -29,12 +29,13 @@ METHOD_TITLES = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is run.
+    """The size of a run.
 
     **Fields:** `steps` of each run, and of each trial of the search for a rate; `points` of a
     curve, where a run is evaluated and can be resumed; `seeds`: runs of each method and setting;
     `eval_examples`: maximum number of examples of a part of the data per evaluation;
-    `timing_rounds` in which every method is timed once; `depths` of the depth experiment.
+    `timing_rounds`: rounds, in each of which every method is timed once; `depths` of the depth
+    experiment.
     """
 
     steps: int = 0
@@ -47,7 +48,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Reported:
-    """Figures of the paper, at second hand.
+    """Figures of the paper, taken from secondary sources.
 
     `r_f` and `r_b`: a step divided by the bare forward pass; `t_ratio`: the time to backprop's best
     loss divided by backprop's time, for each of the paper's rates.
@@ -79,7 +80,7 @@ class Experiment:
     source: str = "arXiv 2202.08587"
 
     def budget(self, full: bool) -> Budget:
-        """The budget of the full or of the quick run."""
+        """Returns the budget of the full or of the quick run."""
         return self.full if full else self.quick
 
 
@@ -158,7 +159,7 @@ class Setting:
 
 
 def settings(experiment: Experiment) -> list[Setting]:
-    """The settings every method runs at; the rate of `tuned` is found by the search."""
+    """Returns the settings of every method. The rate of `tuned` comes from the search."""
     paper = [
         Setting("paper" if i == 0 else f"paper-{rate:g}", rate)
         for i, rate in enumerate(experiment.paper_rates)
@@ -167,7 +168,7 @@ def settings(experiment: Experiment) -> list[Setting]:
 
 
 def reported_text(experiment: Experiment) -> str:
-    """What the paper reports, in a line."""
+    """Formats what the paper reports, on one line."""
     r = experiment.reported
     ratios = ", ".join(f"{t:g}" for t in r.t_ratio)
     figures = [
@@ -181,7 +182,7 @@ def reported_text(experiment: Experiment) -> str:
 def describe(
     experiment: Experiment, full: bool, seeds: int | None, data: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The configuration that decides the numbers, as it stands in the manifest."""
+    """Returns the configuration that decides the numbers, for the manifest."""
     budget = experiment.budget(full)
     return {
         "experiment": experiment.name,

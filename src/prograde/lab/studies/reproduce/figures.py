@@ -1,4 +1,4 @@
-"""The figure of an experiment. Methods have the names that they have in the tables."""
+"""The figure of an experiment. Methods have the same names as in the tables."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ _DRAWN_PATHS = 5  # trajectories of a method on one plane
 
 
 def figure(summary: Summary) -> Figure | None:
-    """The figure of an experiment, or None where there is nothing to draw yet."""
+    """Makes the figure of an experiment, or None if there is nothing to draw yet."""
     if summary.depths:
         draw = _depth
     elif not summary.outcomes:
@@ -60,7 +60,7 @@ def _points(run: Record) -> Record:
 
 
 def _band(axes: Any, outcome: Outcome, x_of: Any, key: str) -> None:
-    """Draws the mean over the seeds that got to a step, with a band from least to greatest."""
+    """Draws the mean over the seeds that reached a step, with a band from least to greatest."""
     values: dict[int, list[float]] = {}
     for run in outcome.runs:
         for point in _points(run):
@@ -71,7 +71,7 @@ def _band(axes: Any, outcome: Outcome, x_of: Any, key: str) -> None:
     axes.plot(x, [np.mean(values[t]) for t in steps], **_style(outcome.method), linewidth=1.6)
     low, high = [min(values[t]) for t in steps], [max(values[t]) for t in steps]
     axes.fill_between(x, low, high, color=STYLE[outcome.method]["color"], alpha=0.15, linewidth=0)
-    for divergence in outcome.diverged:  # a cross where a seed diverged
+    for divergence in outcome.diverged:  # a cross marks a divergence
         before = max((t for t in steps if t <= divergence.step), default=None)
         if before is not None:
             y = values[before][0] if len(values[before]) == 1 else float(np.mean(values[before]))

@@ -23,13 +23,13 @@ _LENGTH = tyro.conf.create_mutex_group(required=False, title="length")
 class Reproduce(Study):
     """Run the experiments of "Gradients without Backpropagation" again.
 
-    - prograde reproduce: all six, quickly, on digits that come with the package
-    - prograde reproduce beale rosenbrock: only these
-    - prograde reproduce --data mnist --full: the real thing, on MNIST; hours
+    - prograde reproduce: all six, in minutes, on digits that come with the package
+    - prograde reproduce beale rosenbrock: only these two
+    - prograde reproduce --data mnist --full: in full length, on MNIST; hours
 
-    Every experiment measures the cost of a step, searches a learning rate for each method with the
-    same budget, and trains by the paper's estimator, by rank-one forward gradients and by backprop,
-    at the paper's rate and at the rate found.
+    Every experiment measures the cost of a step and searches a learning rate for each method, with
+    the same budget for all. Then it trains by the paper's estimator, by rank-one forward gradients
+    and by backprop, at the paper's rate and at the rate of the search.
     """
 
     name: ClassVar[str] = "reproduce"
@@ -47,14 +47,14 @@ class Reproduce(Study):
     full: Annotated[bool, _LENGTH] = False
     """Long runs, several seeds, many rounds of timing: most of an hour or more."""
     seeds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Number of runs of each method and setting. Default: as many as the length affords."""
+    """Number of runs of each method and setting. Default: depends on --quick or --full."""
     distributed: bool = False
     """Share each batch with the other processes of a group, found at JAX_COORDINATOR_ADDRESS. See
     `prograde launch`."""
 
     @functools.cached_property
     def chosen(self) -> "list[Experiment]":
-        """The experiments that run. Raises `UsageError` for options that make no sense."""
+        """The experiments that run. Raises `UsageError` for invalid options."""
         from prograde.lab.studies.reproduce.experiments import EXPERIMENTS
 
         possible = [
@@ -77,7 +77,7 @@ class Reproduce(Study):
 
     @functools.cached_property
     def dataset(self) -> "Dataset | None":
-        """The data, where a chosen experiment needs any."""
+        """The data, or None if no chosen experiment needs any."""
         from prograde.lab.data import load
 
         needed = any(callable(experiment.subject) for experiment in self.chosen)
@@ -87,7 +87,7 @@ class Reproduce(Study):
         """With --distributed, joins the other processes; returns the number of this one."""
         if not self.distributed:
             return 0
-        self.chosen  # noqa: B018  # what can be refused is refused before anyone waits
+        self.chosen  # noqa: B018  # refuses invalid options before any process waits
         from prograde.lab.processes.workers import join
 
         return join()

@@ -75,7 +75,7 @@ def _reported_ratio(experiment: Experiment, outcome: Outcome) -> str:
 
 
 def training_table(summary: Summary) -> Table:
-    """What each method reached at each setting."""
+    """Makes the table of what each method reached at each setting."""
     rows = []
     for o in summary.outcomes:
         rows.append(
@@ -99,7 +99,7 @@ def training_table(summary: Summary) -> Table:
 
 
 def cost_table(summary: Summary) -> Table:
-    """What a step of each method costs."""
+    """Makes the table of what a step of each method costs."""
     reported = {
         "forward": summary.experiment.reported.r_f,
         "backprop": summary.experiment.reported.r_b,
@@ -126,7 +126,7 @@ def cost_table(summary: Summary) -> Table:
 
 
 def depth_tables(summary: Summary) -> list[Table]:
-    """Cost against depth, and memory against depth."""
+    """Makes the tables of cost and of memory against depth."""
     methods = [m for m in METHOD_TITLES if m != "bare"]
     times, memories = [], []
     for depth, figures in sorted(summary.depths.items()):
@@ -167,7 +167,7 @@ def depth_tables(summary: Summary) -> list[Table]:
 
 
 def tables(summary: Summary) -> list[Table]:
-    """All tables of an experiment."""
+    """Makes all tables of an experiment."""
     if summary.depths:
         return depth_tables(summary)
     found = [training_table(summary)] if summary.outcomes else []
@@ -175,7 +175,7 @@ def tables(summary: Summary) -> list[Table]:
 
 
 def _conclusion(summary: Summary) -> str:
-    """Says where the figures agree with the paper and where they do not."""
+    """Says which figures agree with the paper and which do not."""
     if summary.depths:
         return _depth_conclusion(summary)
     if isinstance(summary.experiment.subject, Surface):
@@ -276,7 +276,7 @@ def _depth_conclusion(summary: Summary) -> str:
 
 
 def _made_on(summary: Summary) -> str:
-    """Where the numbers come from, and the rates that the search found."""
+    """Says where the numbers come from, and which rates the search found."""
     data = summary.manifest["config"]["data"]
     said = [f"Data: {data['name']}."] if data else []
     found = []

@@ -1,4 +1,4 @@
-"""Runs one experiment: costs, search of learning rates, training."""
+"""Runs one experiment: measures costs, searches learning rates, trains."""
 
 import time
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from prograde.lab.training.runs import Run, train
 from prograde.lab.training.search import TRIALS, search
 from prograde.lab.training.trainer import Trainer
 
-_SCAN_STEPS = 20  # steps a visit, where they run inside one scan
-_SURFACE_SEEDS = 5  # of a trial of the search, where steps cost nothing
+_SCAN_STEPS = 20  # steps in a visit, if they run inside one scan
+_SURFACE_SEEDS = 5  # of a trial of the search on surfaces, whose steps are cheap
 
 
 def run(
@@ -33,7 +33,7 @@ def run(
     display: Display,
     mesh: Mesh | None,
 ) -> None:
-    """Measures what the store does not hold yet. On a mesh, its devices share each batch."""
+    """Measures what the store does not hold yet. The devices of a mesh share each batch."""
     if experiment.subject is None:
         _run_depth(title, budget, store, display)
         return
@@ -53,7 +53,7 @@ def run(
 def _figures_and_judge(
     experiment: Experiment, data: Dataset | None, limit: int
 ) -> tuple[Callable[[PyTree], dict[str, float]], Callable[[PyTree], float]]:
-    """The figures of a point, and what the search of a rate goes by."""
+    """Returns the figures of a point, and the criterion of the search of a rate."""
     if isinstance(surface := experiment.subject, Surface):
         value = lambda params: float(surface.fun(params))  # noqa: E731
         return lambda params: {"test_loss": value(params)}, value
@@ -140,7 +140,7 @@ def _train(
     display: Display,
     mesh: Mesh | None,
 ) -> None:
-    """Trains by each method at each setting, all of a seed before the next seed."""
+    """Trains by each method at each setting. All runs of a seed come before the next seed."""
     runs = [
         Run(method, setting.name, setting.learning_rate or tuned[method], seed, budget.steps)
         for seed in range(budget.seeds)
@@ -190,7 +190,7 @@ def _run_depth(title: str, budget: Budget, store: Store, display: Display) -> No
 
 
 class _Speed:
-    """Says how many steps were taken a second since the last call."""
+    """Measures the number of steps per second since the last call."""
 
     def __init__(self):
         self._last = time.monotonic()

@@ -10,7 +10,7 @@ from prograde.lab.training.outcomes import Outcome, outcome_of
 
 @dataclass(frozen=True)
 class Summary:
-    """One experiment's records. `depths` are those of the depth experiment alone."""
+    """The records of one experiment. Only the depth experiment has `depths`."""
 
     experiment: Experiment
     manifest: dict[str, Any]
@@ -22,7 +22,7 @@ class Summary:
 
 
 def summarise(store: Store) -> Summary:
-    """Reads the records of one experiment. What is not recorded yet is empty."""
+    """Reads the records of one experiment. Missing records are empty."""
     manifest = store.manifest
     name = manifest["config"]["experiment"]
     if name not in EXPERIMENTS:
