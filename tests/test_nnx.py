@@ -137,3 +137,14 @@ def test_an_estimator_that_learns_is_refused(batch):
         pg.nnx.value_and_grad(loss_fn, pg.Guided("momentum"))(
             jax.random.key(0), Net(nnx.Rngs(0)), *batch
         )
+
+
+def test_the_plain_drop_in_refuses_a_module_with_state(batch):
+    """It would perturb the variance of the batch and train it on noise."""
+    grad_fn = pg.value_and_grad(loss_fn, pg.WeightPerturbation())
+    with pytest.raises(TypeError, match=r"norm.mean \(BatchStat\).*prograde\.nnx"):
+        grad_fn(jax.random.key(0), Net(nnx.Rngs(0)), *batch)
+    graph, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+    pure = lambda params, x, y: loss_fn(nnx.merge(graph, params, rest, copy=True), x, y)
+    _, grads = pg.value_and_grad(pure, pg.Backprop())(None, params, *batch)
+    assert sorted(grads) == ["linear", "norm"]

@@ -1,6 +1,7 @@
 """The drop-in for `jax.value_and_grad`."""
 
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ def value_and_grad(
 
     **Bias, variance and cost:** those of the estimator.
 
-    **Errors:** `TypeError` for what is no estimator, or for one that learns from step to step;
+    **Errors:** `TypeError` for what is no estimator, for one that learns from step to step, and for
+    a module of Flax NNX with state (take `prograde.nnx.value_and_grad`);
     `ValueError` for `argnums` that are empty, that name an argument twice, or that the call has no
     argument for. `RuntimeWarning` outside of `jit` where the loss is finite and its derivative is
     not.
@@ -91,6 +93,7 @@ def value_and_grad(
         # a single argument is passed as it is: its tangents are those of `estimator.estimate`
         params = args[wanted[0]] if single else tuple(args[position] for position in wanted)
         others = tuple(arg for i, arg in enumerate(args) if i not in wanted)
+        _refuse_state(params)
 
         def of_params(params: Any, *others: Any) -> Any:
             given, remaining = (
@@ -119,3 +122,21 @@ def value_and_grad(
         return ((result.value, result.aux) if has_aux else result.value), result.grads
 
     return value_and_grad_fun
+
+
+def _refuse_state(params: Any) -> None:
+    """Raises where a module of Flax NNX holds state, which would be perturbed and not move."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable)
+    variables = [(path, x) for path, x in leaves if is_variable(x)]
+    state = [(path, x) for path, x in variables if not isinstance(x, nnx.Param)]
+    if state and len(state) < len(variables):
+        names = ", ".join(f"{jax.tree_util.keystr(p)} ({type(x).__name__})" for p, x in state)
+        raise TypeError(
+            f"the parameters hold state of Flax NNX: {names}. It would be perturbed like weights, "
+            "and would not move. Use prograde.nnx.value_and_grad, or split the module with "
+            "nnx.split(model, nnx.Param, ...)."
+        )
