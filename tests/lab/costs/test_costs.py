@@ -169,7 +169,9 @@ def test_report_of_replaying_says_when_bits_differ_and_times_are_worth_nothing(t
     found = committed("replay-speed").read("replay")
     (section,) = replay_report.report([committed("replay-speed")]).sections
     assert "a log of 121 KB" in section.content[0]
-    assert "the same bit by bit, in 0.12 (0.11 to 0.13) of the time" in section.content[0]
+    assert (
+        "the same bit by bit. Replaying takes 0.12 (0.11 to 0.13) of the time" in section.content[0]
+    )
     changed = found | {"same_bits": False, "busy": 0.4}
     (section,) = replay_report.report([copied("replay-speed", tmp_path, replay=changed)]).sections
     assert "NOT the same" in section.content[0]
