@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Union, get_type_hints
 
-from prograde._extras import install
+from prograde.lab.extras import install
 
 try:
     import tyro

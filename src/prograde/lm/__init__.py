@@ -6,15 +6,14 @@ states = model(tokens)
 
 from importlib.util import find_spec as _find_spec
 
-from prograde._extras import install as _install
-
 if _missing := [
     name
     for name in ("gguf", "platformdirs", "safetensors", "tokenizers")
     if _find_spec(name) is None
 ]:
     raise ImportError(
-        f"prograde.lm needs more packages ({', '.join(_missing)}). {_install('lm')}",
+        f"prograde.lm needs more packages ({', '.join(_missing)}). In a checkout of prograde, run: "
+        "pip install '.[lm]'",
         name=_missing[0],
     )
 

@@ -168,7 +168,7 @@ def test_replaying_makes_the_same_bits_whatever_the_order_of_the_turns(monkeypat
 def test_report_of_replaying_says_when_bits_differ_and_times_are_worth_nothing(tmp_path):
     found = committed("replay-speed").read("replay")
     (section,) = replay_report.report([committed("replay-speed")]).sections
-    assert "a log of 121 KB" in section.content[0]
+    assert "takes 121 KB" in section.content[0]
     assert (
         "the same bit by bit. Replaying takes 0.12 (0.11 to 0.13) of the time" in section.content[0]
     )

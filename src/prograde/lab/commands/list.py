@@ -13,7 +13,7 @@ class List:
 
     def __call__(self, console: "Console", errors: "Console", rest: tuple[str, ...]) -> int:
         """Prints a table of the studies, and the tables of each study."""
-        from prograde._extras import install
+        from prograde.lab.extras import install
         from prograde.lab.report import Table
         from prograde.lab.report.terminal import print_table, say
         from prograde.lab.studies import STUDIES, study

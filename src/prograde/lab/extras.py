@@ -1,4 +1,4 @@
-"""Says how to install the packages that an optional part needs."""
+"""Optional dependencies: how to install the packages that a study or command needs."""
 
 
 def install(extra: str) -> str:
