@@ -3,13 +3,12 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
-from prograde.distributed import StartError, initialize
 from prograde.lab.processes.launch import free_port
 from prograde.lab.studies.kills.group import PROGRAM, Group, begun_from, finals, kill_at_random
 from prograde.replay import ReplayLog
@@ -129,18 +128,32 @@ def test_who_waits_for_one_that_never_comes_says_so_and_ends(tmp_path):
         assert f"process {number} of 2 did not find all the others at 127.0.0.1" in said
 
 
-def test_an_address_that_is_taken_or_not_of_this_machine_is_refused(monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(StartError, match=f"cannot listen at 127.0.0.1:{port}"):
-            initialize(f"127.0.0.1:{port}", 2, 0)
-    monkeypatch.setenv(
-        "JAX_COORDINATOR_BIND_ADDRESS", "192.0.2.1:12345"
-    )  # kept for examples, by RFC 5737
-    with pytest.raises(StartError, match=r"cannot listen at 192\.0\.2\.1"):
-        initialize("127.0.0.1:12345", 2, 0)
+@pytest.mark.long
+def test_an_address_that_is_taken_or_not_of_this_machine_is_refused():
+    """In a process of its own: JAX must not have run anything before."""
+    program = """
+        import os, socket
+        from prograde.distributed import StartError, initialize
+
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            try:
+                initialize(address, 2, 0)
+            except StartError as error:
+                assert f"cannot listen at {address}" in str(error), error
+                print("taken")
+        os.environ["JAX_COORDINATOR_BIND_ADDRESS"] = "192.0.2.1:12345"  # for examples, by RFC 5737
+        try:
+            initialize("127.0.0.1:12345", 2, 0)
+        except StartError as error:
+            assert "cannot listen at 192.0.2.1" in str(error), error
+            print("not of this machine")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["taken", "not of this machine"], done.stderr
 
 
 @pytest.mark.long

@@ -131,7 +131,7 @@ def test_the_manifest_says_what_a_number_depends_on(tmp_path):
         "xla_flags",
     }
     assert wanted <= set(environment)
-    assert {"jax", "jaxlib", "quax", "prograde", "python"} <= set(environment["versions"])
+    assert {"jax", "jaxlib", "equinox", "prograde", "python"} <= set(environment["versions"])
 
 
 def test_a_record_is_measured_once(tmp_path):

@@ -246,5 +246,14 @@ def test_every_study_explains_each_of_its_options(name):
     cls = studies.study(name)
     assert cls.name == name
     assert cls.__doc__.splitlines()[0].endswith(".")
+    for options, name in options_of(cls):
+        assert get_field_docstring(options, name, ()), name
+
+
+def options_of(cls):
+    """The options of a study, with the class that documents each: nested ones have their own."""
     for field in dataclasses.fields(cls):
-        assert get_field_docstring(cls, field.name, ()), field.name
+        if dataclasses.is_dataclass(field.default):
+            yield from options_of(type(field.default))
+        else:
+            yield cls, field.name
