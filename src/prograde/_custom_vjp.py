@@ -4,9 +4,11 @@ All forward runs of this package go through `bind_forward`, so that every estima
 things with the same words.
 """
 
+import contextlib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -213,12 +215,29 @@ def _bind_inlined(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return naming(eqn, lambda: bind(eqn, values))
 
 
+# Whether tangents that pass inlined code are watched.
+_WATCHED: ContextVar[bool] = ContextVar("watched", default=True)
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Traces inlined code without a watch on its tangents.
+
+    A program whose tangents are transposed later can do nothing with them that is not linear.
+    """
+    token = _WATCHED.set(False)
+    try:
+        yield
+    finally:
+        _WATCHED.reset(token)
+
+
 def _noting_tangents(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """The values, watched for tangents that are not finite, which a warning names.
 
     Where `check` is watching, it is told that a tangent passed by a reverse rule.
     """
-    findings, what = _findings.current(), describe(eqn)
+    findings, what, watched = _findings.current(), describe(eqn), _WATCHED.get()
 
     @jax.custom_jvp
     def seen(*values: Any) -> list[Any]:
@@ -231,7 +250,7 @@ def _noting_tangents(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
         ]
         if any(moved) and findings is not None:
             findings.inlined[what] = None
-        elif any(moved):
+        elif any(moved) and watched:
             finite = [_all_finite(x) for x in primals]
             lost = [~_all_finite(t) for t, m in zip(out, moved, strict=True) if m]
             jax.debug.callback(
@@ -251,10 +270,8 @@ def _warn(what: str, lost: Any) -> None:
     if np.any(lost):
         warnings.warn(
             f"custom_vjp='inline' differentiates the code of {what}, and there the tangent is not "
-            "finite "
-            "although the value is. The rule that it ignores may be what keeps the derivative "
-            "finite: give the "
-            "function a jax.custom_jvp.",
+            "finite although the value is. The rule that it ignores may be what keeps the "
+            "derivative finite: give the function a jax.custom_jvp.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -191,7 +191,7 @@ def test_half_precision(estimator, key):
     params, losses, args = site_models.relu_mlp(key)
     params, args = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, args))
     if isinstance(estimator, pg.CentralDifference) and estimator.step < 0.01:
-        with pytest.raises(ValueError, match=r"step=0.001, but parameters of dtype bfloat16"):
+        with pytest.raises(ValueError, match=r"step=0.001, but a loss of dtype bfloat16"):
             estimate(estimator, losses, key, params, *args)
         return
     result = in_one_program(estimator, losses, key, params, *args)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from prograde._custom_vjp import unwatched
 from prograde._inject import varying_like
 from prograde._sites import (
     Program,
@@ -92,7 +93,8 @@ class SiteEstimator(Estimator):
         floats = Loss(fun, params, args, has_aux).floats
 
         def of_args(floats: PyTree[Array], *args: Any) -> tuple[list[Array], PyTree]:
-            return self.losses(Loss(fun, params, args, has_aux, self.custom_vjp)(floats))
+            with unwatched():  # the tangents of the program are transposed
+                return self.losses(Loss(fun, params, args, has_aux, self.custom_vjp)(floats))
 
         loss = jax.eval_shape(lambda floats: of_args(floats, *args)[0][0], floats)
         if self.per_example and loss.ndim == 0:
