@@ -470,5 +470,5 @@ def test_bad_losses_are_refused(losses, error, text, key):
 
 
 def test_the_loss_of_the_whole_batch_is_refused():
-    with pytest.raises(ValueError, match="per_example=False, but losses"):
+    with pytest.raises(ValueError, match="per_example=False, but LocalLosses"):
         pg.LocalLosses(per_example=False)

@@ -464,7 +464,7 @@ def test_compared_and_hashed_by_their_values():
         (
             {"scales": "gradient", "precondition": True},
             ValueError,
-            "leaving out all leaves but one",
+            "only one leaf is perturbed",
         ),
         ({"precondition": 1}, ValueError, "precondition=1"),
         ({"every": 0}, ValueError, "every=0"),
