@@ -5,7 +5,7 @@ PYTHON_NEWEST ?= python3.13
 VENV ?= .venv-dev
 BIN := $(VENV)/bin
 
-.PHONY: setup hooks reproduce test test-all test-newest check lint types docs bench bench-basics
+.PHONY: setup hooks reproduce test test-all test-long test-newest check lint types docs bench bench-basics
 
 setup: $(VENV)/.installed
 
@@ -27,11 +27,17 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest
 
-# what make test says of the core, on the newest versions of everything
+# the long tests alone; LONG="..." takes some of them
+LONG ?= tests
+test-long: setup
+	$(BIN)/python -m pytest -m long $(LONG)
+
+# the core's part of make test, on the newest versions of everything; NEWEST="..." takes less of it
+NEWEST ?= tests --ignore tests/lab --ignore tests/docs
 test-newest:
 	$(PYTHON_NEWEST) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test]'
-	.venv-newest/bin/python -m pytest -m 'not long' --ignore tests/lab --ignore tests/docs
+	.venv-newest/bin/python -m pytest -m 'not long' $(NEWEST)
 
 check: lint types docs
 
