@@ -45,6 +45,7 @@ def temp_bytes(fun, *args):
     return jax.jit(fun).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.long
 def test_every_method_has_the_gradient_of_backprop():
     """In float64, 60 steps: nothing but rounding may lie between them."""
     with jax.enable_x64(True):
@@ -79,6 +80,7 @@ def test_one_tangent_of_the_gru_is_a_directional_derivative(key):
     np.testing.assert_allclose(float(inner) * n, float(square), rtol=1e-9)
 
 
+@pytest.mark.long
 def test_memory_grows_with_the_horizon_for_reverse_mode_alone():
     pendulum = horizon_loops.Pendulum()
     at = lambda method: [
@@ -99,6 +101,7 @@ def test_exact_gradient_runs_the_function_once():
     assert str(jaxpr).count(" scan[") == 1
 
 
+@pytest.mark.long
 def test_horizon_is_told_from_a_tiny_record(display, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # in the process that it starts
     plan = horizon.Plan(
@@ -163,6 +166,7 @@ def test_wrong_labels_are_as_many_as_said_and_small_weights_tell_them():
     assert run.found(np.where(wrong, 1.0, -1.0)) == {"auc": 0.0, "precision": 0.0}
 
 
+@pytest.mark.long
 def test_hyper_is_told_from_a_tiny_record(display):
     plan = hyper.Plan(
         (16,), 1, run_steps=8, meta_steps=2, starts=2, cleaning_steps=4, cleaning_seconds=1e-3,

@@ -133,6 +133,7 @@ def test_gradient_of_the_equilibrium_network_is_exact(key):
         assert refusal(loss, weights)
 
 
+@pytest.mark.long
 def test_newton_shows_what_it_measured(quiet, tmp_path):
     record = newton.measure(False, quiet, steps=60, rounds=2)
     assert record["refused"].startswith(
@@ -173,6 +174,7 @@ def hires(t, y, k):
     )
 
 
+@pytest.mark.long
 def test_stiff_solver_has_the_published_value_and_the_derivative_of_reverse_mode():
     reference = [
         7.371312573325668e-4,
@@ -217,6 +219,7 @@ def test_stiff_solver_has_the_published_value_and_the_derivative_of_reverse_mode
         assert relative(grads, reverse(jnp.zeros(10))[0]) < 1e-9
 
 
+@pytest.mark.long
 def test_gradient_of_the_oregonator_is_that_of_differences(key):
     # over the first jump; solved closely, so that the number of steps, which a difference sees
     # change, matters little
@@ -228,6 +231,7 @@ def test_gradient_of_the_oregonator_is_that_of_differences(key):
         assert relative(differences(lambda p: loss(p, signal), jnp.zeros(4), 1e-3), grads) < 1e-3
 
 
+@pytest.mark.long
 def test_ode_shows_what_it_measured(quiet, tmp_path, monkeypatch):
     monkeypatch.setattr(ode, "_ALLOWED", (64,))
     record = ode.measure(
@@ -263,6 +267,7 @@ def test_a_runner_without_room_for_its_leg_has_fallen():
     assert made.distance == 0
 
 
+@pytest.mark.long
 def test_control_shows_what_it_measured(quiet, tmp_path, monkeypatch):
     monkeypatch.setattr(
         control, "SEARCHES", {"differences along 1": control.SEARCHES["differences along 1"]}

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from prograde.lab import cli, store
 from prograde.lab.commands.report import report_of_directories
-from prograde.lab.data import synthetic
+from prograde.lab.data import images, synthetic
 from prograde.lab.display import Display
 from prograde.lab.report import Figure, Table, figures, markdown, terminal
 from prograde.lab.studies.reproduce import costs, experiments, plan, run
@@ -196,6 +196,7 @@ def test_a_bad_request_says_what_is_valid_and_exits_with_2(
     words, said, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("prograde.lab.data.load", images.load)  # `tiny` replaces it in this file
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
     monkeypatch.setattr(
         "prograde.lab.processes.workers._keep_output_of_libraries_away", lambda: None
