@@ -4,8 +4,11 @@ Nothing is unrolled, so the memory does not grow with the length of the stream.
 
 - `_learner`: the interface of a learner, what it carries, and the checks that all share;
 - `rtrl`, `dodge`, `uoro`: one algorithm each;
+- `keep`: which part of a sparse influence `RTRL` keeps; `_sparsity`, `_colouring` and
+  `_sparse_influence`: how it is found, laid out and carried;
 - `directions`: guesses for `DODGE`;
-- `_learn`: a loop over a chunk of a stream, which stops before a faulty step.
+- `_learn`: a loop over a chunk of a stream, which stops before a faulty step; `_every`: one update
+  for several steps.
 
 **Source:** arXiv 1702.05043 compares the algorithms. Each class names its own source.
 
@@ -20,10 +23,13 @@ Examples:
     ...     carry, loss, grads = learner.step(jax.random.key(0), carry, x, 0.0)
 """
 
+from prograde.online._every import Every
 from prograde.online._learn import StreamError, learn
 from prograde.online._learner import Carry, OnlineLearner
+from prograde.online._plan import Plan
 from prograde.online.directions import Guess, Momentum, PastWindow, TruncatedBackprop
 from prograde.online.dodge import DODGE
+from prograde.online.keep import OwnLayer, SnAp
 from prograde.online.rtrl import RTRL
 from prograde.online.uoro import UORO
 
@@ -32,10 +38,14 @@ __all__ = [
     "RTRL",
     "UORO",
     "Carry",
+    "Every",
     "Guess",
     "Momentum",
     "OnlineLearner",
+    "OwnLayer",
     "PastWindow",
+    "Plan",
+    "SnAp",
     "StreamError",
     "TruncatedBackprop",
     "learn",

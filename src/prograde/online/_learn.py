@@ -106,6 +106,7 @@ def learn(
     if length == 0:
         raise ValueError("inputs and targets have no steps, but at least one is needed.")
     _check_arguments(learner, optimizer, carry, opt_state)
+    learner._check_saved(carry, jax.tree.map(lambda x: jnp.asarray(x)[0], inputs))
     arguments = (learner, optimizer, key, carry, opt_state, inputs, targets)
     _, sound, after, opt_after, losses = _steps(*arguments, jnp.asarray(length, jnp.int32), False)
     if isinstance(sound, Tracer) or sound:

@@ -198,9 +198,16 @@ class OnlineLearner(abc.ABC):
             raise ValueError(
                 f"the memory of {type(self).__name__} for {counts[0]:,} parameters and a state of "
                 f"{counts[1]:,} numbers takes {size / 1e9:,.1f} GB, and max_bytes={self.max_bytes} "
-                f"allows {self.max_bytes / 1e9:,.1f}. {self._less_memory}Raise max_bytes where the "
-                "device has the memory, which a step needs twice."
+                f"allows {self.max_bytes / 1e9:,.1f}. {self._too_large(params, state, input)}Raise "
+                "max_bytes where the device has the memory, which a step needs twice."
             )
+
+    def _too_large(self, params: PyTree, state: PyTree, input: PyTree) -> str:
+        """What to take where the memory is too large: sentences, with a space at the end."""
+        return self._less_memory
+
+    def _check_saved(self, carry: Carry, input: PyTree) -> None:  # noqa: B027
+        """Raises where a carry has the right shapes and still cannot be read. Not traced."""
 
     def _check_memory(self, carry: Carry, input: PyTree, target: PyTree) -> None:
         """Raises unless the memory of the carry is one that this learner makes."""
