@@ -10,14 +10,14 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse as sp
 from jaxtyping import Array
 
 from prograde._structured.derivative import Tangent
 from prograde._structured.tangent import LowRankTangent
+from prograde.online._sparsity import Matrix
 
 
-def colour(kind: np.ndarray, needed: sp.csc_matrix, hit: sp.csc_matrix) -> tuple[np.ndarray, int]:
+def colour(kind: np.ndarray, needed: Matrix, hit: Matrix) -> tuple[np.ndarray, int]:
     """The colour of each column, -1 for a column of kind -1, and how many there are.
 
     Columns of one kind have equal entries, and each kind has a column in `needed` and `hit`. The

@@ -19,14 +19,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse as sp
 from jax import lax
 from jaxtyping import Array, PyTree, UInt32
 
 from prograde._structured import directional_derivative
 from prograde.kit import wide
 from prograde.online._colouring import colour, seeds, take
-from prograde.online._sparsity import NoPatternError, Pattern, described, find_pattern
+from prograde.online._sparsity import Matrix, NoPatternError, Pattern, described, find_pattern
 from prograde.online.keep import Group, Keep, groups
 
 _LARGE = 2**15  # numbers of influence, from which a decision costs less than reading them
@@ -70,7 +69,7 @@ class _Block:
     state_colours: np.ndarray
     state_count: int
     mask: np.ndarray | None
-    sums: np.ndarray | sp.csc_matrix
+    sums: np.ndarray | Matrix
     places: tuple[np.ndarray, ...]
 
 
@@ -178,6 +177,8 @@ def _entries(found: list[Group]) -> int:
 
 
 def _block(pattern: Pattern, group: Group) -> _Block:
+    import scipy.sparse as sp
+
     rows, kept = group.state_entries, group.kept
     size, across = len(rows), pattern.by_state[rows][:, rows].tocsc()
     closed = group.reached.nnz == kept.nnz
@@ -186,7 +187,8 @@ def _block(pattern: Pattern, group: Group) -> _Block:
         colours, count = colour(group.kind, kept, kept)
     else:  # what is dropped of one column must not fall on what is kept of another
         colours, count = colour(group.kind, kept, group.reached)
-    used, mask = across, None
+    used: Matrix = across
+    mask = None
     if not closed and disjoint:
         kind = np.full(size, -1)
         kind[kept.indices] = np.repeat(np.arange(kept.shape[1]), np.diff(kept.indptr))

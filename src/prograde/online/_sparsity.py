@@ -14,7 +14,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse as sp
 from jaxtyping import PyTree
 
 from prograde._costs import multiply_adds
@@ -23,6 +22,9 @@ from prograde.kit import float_leaves
 INSTALL = "pip install 'prograde[sparse]'"
 # asdex keeps a Python set for each number of each intermediate result
 _MOST_MULTIPLY_ADDS = 2**24
+
+
+Matrix = Any  # of scipy.sparse, by columns
 
 
 class NoPatternError(Exception):
@@ -70,8 +72,8 @@ class Pattern:
 
     state: Leaves
     params: Leaves
-    by_state: sp.csr_matrix
-    by_params: sp.csc_matrix
+    by_state: Matrix
+    by_params: Matrix
 
 
 def find_pattern(cell: Callable, params: PyTree, state: PyTree, input: PyTree) -> Pattern:
@@ -81,6 +83,7 @@ def find_pattern(cell: Callable, params: PyTree, state: PyTree, input: PyTree) -
     """
     try:
         import asdex
+        import scipy.sparse as sp
     except ImportError as error:
         raise NoPatternError(f"asdex is not installed: {INSTALL}") from error
     arrays, rest = eqx.partition((params, state), _is_array)

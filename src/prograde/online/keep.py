@@ -2,14 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
-from scipy.sparse import csgraph
 
 from prograde.kit import check_whole
-from prograde.online._sparsity import Pattern
+from prograde.online._sparsity import Matrix, Pattern
 
 
 @dataclass(frozen=True)
@@ -96,8 +93,8 @@ class Group:
     param_entries: np.ndarray
     state_entries: np.ndarray
     kind: np.ndarray
-    kept: sp.csc_matrix
-    reached: sp.csc_matrix
+    kept: Matrix
+    reached: Matrix
 
 
 def groups(pattern: Pattern, keep: Keep | None) -> list[Group]:
@@ -105,6 +102,8 @@ def groups(pattern: Pattern, keep: Keep | None) -> list[Group]:
 
     **Errors:** `ValueError` where nothing is kept.
     """
+    import scipy.sparse as sp
+
     allowed: dict[tuple[int, ...], list[int]] = {}
     for leaf, states in enumerate(_allowed(pattern, keep)):
         if states:
@@ -120,6 +119,9 @@ def groups(pattern: Pattern, keep: Keep | None) -> list[Group]:
         for _ in range(keep.n - 1 if isinstance(keep, SnAp) else 0):
             kept = _ones(kept + across @ kept)
         reached = _ones(kept + across @ kept)
+        merged, both = _kinds(sp.vstack([kept, reached]).tocsc())
+        kind = np.where(kind >= 0, merged[kind], -1)
+        kept, reached = _ones(both[: len(rows)]), _ones(both[len(rows) :])
         found.append(Group(tuple(leaves), states, columns, rows, kind, kept, reached))
     if not found:
         raise ValueError(
@@ -134,7 +136,7 @@ def _allowed(pattern: Pattern, keep: Keep | None) -> list[tuple[int, ...]]:
     of_state, of_params = pattern.state.owner(), pattern.params.owner()
     states, leaves = len(pattern.state.shapes), len(pattern.params.shapes)
 
-    def between(matrix: Any, owner: np.ndarray, count: int) -> np.ndarray:
+    def between(matrix: Matrix, owner: np.ndarray, count: int) -> np.ndarray:
         found, matrix = np.zeros((states, count), bool), matrix.tocoo()
         found[of_state[matrix.row], owner[matrix.col]] = True
         return found
@@ -156,7 +158,7 @@ def _allowed(pattern: Pattern, keep: Keep | None) -> list[tuple[int, ...]]:
     return found
 
 
-def _kinds(own: sp.csc_matrix) -> tuple[np.ndarray, sp.csc_matrix]:
+def _kinds(own: Matrix) -> tuple[np.ndarray, Matrix]:
     """Parameters with the same column are of one kind: the kind of each, and a column of each."""
     own = _ones(own)
     words = np.random.default_rng(0).integers(1, 2**62, (own.shape[0], 2), dtype=np.int64)
@@ -167,13 +169,16 @@ def _kinds(own: sp.csc_matrix) -> tuple[np.ndarray, sp.csc_matrix]:
     rank = np.empty(len(order), int)
     rank[order] = np.arange(len(order))
     kind, first = rank[kind.ravel()], first[order]
-    filled = np.diff(np.asarray(own.indptr))[first] > 0
+    filled = np.diff(own.indptr)[first] > 0
     index = np.where(filled, np.cumsum(filled) - 1, -1)
     return index[kind], own[:, first[filled]]
 
 
-def _closed(across: sp.csr_matrix, own: sp.csc_matrix) -> sp.csc_matrix:
+def _closed(across: Matrix, own: Matrix) -> Matrix:
     """B + A B + A^2 B + ..., by way of the strongly connected parts of the state."""
+    import scipy.sparse as sp
+    from scipy.sparse import csgraph
+
     count, part = csgraph.connected_components(across, connection="strong")
     rows = across.shape[0]
     member = sp.csr_matrix((np.ones(rows, np.int32), (part, np.arange(rows))), (count, rows))
@@ -185,7 +190,9 @@ def _closed(across: sp.csr_matrix, own: sp.csc_matrix) -> sp.csc_matrix:
         kept, between = grown, _ones(between + between @ between)
 
 
-def _ones(matrix: Any) -> sp.csc_matrix:
+def _ones(matrix: Matrix) -> Matrix:
+    import scipy.sparse as sp
+
     matrix = matrix.tocsc()
     matrix.sum_duplicates()
     matrix.eliminate_zeros()

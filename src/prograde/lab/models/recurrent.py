@@ -5,14 +5,15 @@ their parameters on their state is sparse; that of `gru` is dense. Each has a li
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 Params = dict[str, Array]
-State = Array | dict[str, Array]
-Cell = Callable[[Params, State, Array], tuple[State, Array]]
+State = Any  # an array, or a dict of arrays
+Cell = Callable[[Params, State, Any], tuple[State, Array]]
 
 
 def gru(params: Params, state: Float[Array, "*batch units"], x: Float[Array, "*batch inputs"]):

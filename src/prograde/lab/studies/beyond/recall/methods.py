@@ -16,7 +16,8 @@ import prograde as pg
 from prograde.lab.models.recurrent import Cell, Params, first_state, gru, min_gru, start
 from prograde.lab.studies.beyond.recall.task import INPUTS, SYMBOLS, loss, with_episodes
 
-_ADAM = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)  # its state holds the rate
+# its state holds the rate
+_ADAM: Any = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
 UNROLL = 8  # steps in an iteration of backprop's loop; of 1, 4, 8 and 16 the fastest
 
 
@@ -98,7 +99,7 @@ def backprop(
 
     value, grads = jax.value_and_grad(of)(params)
     updates, opt_state = _ADAM.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, value
+    return jax.tree.map(jnp.add, params, updates), opt_state, value
 
 
 def methods(delay: int, windows: tuple[int, ...], noisy: bool) -> dict[str, Method]:
