@@ -10,7 +10,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from prograde.kit import check_key, float_leaves
+from prograde.kit import check_key, float_leaves, wide
 from prograde.online._learner import Carry, OnlineLearner, check_carry, tree_differences
 
 
@@ -106,7 +106,8 @@ def learn(
     if length == 0:
         raise ValueError("inputs and targets have no steps, but at least one is needed.")
     _check_arguments(learner, optimizer, carry, opt_state)
-    learner._check_saved(carry, jax.tree.map(lambda x: jnp.asarray(x)[0], inputs))
+    shape = lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x))  # noqa: E731
+    learner._check_saved(carry, jax.tree.map(shape, inputs))
     arguments = (learner, optimizer, key, carry, opt_state, inputs, targets)
     _, sound, after, opt_after, losses = _steps(*arguments, jnp.asarray(length, jnp.int32), False)
     if isinstance(sound, Tracer) or sound:
@@ -161,12 +162,9 @@ def _check_arguments(learner: Any, optimizer: Any, carry: Any, opt_state: PyTree
 
 
 def _finite(tree: PyTree) -> Bool[Array, ""]:
+    """True if all floats are finite. Then 0 times them is 0, and their sum is too."""
     floats = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
-    return (
-        jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats]))
-        if floats
-        else jnp.array(True)
-    )
+    return jnp.asarray(sum(jnp.sum(wide(x) * 0) for x in floats) == 0)
 
 
 @eqx.filter_jit

@@ -9,7 +9,6 @@ forward run, along `columns`.
 """
 
 import functools
-import operator
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -343,7 +342,7 @@ def add_influence(
     # Most steps of a stream may ask nothing. J is then not read, and where it is, that is done
     # before it is overwritten in place: what is returned depends on the decision, by a comparison
     # that always holds, and no copy is made.
-    asked = functools.reduce(operator.or_, [jnp.any(s != 0) for s in by_state])
+    asked = sum(jnp.sum(jnp.abs(wide(s))) for s in by_state) != 0
     grads, done = lax.cond(
         asked,
         lambda: (_added(layout, memory, by_state, grads), jnp.int32(1)),
