@@ -81,7 +81,14 @@ def two_layers(cell):
 
 @pytest.mark.parametrize(
     ("cell", "n", "batch"),
-    [("gru", 1, ()), ("gru", 1, (2,)), ("gru", 2, ()), ("rnn", 1, ()), ("rnn", 2, ())],
+    [
+        ("gru", 1, (2,)),
+        ("rnn", 2, ()),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [("gru", 1, ()), ("gru", 2, ()), ("rnn", 1, ())]
+        ),
+    ],
     ids=str,
 )
 def test_snap_keeps_what_arises_within_n_steps(key, cell, n, batch):
@@ -107,7 +114,11 @@ def test_snap_keeps_what_arises_within_n_steps(key, cell, n, batch):
         assert RTRL(cell, squared, keep=SnAp(20)).plan(params, state, xs[0]).reason == ""
 
 
-@pytest.mark.parametrize("inner", [min_gru, rg_lru, gru], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "inner",
+    [min_gru, *(pytest.param(cell, marks=pytest.mark.long) for cell in (rg_lru, gru))],
+    ids=lambda cell: cell.__name__,
+)
 def test_own_layer_drops_what_crosses_layers_and_nothing_else(key, inner):
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.clone(key))

@@ -1,5 +1,6 @@
 """A loop over a chunk of a stream."""
 
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -153,12 +154,23 @@ def _check_arguments(learner: Any, optimizer: Any, carry: Any, opt_state: PyTree
     check_carry(carry)
     if not callable(getattr(optimizer, "init", None)):
         return
-    wanted = jax.eval_shape(optimizer.init, float_leaves(carry.params))
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+    floats, structure = jax.tree.flatten(jax.tree.map(shape, float_leaves(carry.params)))
+    try:
+        wanted = _first_state(optimizer.init, structure, tuple(floats))
+    except TypeError:  # an optimizer that is not hashable
+        wanted = _first_state.__wrapped__(optimizer.init, structure, tuple(floats))
     if differences := tree_differences(wanted, opt_state):
         raise ValueError(
             f"opt_state is not that of the optimizer for these parameters: {differences}. Use "
             "optimizer.init(params), with the float arrays of the parameters."
         )
+
+
+@functools.lru_cache(maxsize=32)
+def _first_state(init: Any, structure: Any, floats: tuple[jax.ShapeDtypeStruct, ...]) -> PyTree:
+    """The shapes of an optimizer's state. Tracing them takes milliseconds, as long as a chunk."""
+    return jax.eval_shape(init, structure.unflatten(floats))
 
 
 def _finite(tree: PyTree) -> Bool[Array, ""]:

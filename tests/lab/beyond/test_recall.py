@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from prograde.lab.display import Display
+from prograde.lab.models.recurrent import first_state, lru, min_gru, rg_lru, start
 from prograde.lab.studies.beyond.recall.methods import methods
 from prograde.lab.studies.beyond.recall.report import conclusion, draw, tables
 from prograde.lab.studies.beyond.recall.run import Delay, Setting, measure_setting
@@ -59,3 +60,13 @@ def test_recall_is_told_from_a_tiny_record():
     said = conclusion(record)
     assert "RTRL and backprop end below 0.01 nats" in said
     assert "window 2 ends at 1.3" in said
+
+
+@pytest.mark.parametrize("cell", [min_gru, rg_lru, lru], ids=lambda cell: cell.__name__)
+def test_units_of_a_first_cell_forget_with_half_lives_up_to_the_longest(key, cell):
+    params = start(cell, jax.random.clone(key), 3, 200, 2, longest=50.0)
+    kept = cell(params, jax.tree.map(jnp.ones_like, first_state(cell, 200)), jnp.zeros(3))[0]
+    size = jnp.hypot(kept["re"], kept["im"]) / 2**0.5 if cell is lru else kept
+    half_lives = np.log(0.5) / np.log(np.asarray(size))
+    assert 0.99 < half_lives.min() < 1.2
+    assert 40 < half_lives.max() < 50.1

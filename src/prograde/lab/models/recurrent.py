@@ -90,7 +90,7 @@ def start(
     gate = {"gate": 0.1 * normal(inputs, units) * inputs**0.5, "gate_bias": jnp.zeros(units)}
     params = params | gate | {"candidate": normal(inputs, units)}
     if cell is min_gru:
-        return params | {"gate_bias": -jnp.log(jnp.expm1(rate))}  # 1 - z = exp(-rate)
+        return params | {"gate_bias": jnp.log(jnp.expm1(rate))}  # 1 - z = exp(-rate)
     return params | {
         "decay": jnp.log(jnp.expm1(rate / 4)),  # at a gate of one half
         "into": 0.1 * normal(inputs, units) * inputs**0.5,

@@ -18,7 +18,7 @@ from prograde.lab.studies.beyond.recall.task import INPUTS, SYMBOLS, loss, with_
 
 # its state holds the rate
 _ADAM: Any = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
-UNROLL = 8  # steps in an iteration of backprop's loop; of 1, 4, 8 and 16 the fastest
+UNROLL = 4  # steps in an iteration of backprop's loop; of 1, 4, 8 and 16 the fastest
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,12 @@ class Setting:
 
 
 QUICK = Setting()
-_NAMES = ("RTRL", "backprop", "window 50", "window 10", "d = 0", "UORO", "SnAp")
+_NAMES = ("RTRL", "backprop", "window 50", "d = 0", "UORO", "SnAp")
 FULL = Setting(
     delays=(
-        Delay(100, 8.0, (0.003, 0.01, 0.03), 3, (50, 10, 1), _NAMES),
-        Delay(1_000, 40.0, (0.01,), 0, (500, 100), ("RTRL", "backprop", "window 500")),
-        Delay(10_000, 170.0, (0.01,), 0, (), ("RTRL",)),
+        Delay(100, 4.0, (0.003, 0.01, 0.03), 3, (50, 1), _NAMES),
+        Delay(1_000, 22.0, (0.03,), 0, (500,), ("RTRL", "backprop", "window 500")),
+        Delay(10_000, 150.0, (0.03,), 0, (), ("RTRL",)),
     ),
     memory=(100, 1_000, 10_000),
     costs=(256, 1_024),
