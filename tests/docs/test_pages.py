@@ -81,6 +81,19 @@ def test_readme_stream_stands_in_its_record():
     )
 
 
+def test_readme_recall_stands_in_its_record():
+    figures = record("beyond/recall/figures")
+    methods = figures["tasks"]["1000"]["methods"]
+    took = {name: m["runs"][0]["learned_seconds"] for name, m in methods.items()}
+    mb = {name: size / 1e6 for name, size in figures["memory"]["1000"].items()}
+    _, ours, reverse, _ = readme_row("recall")
+    assert ours == f"learned in {took['RTRL']:.0f} s, {mb['RTRL']:.1f} MB"
+    assert reverse == (
+        f"{took['backprop']:.0f} s, {mb['backprop']:.0f} MB; with a window of 500 steps not "
+        f"({methods['window 500']['runs'][0]['loss']:.2f}, guessing: {figures['guessing']:.2f})"
+    )
+
+
 def test_readme_step_stands_in_its_record():
     over = {}
     for name in ("logreg", "mlp", "mlp-512", "cnn", "resnet", "transformer", "smollm2"):

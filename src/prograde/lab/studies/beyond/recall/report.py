@@ -80,7 +80,8 @@ def conclusion(record: dict[str, Any]) -> str:
         learned = [name for name, end in ends.items() if end < _LEARNED]
         rest = [f"{name} ends at {end:.2g}" for name, end in ends.items() if end >= _LEARNED]
         sentence = f"After {int(delay):,} steps of distractors, "
-        sentence += f"{_listed(learned)} end below {_LEARNED} nats" if learned else "none learns"
+        verb = "end" if len(learned) > 1 else "ends"
+        sentence += f"{_listed(learned)} {verb} below {_LEARNED} nats" if learned else "none learns"
         said.append(sentence + (f"; {_listed(rest)}." if rest else "."))
         took = {
             name: task["methods"][name]["runs"] for name in ("RTRL", "backprop") if name in learned
@@ -90,7 +91,9 @@ def conclusion(record: dict[str, Any]) -> str:
             if ours is not None and theirs is not None:
                 said.append(
                     f"RTRL takes {ours:.1f} s to get there, backprop through the episode "
-                    f"{theirs:.1f} s: {ours / theirs:.2f} of its time."
+                    f"{theirs:.1f} s: {ours / theirs:.2f} of its time. In equal time RTRL learns "
+                    f"from {_episodes(took['RTRL']) / _episodes(took['backprop']):.2f} of the "
+                    "episodes."
                 )
     said.append(f"Guessing gives {record['guessing']:.2f}.")
     at = {delay: _less(found) for delay, found in record["memory"].items()}
@@ -145,6 +148,10 @@ def _losses(method: dict[str, Any]) -> list[float]:
 def _mean_seconds(runs: list[dict[str, Any]]) -> float | None:
     took = [run["learned_seconds"] for run in runs]
     return None if None in took else float(np.mean(took))
+
+
+def _episodes(runs: list[dict[str, Any]]) -> float:
+    return float(np.mean([run["episodes"] for run in runs]))
 
 
 def _less(at: dict[str, int]) -> float:
