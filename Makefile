@@ -5,7 +5,7 @@ PYTHON_NEWEST ?= python3.13
 VENV ?= .venv-dev
 BIN := $(VENV)/bin
 
-.PHONY: setup hooks reproduce test test-all test-long test-newest check lint types docs bench bench-basics
+.PHONY: setup hooks reproduce test test-all test-long test-newest test-torch check lint types docs bench bench-basics
 
 setup: $(VENV)/.installed
 
@@ -38,6 +38,16 @@ test-newest:
 	$(PYTHON_NEWEST) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test]'
 	.venv-newest/bin/python -m pytest -m 'not long' $(NEWEST)
+
+# the tests of prograde.torch, which make test skips: in an environment of its own, .venv-torch
+test-torch: .venv-torch/.installed
+	.venv-torch/bin/python -m pytest $(TORCH)
+TORCH ?= tests/pytorch
+
+.venv-torch/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[test-torch]'
+	touch $@
 
 check: lint types docs
 

@@ -16,7 +16,10 @@ TEXTS = {
     )
     for path in sorted((SOURCE / "prograde").rglob("*.py"))
 }
-WITH_EXAMPLES = [name for name, text in TEXTS.items() if ">>> " in text]
+# tests/pytorch runs those of prograde.torch
+WITH_EXAMPLES = [
+    name for name, text in TEXTS.items() if ">>> " in text and not name.startswith("prograde.torch")
+]
 PUBLIC = ["", "distributed", "diagnostics", "kit", "lm", "online", "replay", "testing"]
 PAPERS = [
     "",

@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "prograde"
 
 
 # modules for models of a framework, which alone may import it
-FRAMEWORKS = {"nnx.py": {"flax"}}
+FRAMEWORKS = {"nnx": {"flax"}, "torch": {"torch", "torchax", "transformers"}}
 
 
 def imports(path):
@@ -29,7 +29,7 @@ def test_core_does_not_import_the_lab_or_models_or_what_only_they_need():
     allowed = {"jax", "jaxtyping", "equinox", "numpy", "prograde"} | set(sys.stdlib_module_names)
     for path in SOURCE.rglob("*.py"):
         if not {"lab", "lm"} & set(path.parts):
-            framework = FRAMEWORKS.get(path.relative_to(SOURCE).as_posix(), set())
+            framework = FRAMEWORKS.get(path.relative_to(SOURCE).parts[0].removesuffix(".py"), set())
             for name in imports(path):
                 assert name.split(".")[0] in allowed | framework, f"{path} imports {name}"
                 assert not name.startswith(("prograde.lab", "prograde.lm")), (
@@ -57,7 +57,13 @@ def test_models_do_not_import_the_lab_nor_the_rest_of_the_core():
 
 
 def test_lab_uses_public_names_only():
-    public = {"prograde", "prograde.testing", "prograde.lm", "prograde.replay"}
+    public = {
+        "prograde",
+        "prograde.testing",
+        "prograde.lm",
+        "prograde.replay",
+        "prograde.torch",
+    }
     for path in (SOURCE / "lab").rglob("*.py"):
         for name in imports(path):
             if name.startswith("prograde"):
@@ -68,6 +74,7 @@ def test_importing_prograde_does_not_import_the_lab_or_models():
     heavy = (
         "prograde.lab",
         "flax",
+        "torch",
         "optax",
         "matplotlib",
         "tyro",
@@ -96,12 +103,19 @@ def test_there_is_no_pickle():
 def test_api_page_lists_exactly_the_public_names():
     page = (ROOT / "docs" / "api.md").read_text()
     assert set(re.findall(r"^::: prograde\.(\w+)$", page, re.M)) == {*prograde.__all__, "kit"}
+    assert set(re.findall(r"^::: prograde\.torch\.(\w+)$", page, re.M)) == torch_names()
     assert set(re.findall(r"^::: prograde\.testing\.(\w+)$", page, re.M)) == {
         "assert_mean",
         "assert_unbiased",
         "required_samples",
     }
     assert set(re.findall(r"^::: prograde\.lm\.(\w+)$", page, re.M)) == set(lm.__all__)
+
+
+def torch_names():
+    """The public names of prograde.torch, which may not be installed."""
+    (listed,) = re.findall(r"__all__ = (\[.*?\])", (SOURCE / "torch/__init__.py").read_text(), re.S)
+    return set(ast.literal_eval(listed))
 
 
 def test_version_stands_once():

@@ -241,7 +241,8 @@ class Architecture:
 def _check_kind(kind: str | None) -> None:
     if kind not in SUPPORTED:
         raise ModelError(
-            f"the architecture {kind!r} is not supported. Supported: {', '.join(SUPPORTED)}."
+            f"the architecture {kind!r} is not supported. Supported: {', '.join(SUPPORTED)}. "
+            "Others train as models of transformers, by prograde.torch.transformers.Trainer."
         )
 
 

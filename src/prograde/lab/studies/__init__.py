@@ -18,6 +18,7 @@ STUDIES = {
     "finetune-methods": "finetune_methods.plan:FinetuneMethods",
     "links": "links.plan:Links",
     "kills": "kills.plan:Kills",
+    "torch": "torch.plan:Torch",
 }
 
 
