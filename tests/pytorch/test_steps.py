@@ -434,6 +434,13 @@ def test_a_counter_of_python_is_named_once(batch):
     module(batch[0])  # no traced tensor was left behind
 
 
+def test_a_derivative_that_is_not_finite_is_named(batch):
+    loss = lambda m, x, y: (0 * m(x)).sum().sqrt()
+    step = pg.torch.value_and_grad(nn.Linear(6, 1), loss, LOW_RANK)
+    with pytest.warns(RuntimeWarning, match="call 1, and its derivative"):
+        step(*batch)
+
+
 def test_a_second_thread_is_refused(batch):
     inside, leave = threading.Event(), threading.Event()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,6 +69,7 @@ def value_and_grad(
     parameters, dtypes and devices that JAX lacks, float64 without `jax_enable_x64`, float16 on the
     CPU, a parameter of another shape than before, a tensor from outside that requires grad or has
     changed, a loss that differs from PyTorch's. `RuntimeError` for two threads in one step.
+    `RuntimeWarning` where the loss is finite and its derivative is not.
 
     **Source:** forward gradients, arXiv 2202.08587.
 
@@ -137,10 +139,17 @@ class Step:
                     lambda x: jnp.array(x, copy=True) if isinstance(x, jax.Array) else x, state
                 )
             self._compiled[program] = _compiled(self.estimator, program)
-        value, grads, (moved, aux), self.state = jax.block_until_ready(
+        value, grads, (moved, aux), self.state, lost = jax.block_until_ready(
             self._compiled[program](self.calls, self.state, *args)
         )
         self.calls += 1
+        if lost:
+            warnings.warn(
+                f"the loss is finite in call {self.calls}, and its derivative along a tangent is "
+                "not. Skip the step; prograde.diagnostics.first_nonfinite finds the operation.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         self._write(tensors, grads)
         with torch.no_grad():
             for name, array in moved.items():
@@ -194,7 +203,9 @@ def _compiled(estimator: Estimator, program: Program) -> Callable[..., Any]:
         found = estimator.estimate(
             program.fun, key, state, used, others, buffers, noise, batch, has_aux=True
         )
-        return found.value, found.grads, found.aux, found.state
+        slopes = jnp.zeros(()) if found.directional is None else found.directional
+        lost = jnp.isfinite(found.value) & ~jnp.all(jnp.isfinite(slopes))
+        return found.value, found.grads, found.aux, found.state, lost
 
     return run
 
