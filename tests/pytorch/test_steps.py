@@ -121,11 +121,11 @@ def test_nothing_is_compiled_again_and_modes_are_told_apart(batch):
     assert traces[count:]
     assert not any(traces[count:])
     count = len(traces)
-    with jax.no_tracing():
-        step(*batch)
-        module.train()
-        step(*batch)
+    step(*batch)
+    module.train()
+    step(*batch)
     assert len(traces) == count
+    assert [run._cache_size() for run in step._compiled.values()] == [1, 1]
 
 
 def test_unfreezing_and_numbers_among_the_attributes_are_seen(batch):

@@ -28,11 +28,9 @@ def to_jax(tensor: torch.Tensor, name: str) -> jax.Array:
             )
         tensor = tensor.to(torch.int32)
     if not tensor.numel() or tensor.dtype == torch.bool or tensor.dim() == 0:
-        return (
-            jnp.asarray(tensor.cpu().numpy())
-            if tensor.dtype != torch.bfloat16
-            else jnp.asarray(tensor.float().cpu().numpy(), jnp.bfloat16)
-        )
+        if tensor.dtype == torch.bfloat16:  # numpy has none
+            return jax.device_put(tensor.float().cpu().numpy()).astype(jnp.bfloat16)
+        return jax.device_put(tensor.cpu().numpy())
     return jnp.from_dlpack(tensor.resolve_conj().resolve_neg().contiguous())
 
 

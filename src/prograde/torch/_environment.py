@@ -137,7 +137,7 @@ class Environment(tensors.Environment):
         self.dropout = True
 
     def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        _refusals.refuse(func, args)
+        _refusals.refuse(func, args, kwargs)
         if torch.is_grad_enabled():
             return super().dispatch(func, types, args, kwargs)
         target = args[0] if args and _in_place(func) and isinstance(args[0], TRACED) else None
@@ -213,12 +213,6 @@ class Environment(tensors.Environment):
         return tree_map_only(torch.Tensor, self._constant_array, args)
 
     def get_and_rotate_prng_key(self, generator: torch.Generator | None = None) -> jax.Array:
-        if generator is not None:
-            raise _refusals.Refused(
-                "the loss draws random numbers from a torch.Generator, which would draw the same "
-                "ones at every step. Leave the generator out: numbers then come from the key of "
-                "the step."
-            )
         self.draws += 1
         return super().get_and_rotate_prng_key()
 

@@ -82,7 +82,7 @@ _LIBRARIES = tuple(
 )
 
 
-def refuse(func: Any, args: Any) -> None:
+def refuse(func: Any, args: Any, kwargs: Any) -> None:
     """Raises for an operation that a traced program cannot do."""
     name = name_of(func)
     for table, remedy in (
@@ -90,8 +90,13 @@ def refuse(func: Any, args: Any) -> None:
         (_SHAPES, _READS_SHAPES),
         (_BACKWARD, _NO_BACKWARD),
     ):
-        if name in table and args and isinstance(args[0], torch.Tensor) and _is_traced(args):
+        if name in table and _is_traced(args):
             raise Refused(f"the loss {table[name]} at {place()}. {remedy}")
+    if kwargs and kwargs.get("generator") is not None:
+        raise Refused(
+            f"the loss draws from a torch.Generator at {place()}, which would give the same ones "
+            "at every step. Leave the generator out: they then come from the key of the step."
+        )
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise Refused(
             f"the loss runs under torch.autocast at {place()}, which would be ignored. Leave it "
