@@ -127,7 +127,8 @@ class Kinds(nn.Module):
 
     def forward(self, x, labels):
         y = self.inner(x) * self.scale + F.one_hot(labels, 6)
-        y = torch.gather(y, 1, labels[:, None].expand(-1, 6)) + y.index_select(1, labels % 6)[:, :1]
+        y = torch.gather(y, 1, (labels[:, None] + torch.arange(6)) % 6)
+        y = y + y.index_select(1, labels % 6)[:, :1]
         spectrum = torch.fft.rfft(y).abs()
         best, position = y.topk(2, dim=-1)
         y = y.to(torch.float32).type_as(x) + (labels[:, None] > 1).float() + position[:, :1]

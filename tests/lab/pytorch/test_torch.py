@@ -29,7 +29,7 @@ def test_a_missing_package_is_named(monkeypatch):
 def figures(seconds):
     rounds = [seconds, 1.1 * seconds, 0.9 * seconds]
     spread = {"median": seconds, "low": seconds, "high": seconds, "n": 3}
-    return {"first": 2.0, "loss": 1.0, "rounds": rounds, "seconds": spread, "ratio": spread}
+    return {"first": 2.0, "loss": 1.0, "rounds": rounds, "seconds": spread, "ratio": dict(spread)}
 
 
 def test_the_report_gives_ratios_of_rounds_to_both_of_torch(tmp_path):
