@@ -19,6 +19,7 @@ from prograde.estimators import (
     Estimator,
     ForwardJacobian,
     Guided,
+    LearnedBlocks,
     LearnedFeedback,
     LocalLosses,
     Scaled,
@@ -29,6 +30,7 @@ from prograde.estimators import (
 )
 from prograde.tangents import (
     Basis,
+    Blocks,
     LowRank,
     Normal,
     Orthogonal,
@@ -45,6 +47,7 @@ __all__ = [
     "ActivityPerturbation",
     "Backprop",
     "Basis",
+    "Blocks",
     "CentralDifference",
     "CheckReport",
     "CheckpointedBackprop",
@@ -52,6 +55,7 @@ __all__ = [
     "Estimator",
     "ForwardJacobian",
     "Guided",
+    "LearnedBlocks",
     "LearnedFeedback",
     "LocalLosses",
     "LowRank",

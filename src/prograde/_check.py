@@ -18,7 +18,9 @@ from prograde._custom_vjp import inline_custom_vjp
 from prograde._findings import watching
 from prograde._jaxprs import traced
 from prograde.estimators import Estimator, WeightPerturbation
+from prograde.estimators.one_block import mean_cost
 from prograde.kit import Loss, in_groups
+from prograde.tangents import Blocks
 
 __all__ = ["CheckReport", "check"]
 
@@ -142,7 +144,7 @@ def check(
         sites=() if blocking else tuple(findings.sites),
         cost_ratio=None
         if blocking
-        else multiply_adds(staged.jaxpr.jaxpr) / max(1, multiply_adds(program.jaxpr)),
+        else _cost(estimator, pieces, dynamic, staged.jaxpr.jaxpr, program.jaxpr),
         memory=_temporaries(compiled) if memory else None,
         memory_alone=_temporaries(own),
         state_bytes=state_bytes,
@@ -154,6 +156,21 @@ def check(
         ),
         not_finite=() if values is None else _not_finite(*values),
     )
+
+
+def _cost(
+    estimator: Estimator, pieces: Callable, dynamic: PyTree, staged: Any, program: Any
+) -> float:
+    """The multiply-adds of the estimate over those of the function, in the mean over blocks."""
+    bare, found = multiply_adds(program), []
+
+    def in_blocks(dynamic: PyTree) -> None:
+        found.append(mean_cost(estimator, pieces(dynamic)[0], bare))
+
+    if isinstance(getattr(estimator, "tangents", None), Blocks):
+        jax.eval_shape(in_blocks, dynamic)
+    (cost,) = found or [None]
+    return (multiply_adds(staged) if cost is None else cost) / max(1, bare)
 
 
 _SMALL = 2**20  # bytes; nothing below is worth a word

@@ -30,7 +30,8 @@ class CheckReport:
       each enclosing loop. A site without examples is a weight that is used in another way and
       perturbed itself.
     - `cost_ratio`: multiply-adds of the estimate over those of the function, by a count; `None`
-      where something blocks. A loop of unknown length counts as one iteration on both sides.
+      where something blocks. A loop of unknown length counts as one iteration on both sides. With
+      `Blocks` it is the mean over the choice of the block.
     - `memory`: bytes of temporaries that XLA plans for the estimate; `None` where not asked for or
       blocked.
     - `memory_alone`: the same for the function alone; `None` unless `memory="both"`.

@@ -27,6 +27,8 @@ ESTIMATORS = [
     pg.WeightPerturbation(pg.LowRank(1), 3, combine="projection"),
     pg.WeightPerturbation(pg.LowRank(1), 4, chunk=2, combine="shrunk"),
     pg.WeightPerturbation(pg.Separable(1), 2),
+    pg.WeightPerturbation(pg.Blocks(pg.LowRank(1)), 2),
+    pg.LearnedBlocks(),
     pg.CentralDifference(),
     pg.CentralDifference(pg.LowRank(1), 2, step=0.1, curvature_power=0.5),
     pg.ActivityPerturbation(),

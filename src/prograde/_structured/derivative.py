@@ -34,7 +34,7 @@ def is_structured(x: Any) -> bool:
 
 
 # what JAX raises where a Python `if`, `int()` or index needs the value of what is differentiated
-_NEEDS_VALUES = (
+NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
@@ -56,10 +56,10 @@ def directional_derivative(
     leaves, tree = jax.tree.flatten(params)
     tangents = jax.tree.leaves(tangents, is_leaf=is_structured)
     primals, units = (jnp.zeros(()),), (jnp.ones(()),)
-    with _recorded(params) as recorders:
+    with recorded(params) as recorders:
         try:
             program, rebuilt = traced(fun, params)
-        except _NEEDS_VALUES:
+        except NEEDS_VALUES:
 
             def formed(s: Array) -> tuple[PyTree[Array], PyTree]:
                 weights = _perturbed(
@@ -80,7 +80,7 @@ def directional_derivative(
 
 
 @contextmanager
-def _recorded(params: PyTree) -> Iterator[list[Recorder | None]]:
+def recorded(params: PyTree) -> Iterator[list[Recorder | None]]:
     """A recorder for each parameter where `check` is watching.
 
     Which is told afterwards what they recorded.

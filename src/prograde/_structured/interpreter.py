@@ -39,7 +39,7 @@ def run(program: ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
 
     The outputs are arrays and perturbed weights.
     """
-    return walk(program, values, _operation)
+    return walk(program, values, operation)
 
 
 def dense(value: Any) -> Any:
@@ -47,7 +47,7 @@ def dense(value: Any) -> Any:
     return value.materialise() if isinstance(value, PerturbedArray) else value
 
 
-def _operation(eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+def operation(eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     positions = tuple(i for i, v in enumerate(values) if isinstance(v, PerturbedArray))
     if not positions:
         return bind_forward(eqn, values)

@@ -5,6 +5,7 @@ from prograde.estimators.backprop import Backprop, CheckpointedBackprop
 from prograde.estimators.central_difference import CentralDifference
 from prograde.estimators.forward_jacobian import ForwardJacobian
 from prograde.estimators.guided import Guided
+from prograde.estimators.learned_blocks import LearnedBlocks
 from prograde.estimators.learned_feedback import LearnedFeedback
 from prograde.estimators.local_losses import LocalLosses, total_loss
 from prograde.estimators.scaled import Scaled
@@ -21,6 +22,7 @@ __all__ = [
     "Estimator",
     "ForwardJacobian",
     "Guided",
+    "LearnedBlocks",
     "LearnedFeedback",
     "LocalLosses",
     "Scaled",

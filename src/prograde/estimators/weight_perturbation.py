@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from prograde.estimators.one_block import OneBlock
 from prograde.kit import (
     Loss,
     SeededEstimator,
@@ -26,7 +27,7 @@ from prograde.kit import (
     unpack,
     weighted_sum,
 )
-from prograde.tangents import LowRank, TangentDistribution
+from prograde.tangents import Blocks, LowRank, TangentDistribution
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class WeightPerturbation(SeededEstimator):
 
     **Arguments:**
 
-    - `tangents`: the distribution of v, such as `Normal()` or `LowRank(rank=1)`.
+    - `tangents`: the distribution of v, such as `Normal()`, `LowRank(rank=1)` or
+      `Blocks(LowRank(rank=1))`.
     - `num_tangents`: K, at least 1.
     - `chunk`: the number of tangents that run through the function together. `None` takes as many
       as need no more memory than the parameters, or than 256 MiB where that is more, by a count of
@@ -92,6 +94,9 @@ class WeightPerturbation(SeededEstimator):
     trace time. Nothing is raised where the value is finite and a tangent is not: such a tangent
     makes `directional` and `grads` not finite.
 
+    With `Blocks`, what comes before the block runs without a tangent, and `descend` writes nothing
+    but the block.
+
     **Source:** arXiv 2202.08587; several tangents and the least mean squared error: arXiv
     2310.14168; orthogonal projection onto a guessed subspace: FROG, in "How to guess a gradient",
     arXiv 2312.04709.
@@ -129,26 +134,43 @@ class WeightPerturbation(SeededEstimator):
                 "derivatives of a function of its own, and only their mean estimates one gradient. "
                 "Use combine='mean' or num_groups=1."
             )
+        if (
+            isinstance(self.tangents, Blocks)
+            and self.combine == "projection"
+            and not (
+                isinstance(self.tangents.probabilities, str)
+                and self.tangents.probabilities == "size"
+            )
+        ):
+            raise ValueError(
+                "combine='projection' in Blocks with "
+                f"probabilities={self.tangents.probabilities!r}, but the mean of projections in "
+                "the blocks is p_l K / n_l times the gradient of block l: a multiple of the "
+                "gradient only for p_l ~ n_l. Use probabilities='size' or combine='mean'."
+            )
 
     def estimate(self, fun, key, state, params, *args, has_aux=False):
         loss, run, size = self._runs(fun, key, params, args, has_aux, Share())
         k, g = self.num_tangents, self.num_groups
         late = self._summed_last(key, loss.floats)
-        if size >= k:  # all tangents are at hand together
+        if size >= k and not self._in_blocks:  # all tangents are at hand together
             late = jax.tree.map(lambda _: False, late)
 
         def add_chunk(sums, indices):
             value, aux, directional, tangents = run(indices)
             not_padding = jnp.repeat(indices < k, g)
             weights = jnp.where(not_padding, self._weights(loss.floats, directional), 0)
-            early = jax.tree.map(lambda late, v: None if late else v, late, tangents)
-            return _plus(sums, self._combined(early, weights)), (value, aux), directional
+            if tangents is not None:
+                early = jax.tree.map(lambda late, v: None if late else v, late, tangents)
+                sums = _plus(sums, self._combined(early, weights))
+            return sums, (value, aux), directional
 
         sums, (value, aux), directional = in_chunks(add_chunk, None, k, size)
         summed_last = eqx.filter(loss.floats, late)
         if jax.tree.leaves(summed_last):
             weights = self._weights(loss.floats, directional)
-            sums = eqx.combine(sums, self._combined(self._drawn(key, summed_last), weights))
+            last = self._summed(key, summed_last, weights)
+            sums = last if sums is None else eqx.combine(sums, last)
         # one axis for the groups and their examples
         directional = directional[:, 0] if g == 1 else directional.reshape(k, -1)
         return loss.estimate(value, sums, directional, aux, state)
@@ -175,10 +197,30 @@ class WeightPerturbation(SeededEstimator):
             tangents = self._drawn(key, one_by_one, indices)
             return _plus(sums, weighted_sum(tangents, weights[indices])), None, ()
 
-        sums, _, _ = in_chunks(add, None, self.num_tangents * self.num_groups, 1)
+        sums = None
+        if jax.tree.leaves(one_by_one):
+            sums, _, _ = in_chunks(add, None, self.num_tangents * self.num_groups, 1)
         if jax.tree.leaves(at_once):
-            sums = eqx.combine(sums, self._combined(self._drawn(key, at_once), weights))
+            last = self._summed(key, at_once, weights)
+            sums = last if sums is None else eqx.combine(sums, last)
         return jax.tree.map(lambda g, w: g.astype(w.dtype), sums, floats)
+
+    def descend(self, key, params, derivatives, rate):
+        if not self._in_blocks:
+            return super().descend(key, params, derivatives, rate)
+        check_key(key)
+        floats = float_leaves(params)
+        weights = self._weights(floats, derivatives)
+        moved = self._block(key, floats).descend(weights, self.combine == "projection", rate)
+        return eqx.combine(moved, params)
+
+    @property
+    def _in_blocks(self) -> bool:
+        return isinstance(self.tangents, Blocks)
+
+    def _block(self, key: Any, floats: PyTree[Array]) -> OneBlock:
+        assert isinstance(self.tangents, Blocks)
+        return OneBlock(self.tangents, key, floats, self.num_tangents * self.num_groups)
 
     def _runs(
         self, fun: Any, key: Any, params: Any, args: Any, has_aux: bool, share: Share
@@ -199,8 +241,14 @@ class WeightPerturbation(SeededEstimator):
         def loss_of(args):
             return Loss(fun, params, args, has_aux, self.custom_vjp)
 
+        loss = loss_of(args)
+        block = self._block(key, loss.floats) if self._in_blocks else None
+
         def one_group(index, arrays):
             loss = loss_of(eqx.combine(arrays, rest))
+            if block is not None:
+                value, directional, aux = block.along(loss, index)
+                return value, aux, directional, None
             tangents = self.tangents.sample(key, loss.floats, index, total)
             value, directional, aux = loss.along(tangents)
             return value, aux, directional, tangents
@@ -222,7 +270,6 @@ class WeightPerturbation(SeededEstimator):
             value, aux = jax.tree.map(lambda x: x[0], (value, aux))
             return value, aux, directional, jax.tree.map(_merged, tangents)
 
-        loss = loss_of(args)
         of_group = loss if g == 1 else loss_of(jax.tree.map(lambda x: x[0], arrays))
         return loss, run, tangents_at_once(self.chunk, k, of_group, loss.floats, run)
 
@@ -231,6 +278,12 @@ class WeightPerturbation(SeededEstimator):
         total = self.num_tangents * self.num_groups
         indices = jnp.arange(total) if indices is None else indices
         return jax.vmap(lambda index: self.tangents.sample(key, floats, index, total))(indices)
+
+    def _summed(self, key: Any, floats: PyTree[Array], weights: Array) -> PyTree[Array]:
+        """`_combined`, of all tangents, which are drawn again."""
+        if self._in_blocks:
+            return self._block(key, floats).sum(weights, self.combine == "projection")
+        return self._combined(self._drawn(key, floats), weights)
 
     def _combined(self, tangents: PyTree, weights: Array) -> PyTree[Array]:
         """sum_k weights_k v_k, after the projection where one was asked for."""
@@ -261,7 +314,7 @@ class WeightPerturbation(SeededEstimator):
         whose weights depend on each other.
         """
         total = self.num_tangents * self.num_groups
-        if self.combine == "projection":
+        if self.combine == "projection" or self._in_blocks:
             return jax.tree.map(lambda _: True, floats)
         tangents = jax.eval_shape(lambda: self.tangents.sample(key, floats, 0, total))
         return jax.tree.map(is_structured, tangents, is_leaf=is_structured)

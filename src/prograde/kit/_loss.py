@@ -1,7 +1,7 @@
 """The function to differentiate, checked, as a function of the float arrays of its parameters."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import equinox as eqx
@@ -11,7 +11,14 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from prograde._custom_vjp import inline_custom_vjp
-from prograde._structured import Tangent, directional_derivative
+from prograde._structured import (
+    Choice,
+    Group,
+    Tangent,
+    derivative_in_block,
+    directional_derivative,
+    staged,
+)
 from prograde.kit._estimator import Estimate
 from prograde.kit._trees import checked_floats, pack, unpack, wide
 
@@ -112,6 +119,24 @@ class Loss:
         """
         value, directional, aux = directional_derivative(self._of_floats, self.floats, tangents)
         return jnp.mean(value), wide(directional), aux
+
+    def along_block(
+        self, groups: Sequence[Group], choice: Choice
+    ) -> tuple[Float[Array, ""], Float[Array, "*batch"], PyTree]:
+        """`along`, for a tangent in one block: what comes before the block runs without a tangent.
+
+        `groups` are those of `Blocks.groups`, of all `floats`. The function must not branch on the
+        values of its parameters.
+        """
+        found = derivative_in_block(self._of_floats, self.floats, groups, choice)
+        value, directional, aux = found
+        return jnp.mean(value), wide(directional), aux
+
+    def block_costs(
+        self, groups: Sequence[Group], tangent: Callable[[int], list[Tangent]]
+    ) -> list[int]:
+        """The multiply-adds of a run along a tangent in each block."""
+        return staged(self._of_floats, self.floats, groups)[0].costs(tangent)
 
     def estimate(
         self,

@@ -4,6 +4,7 @@ import abc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, Float, Key, PyTree
 
 from prograde.kit._estimator import Estimator
@@ -117,3 +118,26 @@ class SeededEstimator(Estimator):
 
         The function is not run.
         """
+
+    def descend(
+        self,
+        key: Key[Array, ""],
+        params: PyTree,
+        derivatives: Float[Array, "num_tangents groups numbers"],
+        rate: float | Float[Array, ""],
+    ) -> PyTree:
+        """The parameters after a step of gradient descent, from the derivatives of all tangents.
+
+            params - rate * gradient(key, params, derivatives)
+
+        Where the tangents are in one of several `Blocks`, and the parameters are donated to the
+        compiled step, nothing but the block is read or written.
+        """
+        return self._against(params, self.gradient(key, params, derivatives), rate)
+
+    @staticmethod
+    def _against(params: PyTree, grads: PyTree, rate: float | Array) -> PyTree:
+        def leaf(g: Array | None, w: Any) -> Any:
+            return w if g is None else (w - rate * g).astype(w.dtype)
+
+        return jax.tree.map(leaf, grads, params, is_leaf=lambda g: g is None)

@@ -11,12 +11,14 @@ per parameter, low-rank ones a few per row and column.
 
 from prograde.tangents._distribution import TangentDistribution
 from prograde.tangents._draw import threefry
+from prograde.tangents.blocks import Blocks
 from prograde.tangents.factored import LowRank, Separable
 from prograde.tangents.independent import IndependentEntries, Normal, Rademacher, Sparse
 from prograde.tangents.joint import Basis, Orthogonal, Sphere
 
 __all__ = [
     "Basis",
+    "Blocks",
     "IndependentEntries",
     "LowRank",
     "Normal",

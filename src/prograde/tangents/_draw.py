@@ -1,6 +1,7 @@
 """Random arrays for every leaf of a tree, from one key, by few small compiled programs."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -69,12 +70,10 @@ def draw(
         ]
         which += [(0, 0)] * (len(which) % 2)
         blocks = _draw_blocks(key, jnp.asarray(which, jnp.uint32).reshape(-1, 2), entries, dtype)
-        start = 0
-        for i, size, count in zip(members, sizes, counts, strict=True):
-            # The start is data to XLA, so that one kernel serves all uses of equal shape.
-            at = (jnp.asarray([start, 1], jnp.uint32) + zero)[0]
-            drawn[i] = lax.dynamic_slice(blocks, (at,), (size,)).reshape(shapes[i][0])
-            start += count * _BLOCK
+        starts = itertools.accumulate(counts, lambda at, count: at + count * _BLOCK, initial=0)
+        parts = _parts(blocks, zero, list(zip(starts, sizes, strict=False)))
+        for i, part in zip(members, parts, strict=True):
+            drawn[i] = part.reshape(shapes[i][0])
     return drawn
 
 
@@ -90,6 +89,26 @@ def _draw_blocks(key: Key[Array, ""], which: Array, entries: Callable, dtype: jn
         return entries(jax.random.fold_in(jax.random.fold_in(key, word), number), (_BLOCK,), dtype)
 
     return lax.map(jax.vmap(one), which.reshape(2, -1, 2)).reshape(-1)
+
+
+def _parts(blocks: Array, zero: Array, places: list[tuple[int, int]]) -> list[Array]:
+    """The parts of `blocks` at these (start, size), each in memory of its own.
+
+    A loop of two iterations copies half of each part: XLA keeps the result of a loop. Otherwise it
+    fuses the cut into every use, where it is read element by element. The starts are data to XLA,
+    so that one kernel serves all parts of equal size.
+    """
+    starts = [(jnp.asarray([start, 1], jnp.uint32) + zero)[0] for start, _ in places]
+    halves = [-(-size // 2) for _, size in places]
+
+    def half(number: Array) -> list[Array]:
+        return [
+            lax.dynamic_slice(blocks, (start + number * n,), (n,))
+            for start, n in zip(starts, halves, strict=True)
+        ]
+
+    copied = lax.map(half, jnp.arange(2, dtype=jnp.uint32))
+    return [part.reshape(-1)[:size] for part, (_, size) in zip(copied, places, strict=True)]
 
 
 def normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Array:

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 import jax
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key, PyTree
 
-from prograde._structured import LowRankTangent, count
+from prograde._structured import LowRankTangent, Tangent, count
 from prograde.tangents._distribution import TangentDistribution
 from prograde.tangents._draw import draw, leaf_words
 from prograde.tangents.independent import Normal, Rademacher
 
 
 @dataclass(frozen=True)
-class _Factored(TangentDistribution):
+class Factored(TangentDistribution):
     """Tangents v = r^(-1/2) sum of r products of independent random factors.
 
     Each factor varies along some of the axes.
@@ -45,8 +45,11 @@ class _Factored(TangentDistribution):
         sizes = [math.prod(shape[axis] for axis in axes) for axes in self._cut(shape)]
         return sizes if len(sizes) > 1 and self.rank * sum(sizes) < math.prod(shape) else None
 
-    def _check_rank(self, shapes: list[tuple[int, ...]]) -> None:
+    def check_rank(self, params: PyTree[Array]) -> None:
         """Raises where a lower rank would suit a matrix. Vectors get dense tangents at any rank."""
+        shapes = [w.shape for w in jax.tree.leaves(params)]
+        if self.rank == 1 or any(self._group_sizes(shape) for shape in shapes):
+            return
         of_rank_1 = dataclasses.replace(self, rank=1)
         suited = [
             (shape, n) for shape in shapes if (n := of_rank_1._group_sizes(shape)) is not None
@@ -61,10 +64,15 @@ class _Factored(TangentDistribution):
             )
 
     def sample(self, key, params, index=0, num_tangents=1):
+        self.check_rank(params)
+        return self.sample_any(key, params, index)
+
+    def sample_any(
+        self, key: Key[Array, ""], params: PyTree[Array], index: int | Array
+    ) -> PyTree[Tangent]:
+        """`sample`, also where the rank suits none of these leaves."""
         leaves, treedef = jax.tree.flatten(params)
         sizes = [self._group_sizes(w.shape) for w in leaves]
-        if self.rank > 1 and not any(sizes):
-            self._check_rank([w.shape for w in leaves])
         # all factors of a leaf in one draw
         shapes = [
             (w.shape if n is None else (sum(n), self.rank), w.dtype)
@@ -103,7 +111,7 @@ class _Factored(TangentDistribution):
 
 
 @dataclass(frozen=True)
-class LowRank(_Factored):
+class LowRank(Factored):
     """Low-rank tangents: v = r^(-1/2) a b^T with r columns of random signs (or normals) in a and b.
 
     The product x v is computed as (x a) b^T. A forward run along v therefore costs little more than
@@ -151,7 +159,7 @@ class LowRank(_Factored):
 
 
 @dataclass(frozen=True)
-class Separable(_Factored):
+class Separable(Factored):
     """Separable tangents: v = r^(-1/2) sum of r outer products of one random vector per axis.
 
     For a matrix this is `LowRank`. Arrays with more axes need even fewer random numbers and

@@ -10,7 +10,7 @@ import pytest
 
 import prograde as pg
 from prograde.lab.models import workloads
-from prograde.lab.studies.bench import MODELS
+from prograde.lab.studies.bench import MODELS, WIDE
 from prograde.lab.studies.bench.methods import JaxSide, save_arrays
 from prograde.lab.studies.bench.torch_side import TorchError, TorchSide
 
@@ -63,7 +63,7 @@ def difference(a, b):
 
 
 def test_names_of_models_are_those_of_the_workloads():
-    assert tuple(workloads.WORKLOADS) == MODELS
+    assert tuple(workloads.WORKLOADS) == (*MODELS, *WIDE)
 
 
 def test_loss_is_a_scalar_and_state_keeps_its_shape(tiny):

@@ -5,14 +5,16 @@ run small versions.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from prograde.lab import models
 from prograde.lab.data import IMAGE_SIZE, NUM_CLASSES
 from prograde.lab.models.decoders import smollm2, transformer
 from prograde.lab.models.resnet import resnet
-from prograde.lab.models.workload import Workload
+from prograde.lab.models.workload import Workload, as_it_is, matrices
 
 
 def _network(
@@ -65,6 +67,29 @@ def cnn(batch: int = 64) -> Workload:
     return _network("cnn", f"The paper's CNN, batch {batch}", models.cnn, batch)
 
 
+def wide(batch: int = 1, width: int = 2048, depth: int = 4) -> Workload:
+    """Layers whose weights take longer to read than a few rows take to multiply."""
+
+    def init(key):
+        drawn = matrices(key, {f"layer{i}": (width, width) for i in range(depth)})
+        return {name: {"w": w} for name, w in drawn.items()}, {}
+
+    def build(wrap=as_it_is):
+        layer = wrap(lambda p, h: jax.nn.relu(h @ p["w"]))
+
+        def loss(params, state, x):
+            for i in range(depth):
+                x = layer(params[f"layer{i}"], x)
+            return jnp.mean(x * x), state
+
+        return loss
+
+    title = f"{depth} layers of {width:,}, {batch} row{'s' if batch > 1 else ''}"
+    sizes = {"batch": batch, "width": width, "depth": depth}
+    rows = lambda key: (jax.random.normal(key, (batch, width)),)  # noqa: E731
+    return Workload(f"wide-{batch}", title, sizes, init, rows, build(), build(jax.checkpoint))
+
+
 WORKLOADS: dict[str, Callable[..., Workload]] = {
     "logreg": logreg,
     "mlp": mlp,
@@ -73,4 +98,7 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
     "resnet": resnet,
     "transformer": transformer,
     "smollm2": smollm2,
+    "wide-1": wide,
+    "wide-8": partial(wide, 8),
+    "wide-16": partial(wide, 16),
 }

@@ -53,6 +53,10 @@ class Trainer:
         self.loss, self.estimator, self.in_scan = loss, estimator, in_scan
         self.data = jax.tree.map(jnp.asarray, data)
         self.optimizer, self.schedule = OPTIMIZERS[optimizer], SCHEDULES[schedule]
+        blocks = isinstance(getattr(estimator, "tangents", None), pg.Blocks)
+        self._in_blocks = (
+            optimizer == "sgd" and blocks and isinstance(estimator, pg.SeededEstimator)
+        )
         self._init, self._traced, self._batch_size = jax.jit(init), traced, batch_size
         self.program = jax.jit(self._scan if in_scan else self.step, donate_argnums=0)
 
@@ -102,6 +106,8 @@ class Trainer:
         if self.estimator is None:
             value = jnp.mean(self.loss(params, *batch))
             return (params, optimizer_state, step + 1, estimator_state), (value, None)
+        if self._in_blocks:
+            return self._step_in_block(carry, rate, jax.random.fold_in(key, step), batch)
         found = self.estimator.estimate(
             self.loss, jax.random.fold_in(key, step), estimator_state, params, *batch
         )
@@ -111,6 +117,18 @@ class Trainer:
         visited = params if self._traced else None
         carry = (optax.apply_updates(params, updates), optimizer_state, step + 1, found.state)
         return carry, (found.value, visited)
+
+    def _step_in_block(
+        self, carry: Carry, rate: Rate, key: Key[Array, ""], batch: PyTree
+    ) -> tuple[Carry, tuple[Array, PyTree]]:
+        """Takes a step of SGD that writes nothing but the block that its tangents are in."""
+        params, optimizer_state, step, state = carry
+        estimator: Any = self.estimator
+        value, _, derivatives = estimator.derivatives(self.loss, key, params, *batch)
+        eta = rate.first * self.schedule(step, rate.length)
+        moved = estimator.descend(key, params, derivatives, eta)
+        carry = (moved, optimizer_state, step + 1, state)
+        return carry, (value, params if self._traced else None)
 
     def rows(self, seed: int, first: int, count: int) -> Int[np.ndarray, "count batch"]:
         """Returns the indices of the examples of the steps first, first + 1, ...

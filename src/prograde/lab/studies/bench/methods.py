@@ -3,10 +3,11 @@
 Each method is one plain SGD step of the same loss.
 """
 
+import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ METHODS = {
     "prograde-1": "forward gradient, one rank-one tangent",
     "prograde-4": "forward gradient, 4 rank-one tangents",
     "prograde-16": "forward gradient, 16 rank-one tangents",
+    "blocks-1": "forward gradient, one rank-one tangent in one block, in the mean over blocks",
+    "blocks-4": "forward gradient, 4 rank-one tangents in one block, in the mean over blocks",
     "backprop": "backprop",
     "backprop-unrolled": "backprop, the scan over layers unrolled",
     "checkpointed": "backprop, checkpointed",
@@ -40,6 +43,7 @@ METHODS = {
 LEARNING_RATE = 1e-6  # so small that no method diverges while it is timed
 NUM_BATCHES = 4  # they alternate, so that no step gets the data of the step before
 NUM_TANGENTS = (1, 4, 16)
+IN_BLOCKS = (1, 4)  # numbers of tangents
 _PERTURBATION = 1e-3  # of a central difference, MeZO's
 
 Step = Callable[..., tuple[PyTree, PyTree, jax.Array]]
@@ -72,6 +76,45 @@ def _by_prograde(loss: Loss, num_tangents: int) -> Step:
         return _moved(params, gradient), state, value
 
     return step
+
+
+def _part(path: str) -> str:
+    """The block of a leaf of the decoders that is in no layer: what is before them or after."""
+    return "embedding" if path.split("'")[1] in ("tokens", "positions", "embedding") else "head"
+
+
+BLOCKS = {
+    "transformer": pg.Blocks(blocks=_part, stacked=("layers",)),
+    "smollm2": pg.Blocks(blocks=_part, stacked=("layers",)),
+    "resnet": pg.Blocks(blocks=lambda path: path.split("'")[1]),
+}
+"""The blocks of a workload: the layers of a decoder, the residual blocks. Default: layers."""
+
+
+def _in_blocks(workload: Workload, num_tangents: int) -> pg.WeightPerturbation:
+    return pg.WeightPerturbation(BLOCKS.get(workload.name, pg.Blocks()), num_tangents)
+
+
+def _by_blocks(workload: Workload, num_tangents: int) -> Step:
+    estimator = _in_blocks(workload, num_tangents)
+
+    def step(params, state, key, *batch):
+        value, state, derivatives = estimator.derivatives(
+            workload.loss, key, params, state, *batch, has_aux=True
+        )
+        return estimator.descend(key, params, derivatives, LEARNING_RATE), state, value
+
+    return step
+
+
+def _a_key_for_each_block(workload: Workload, params: PyTree) -> list[Any]:
+    """Keys that choose one block after the other, so that a mean over them is one over blocks."""
+    blocks = BLOCKS.get(workload.name, pg.Blocks())
+    p, found = blocks.probability(params), {}
+    keys = jax.random.split(jax.random.key(0), 100 * len(p))
+    for key, block in zip(keys, jax.vmap(lambda key: blocks.choice(key, p))(keys), strict=True):
+        found.setdefault(int(block), key)
+    return [found[i] for i in range(len(p))]
 
 
 def _by_dense_jvp(loss: Loss) -> Step:
@@ -138,6 +181,7 @@ def steps(workload: Workload) -> dict[str, Step]:
     found = {
         "bare": bare,
         **{f"prograde-{k}": _by_prograde(workload.loss, k) for k in NUM_TANGENTS},
+        **{f"blocks-{k}": _by_blocks(workload, k) for k in IN_BLOCKS},
         "backprop": _by_backprop(workload.loss),
         "checkpointed": _by_backprop(workload.checkpointed_loss),
         "dense-jvp": _by_dense_jvp(workload.loss),
@@ -154,21 +198,38 @@ def counted_ratios(workload: Workload) -> dict[str, float | None]:
     shapes = [jax.eval_shape(make, jax.random.key(0)) for make in (workload.init, workload.batch)]
     (params, state), batch = shapes
 
-    def ratio(num_tangents: int) -> float | None:
-        estimator = _estimator(num_tangents)
+    def ratio(estimator: pg.WeightPerturbation) -> float | None:
         report = pg.check(
             workload.loss, params, state, *batch, estimator=estimator, has_aux=True, memory=False
         )
         return report.cost_ratio
 
-    return {f"prograde-{k}": ratio(k) for k in NUM_TANGENTS}
+    return {f"prograde-{k}": ratio(_estimator(k)) for k in NUM_TANGENTS} | {
+        f"blocks-{k}": ratio(_in_blocks(workload, k)) for k in IN_BLOCKS
+    }
+
+
+def in_bfloat16(workload: Workload) -> Workload:
+    """The workload with parameters, state and data in bfloat16."""
+
+    def narrow(tree: PyTree) -> PyTree:
+        is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if is_float(x) else x, tree)
+
+    return dataclasses.replace(
+        workload,
+        title=f"{workload.title}, bfloat16",
+        init=lambda key: narrow(workload.init(key)),
+        batch=lambda key: narrow(workload.batch(key)),
+    )
 
 
 class JaxSide:
     """The methods of JAX. All share one set of parameters, which each step takes and returns."""
 
-    def __init__(self, workload: Workload):
-        self.methods = steps(workload)
+    def __init__(self, workload: Workload, methods: Sequence[str] = ()):
+        found = steps(workload)
+        self.methods = {name: found[name] for name in found if not methods or name in methods}
         key_init, key_batches, self._key = jax.random.split(jax.random.key(0), 3)
         self.batches = [
             jax.jit(workload.batch)(key) for key in jax.random.split(key_batches, NUM_BATCHES)
@@ -176,6 +237,7 @@ class JaxSide:
         params, state = jax.jit(workload.init)(key_init)
         self.carry = (params, state, jnp.zeros((), jnp.int32))
         self.compiled: dict[str, Any] = {}
+        self._of_blocks = _a_key_for_each_block(workload, params)
 
     def compile(self, method: str) -> dict[str, Any]:
         """Traces, lowers and compiles a step. Nothing that other methods compiled is reused."""
@@ -183,7 +245,8 @@ class JaxSide:
 
         def counted(carry, key, batch):
             params, state, count = carry
-            params, state, value = step(params, state, jax.random.fold_in(key, count), *batch)
+            own = key if method.startswith("blocks") else jax.random.fold_in(key, count)
+            params, state, value = step(params, state, own, *batch)
             return (params, state, count + 1), value
 
         jax.clear_caches()
@@ -194,17 +257,24 @@ class JaxSide:
         ).compile()
         seconds = time.perf_counter() - begin
         analysis: Any = compiled.memory_analysis()
-        return {"compile_seconds": seconds, "temp_bytes": analysis.temp_size_in_bytes}
+        figures = {"compile_seconds": seconds, "temp_bytes": analysis.temp_size_in_bytes}
+        if stats := jax.local_devices()[0].memory_stats():  # on a GPU, of all methods so far
+            figures["allocator_peak"] = stats.get("peak_bytes_in_use")
+        return figures
 
     def visit(self, method: str, count: int) -> tuple[float, float]:
-        """Takes `count` steps and waits for the last; returns the seconds and the last loss."""
-        step, carry, key, batches = self.compiled[method], self.carry, self._key, self.batches
+        """Takes `count` steps and waits for the last; returns the seconds and the last loss.
+
+        In blocks it takes `count` steps in each block, and returns their mean over the blocks.
+        """
+        step, carry, batches = self.compiled[method], self.carry, self.batches
+        keys = self._of_blocks if method.startswith("blocks") else [self._key]
         value = None
         begin = time.perf_counter()
-        for i in range(count):
-            carry, value = step(carry, key, batches[i % NUM_BATCHES])
+        for i in range(count * len(keys)):
+            carry, value = step(carry, keys[i % len(keys)], batches[i % NUM_BATCHES])
         jax.block_until_ready((carry, value))
-        seconds = time.perf_counter() - begin
+        seconds = (time.perf_counter() - begin) / len(keys)
         self.carry = carry
         return seconds, float(jnp.asarray(value))
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from prograde.lab.display import Display
 from prograde.lab.report import Report, Table
 from prograde.lab.store import Store
-from prograde.lab.studies.bench import MODELS
+from prograde.lab.studies.bench import GPU_METHODS, MODELS, ON_GPU, WIDE
 from prograde.lab.study import Study, UsageError
 
 
@@ -17,13 +17,15 @@ from prograde.lab.study import Study, UsageError
 class Bench(Study):
     """Measure what a training step costs by each method: time, memory and compilation.
 
-    The methods are forward gradients with 1, 4 and 16 tangents, backprop (plain, checkpointed,
+    The methods are forward gradients with 1, 4 and 16 tangents, in all parameters and in one block
+    a step, backprop (plain, checkpointed,
     unrolled), a dense tangent through jax.jvp, and MeZO. Each is one plain SGD step, and all take
     turns in one run. Where PyTorch is installed, its forward pass, its backprop (eager and
     compiled) and torch.func.jvp take turns with them.
 
     - prograde bench: all models, which takes most of an hour
     - prograde bench mlp cnn --rounds 5 --no-memory: first results in minutes
+    - prograde bench --device gpu: a choice of models and methods, in bfloat16, in minutes
     - prograde bench resnet --out DIR --resume: one more model, in the same records
 
     Run it on an otherwise idle machine: other load spoils the times.
@@ -35,20 +37,45 @@ class Bench(Study):
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar=f"[{'|'.join(MODELS)} ...]")
     ] = dataclasses.field(default=("all",), metadata={"positional": True})
     """Names of models. Default: all."""
-    rounds: Annotated[int, tyro.conf.arg(metavar="N")] = 20
-    """Number of rounds. Each method is timed once a round."""
+    rounds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Number of rounds. Each method is timed once a round. Default: 20, or 5 on a GPU."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """gpu: a choice of models and methods in bfloat16 that takes minutes, on JAX's first GPU."""
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]")] = ()
+    """Names of methods, which `prograde list` shows. Default: all. The bare pass, one tangent and a
+    backprop are needed."""
     no_memory: bool = False
     """Do not measure resident memory, which needs a process for each method."""
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """One store, to which models can be added."""
-        if unknown := [name for name in self.models if name not in (*MODELS, "all")]:
+        names = (*MODELS, *WIDE)
+        if unknown := [name for name in self.models if name not in (*names, "all")]:
             raise UsageError(
-                f"unknown model {', '.join(unknown)}. Valid names: all, {', '.join(MODELS)}."
+                f"unknown model {', '.join(unknown)}. Valid names: all, {', '.join(names)}."
             )
-        if self.rounds < 1:
+        if self.rounds is not None and self.rounds < 1:
             raise UsageError(f"--rounds {self.rounds}: at least 1 is needed.")
-        return {".": {"rounds": self.rounds, "memory": not self.no_memory}}
+        on_gpu = self.device == "gpu"
+        config: dict[str, Any] = {
+            "rounds": self.rounds or (5 if on_gpu else 20),
+            "memory": not self.no_memory and not on_gpu,
+        }
+        if on_gpu:
+            config["device"] = "gpu"
+        if self.methods:
+            from prograde.lab.studies.bench.methods import METHODS
+
+            if unknown := [name for name in self.methods if name not in METHODS]:
+                raise UsageError(
+                    f"unknown method {', '.join(unknown)}. Valid names: {', '.join(METHODS)}."
+                )
+            if missing := {"bare", "prograde-1", "backprop"} - set(self.methods):
+                raise UsageError(
+                    f"--methods leaves out {', '.join(sorted(missing))}, which the ratios need."
+                )
+            config["methods"] = list(self.methods)
+        return {".": config}
 
     def prepare(self) -> None:
         """Makes the C library keep freed memory, which helps backprop most."""
@@ -61,10 +88,23 @@ class Bench(Study):
         from prograde.lab.studies.bench.run import measure
 
         (store,) = stores.values()
-        names = MODELS if "all" in self.models or not self.models else self.models
+        config, all_models = self.configs()["."], ON_GPU if self.device == "gpu" else MODELS
+        if self.device == "gpu":
+            import jax
+
+            if jax.default_backend() != "gpu":
+                raise UsageError(
+                    f"--device gpu, but JAX runs on {jax.default_backend()} here. Install JAX for "
+                    "the GPU, such as jax[cuda13]."
+                )
+        methods = self.methods or (GPU_METHODS if self.device == "gpu" else ())
+        names = all_models if "all" in self.models or not self.models else self.models
         for name in names:
             store.once(
-                name, lambda name=name: measure(name, self.rounds, not self.no_memory, display)
+                name,
+                lambda name=name: measure(
+                    name, config["rounds"], config["memory"], display, methods, self.device
+                ),
             )
 
     @classmethod

@@ -18,7 +18,7 @@ from prograde.lab.report.words import (
     warning,
 )
 from prograde.lab.store import Store
-from prograde.lab.studies.bench import MODELS
+from prograde.lab.studies.bench import MODELS, WIDE
 from prograde.lab.studies.bench.methods import METHODS
 
 Model = dict[str, Any]  # the record of a model
@@ -31,6 +31,7 @@ BACKPROPS = (
     "torch-backprop-compiled",
 )
 OURS = "prograde-1"
+IN_BLOCKS = "blocks-1"
 _RSS = "RSS, MB"
 
 _INTRODUCTION = (
@@ -51,6 +52,7 @@ _TERMS = (
 _COLOURS = {
     "bare": figures.BLACK,
     "prograde": figures.GREEN,
+    "blocks": figures.GREEN,
     "backprop": figures.BLUE,
     "checkpointed": figures.BLUE,
     "dense": figures.ORANGE,
@@ -67,7 +69,7 @@ def report(stores: list[Store]) -> Report:
 
 def models_of(store: Store) -> dict[str, Model]:
     """The records of a store by the name of the model, in the order of `MODELS`."""
-    return {name: store.read(name) for name in MODELS if name in store}
+    return {name: store.read(name) for name in (*MODELS, *WIDE) if name in store}
 
 
 def fastest_backprop(model: Model) -> str:
@@ -119,11 +121,15 @@ def overview_table(models: dict[str, Model], rounds: int) -> Table:
                 f"{methods[fastest]['ratio']['median']:.2f}",
                 f"{methods[OURS]['ratio']['median']:.2f}",
                 quartiles(over),
+                quartiles(over_backprop(model, IN_BLOCKS)) if IN_BLOCKS in methods else MISSING,
                 "prograde" if over["median"] < 1 else "backprop",
             ]
         )
     columns = ["model", "parameters", "bare, ms", "fastest backprop", "its R", f"R of {OURS}"]
-    columns += ["over it", "faster step"]
+    columns += ["over it", "one block over it", "faster step"]
+    if not any(IN_BLOCKS in model["methods"] for model in models.values()):
+        i = columns.index("one block over it")
+        columns, rows = columns[:i] + columns[i + 1 :], [row[:i] + row[i + 1 :] for row in rows]
     title = f"A step of {OURS} and of the fastest backprop ({rounds} rounds)"
     return Table(title, columns, rows, unbroken=4)
 
@@ -141,6 +147,9 @@ def model_table(model: Model) -> Table:
         fastest: "fastest backprop",
         OURS: f"{over['median']:.2f} of the fastest backprop{wins}",
     }
+    if IN_BLOCKS in model["methods"]:
+        in_blocks = over_backprop(model, IN_BLOCKS)["median"]
+        notes[IN_BLOCKS] = f"{in_blocks:.2f} of the fastest backprop"
     rows = []
     for method, found in model["methods"].items():
         counted, seconds = found.get("counted_ratio"), found.get("compile_seconds")

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,42 @@ from prograde.lab.measure import memory
 from prograde.lab.measure.timing import Turns, Visit, take_turns
 from prograde.lab.models.workload import Workload
 from prograde.lab.models.workloads import WORKLOADS
-from prograde.lab.studies.bench.methods import METHODS, JaxSide, counted_ratios
+from prograde.lab.studies.bench.methods import METHODS, JaxSide, counted_ratios, in_bfloat16
 from prograde.lab.studies.bench.torch_side import TorchError, TorchSide
 
 Figures = dict[str, dict[str, Any]]  # of each method
 
 
-def measure(name: str, rounds: int, with_memory: bool, display: Display) -> dict[str, Any]:
-    """Takes all figures of a model; returns its record."""
+def measure(
+    name: str,
+    rounds: int,
+    with_memory: bool,
+    display: Display,
+    methods: Sequence[str] = (),
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Takes all figures of a model, by all methods or by those named; returns its record."""
     workload = WORKLOADS[name]()
+    if device == "gpu":
+        workload = in_bfloat16(workload)
     with tempfile.TemporaryDirectory() as folder:
         arrays = Path(folder) / "arrays.npz"
-        record = _timed(workload, arrays, rounds, display)
+        record = _timed(workload, arrays, rounds, display, methods)
         if with_memory:
             _add_memory(workload, arrays, record["methods"], display)
     return record
 
 
-def _timed(workload: Workload, arrays: Path, rounds: int, display: Display) -> dict[str, Any]:
+def _timed(
+    workload: Workload, arrays: Path, rounds: int, display: Display, methods: Sequence[str]
+) -> dict[str, Any]:
     """Times all methods in turns."""
-    jax_side, missing = JaxSide(workload), {}
+    jax_side, missing = JaxSide(workload, methods), {}
     parameters = sum(w.size for w in jax.tree.leaves(jax_side.carry[0]))
     with contextlib.ExitStack() as stack:
         torch_side = None
-        if importlib.util.find_spec("torch") is not None:
+        wanted = not methods or any(name.startswith("torch") for name in methods)
+        if wanted and importlib.util.find_spec("torch") is not None:
             jax_side.save(arrays)
             try:
                 torch_side = stack.enter_context(TorchSide(workload, arrays))
@@ -49,7 +62,8 @@ def _timed(workload: Workload, arrays: Path, rounds: int, display: Display) -> d
     for name, found in timing_figures(turns).items():
         figures[name] |= found
     for name, ratio in counted_ratios(workload).items():
-        figures[name]["counted_ratio"] = ratio
+        if name in figures:
+            figures[name]["counted_ratio"] = ratio
     return {
         "title": workload.title,
         "sizes": workload.sizes,

@@ -153,6 +153,12 @@ def _smollm2(layers: int, width: int, queries: int, keys: int, batch: int, lengt
 _SMOLLM2_LEAVES = ("norm1", "q", "k", "v", "o", "norm2", "gate", "up", "down")
 
 
+def _wide(p: Arrays, state: Arrays, x: Tensor) -> Tensor:
+    for i in range(len(p)):
+        x = torch.relu(x @ p[f"layer{i}/w"])
+    return (x * x).mean()
+
+
 def loss_of(name: str, sizes: dict[str, int]) -> Loss:
     """Returns the loss of a workload of these sizes."""
     if name == "resnet":
@@ -163,6 +169,8 @@ def loss_of(name: str, sizes: dict[str, int]) -> Loss:
         return _smollm2(
             *(sizes[k] for k in ("layers", "width", "queries", "keys", "batch", "length"))
         )
+    if name.startswith("wide"):
+        return _wide
     return {"logreg": _logreg, "mlp": _mlp, "mlp-512": _mlp, "cnn": _cnn}[name]
 
 

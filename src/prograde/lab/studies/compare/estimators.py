@@ -51,6 +51,9 @@ ESTIMATORS: dict[str, pg.Estimator] = {
     "checkpointed": pg.CheckpointedBackprop(),
     "weight": pg.WeightPerturbation(_ONE),
     "weight-16": pg.WeightPerturbation(_ONE, num_tangents=16),
+    "blocks": pg.WeightPerturbation(pg.Blocks(_ONE)),
+    "blocks-size": pg.WeightPerturbation(pg.Blocks(_ONE, probabilities="size")),
+    "blocks-learned": pg.LearnedBlocks(pg.WeightPerturbation(pg.Blocks(_ONE))),
     "projection-16": pg.WeightPerturbation(_ONE, num_tangents=16, combine="projection"),
     "weight-16-groups-16": pg.WeightPerturbation(_ONE, num_tangents=16, num_groups=16),
     "groups-8": pg.WeightPerturbation(_ONE, num_groups=8),
@@ -77,6 +80,9 @@ TITLES = {
     "checkpointed": "reverse mode that recomputes activations",
     "weight": "one rank-one tangent for all weights",
     "weight-16": "16 rank-one tangents, averaged",
+    "blocks": "one rank-one tangent in one layer, each as often",
+    "blocks-size": "one rank-one tangent in one layer, chosen by the number of its weights",
+    "blocks-learned": "one rank-one tangent in one layer, chosen by what the layers bring",
     "projection-16": "16 rank-one tangents, the gradient projected on their span",
     "weight-16-groups-16": "16 rank-one tangents for each of 16 groups of examples",
     "groups-8": "a rank-one tangent for each of 8 groups of examples",
@@ -112,6 +118,7 @@ MERGED = (
     | pg.CentralDifference
     | pg.Guided
     | pg.Scaled
+    | pg.LearnedBlocks
 )
 
 
