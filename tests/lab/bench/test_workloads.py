@@ -11,7 +11,7 @@ import pytest
 import prograde as pg
 from prograde.lab.models import workloads
 from prograde.lab.studies.bench import MODELS, WIDE
-from prograde.lab.studies.bench.methods import JaxSide, save_arrays
+from prograde.lab.studies.bench.methods import BLOCKS, JaxSide, save_arrays
 from prograde.lab.studies.bench.torch_side import TorchError, TorchSide
 
 TINY = {
@@ -99,6 +99,36 @@ def test_forward_gradient_is_the_slope_along_signs_times_the_signs(tiny):
     for g, v in zip(jax.tree.leaves(estimate), jax.tree.leaves(direction), strict=True):
         assert np.all(np.asarray(v) != 0)
         np.testing.assert_allclose(g, slope * v, atol=1e-3 * norm(gradient))
+
+
+@pytest.mark.long
+def test_gradient_in_a_block_is_the_slope_along_its_signs_over_its_probability(tiny):
+    workload, params, state, batch, _, gradient = tiny
+    blocks = BLOCKS.get(workload.name, pg.Blocks())
+    grad_fn = pg.value_and_grad(workload.loss, pg.WeightPerturbation(blocks), has_aux=True)
+    p = blocks.probability(params)
+
+    @quick
+    def both(key, params):
+        (loss, new), estimate = grad_fn(key, params, state, *batch)
+        direction = jax.tree.map(jnp.sign, estimate)
+        along = jax.jvp(
+            lambda p: workload.loss(p, state, *batch), (params,), (direction,), has_aux=True
+        )
+        return loss, new, estimate, direction, *along, blocks.choice(key, p)
+
+    seen = set()
+    for i in range(3 * len(p)):
+        loss, new, estimate, direction, expected, slope, expected_new, block = both(
+            jax.random.key(i), params
+        )
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+        close(loss, expected)
+        jax.tree.map(close, new, expected_new)
+        for g, v in zip(jax.tree.leaves(estimate), jax.tree.leaves(direction), strict=True):
+            np.testing.assert_allclose(g, slope / p[block] * v, atol=2e-3 * norm(gradient))
+        seen.add(int(block))
+    assert len(seen) > len(p) / 2
 
 
 def test_other_forms_of_the_loss_have_the_same_gradient(tiny):
