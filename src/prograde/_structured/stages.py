@@ -364,7 +364,7 @@ class Staged:
             return (out[:k], out_dot[:k]), (out[k:], out_dot[k:])
 
         start = (
-            [jnp.asarray(value(v), v.aval.dtype) for v in carry],
+            [jnp.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else of[v] for v in carry],
             [zeros_or_tangent(v) for v in carry],
         )
         kinds = list(map(_typed, operands[0])) + list(operands[1])
