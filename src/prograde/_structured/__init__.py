@@ -7,7 +7,8 @@
 - `rules`: the registry of these rules;
 - `interpreter`: runs a program on perturbed weights, and enters loops, branches and calls;
 - `derivative`: a forward run along a tree of tangents, and the sum of weighted tangents;
-- `stages`: a forward run along a tangent in one group of weights, chosen while it runs;
+- `stages`: a program cut into stages, each of which uses the weights of one group;
+- `in_block`: a forward run along a tangent in one group of weights, chosen while it runs;
 - `coordinates`: tangents along single entries of the parameters.
 
 A primitive without a rule materialises the weight, which injects the dense tangent: the directional
@@ -26,7 +27,8 @@ from prograde._structured.derivative import (
     projected,
     weighted_sum,
 )
-from prograde._structured.stages import Choice, Group, derivative_in_block, in_layer, staged
+from prograde._structured.in_block import Choice, derivative_in_block, staged
+from prograde._structured.stages import Group
 from prograde._structured.stretch import stretch
 from prograde._structured.tangent import LowRankTangent, PerturbedArray
 
@@ -42,7 +44,6 @@ __all__ = [
     "derivative_in_block",
     "directional_derivative",
     "from_coordinates",
-    "in_layer",
     "inner_products",
     "inner_products_with",
     "is_structured",
