@@ -128,11 +128,12 @@ class DerivativeInBlock(Staged):
         value = lambda v: v.val if isinstance(v, Literal) else of[v]  # noqa: E731
 
         def zeros_or_tangent(v: Any) -> Array | None:
-            if not jnp.issubdtype(v.aval.dtype, jnp.inexact):
+            if not is_float(v):
                 return None
             if not isinstance(v, Literal) and v in tangent_of:
                 return tangent_of[v]
-            return varying_like(jnp.zeros(v.aval.shape, v.aval.dtype), *map(_typed, operands[0]))
+            zeros = jnp.zeros(v.aval.shape, v.aval.dtype)  # pyright: ignore
+            return varying_like(zeros, *map(_typed, operands[0]))
 
         const_tangents = [None if isinstance(v, Literal) else tangent_of.get(v) for v in consts]
         x_tangents = [None if isinstance(v, Literal) else tangent_of.get(v) for v in xs]
@@ -222,8 +223,7 @@ class DerivativeInBlock(Staged):
         total = [0] * sum(w.size for w in self.weights)
 
         def of(branch: Callable, invars: Sequence[Any], moving: Sequence[Any]) -> int:
-            shape = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
-            given = [shape(v) for v in invars], [None if v is None else shape(v) for v in moving]
+            given = [v.aval for v in invars], [None if v is None else v.aval for v in moving]
             return multiply_adds(jax.make_jaxpr(branch)(*given).jaxpr)
 
         for stage in self.stages:

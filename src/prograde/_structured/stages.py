@@ -103,8 +103,8 @@ def _is_view(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name in _VIEWS and all(isinstance(v, Literal) for v in eqn.invars[1:])
 
 
-def is_float(v: Var) -> bool:
-    return jnp.issubdtype(v.aval.dtype, jnp.inexact)  # pyright: ignore
+def is_float(v: Any) -> bool:
+    return jnp.issubdtype(v.aval.dtype, jnp.inexact)
 
 
 class Staged:

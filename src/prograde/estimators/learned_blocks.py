@@ -4,9 +4,11 @@ import dataclasses
 from dataclasses import dataclass, field
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from prograde._inject import varying_like
 from prograde.estimators.one_block import block_costs
 from prograde.estimators.weight_perturbation import WeightPerturbation
 from prograde.kit import Estimator, Loss, check_key, check_positive, float_leaves
@@ -135,6 +137,7 @@ class LearnedBlocks(Estimator):
         inside = dataclasses.replace(self.estimator, tangents=chosen)
         found = inside.estimate(fun, key, None, params, *args, has_aux=has_aux)
         groups = self.estimator.num_groups
+        assert found.directional is not None
         slopes = found.directional.reshape(self.estimator.num_tangents * groups, -1).mean(axis=1)
         return eqx.tree_at(
             lambda e: e.state,
@@ -145,6 +148,8 @@ class LearnedBlocks(Estimator):
 
     def _next(self, state: BlockState, block: Array, p: Array, slope: Array) -> BlockState:
         """The state after a step in a block. `slope` is (grad f . v)^2 along v = u / sqrt(p)."""
+        state, p = jax.tree.map(lambda x: varying_like(x, slope, block), (state, p))
+        slope, block = varying_like(slope, block), varying_like(block, slope)
         rate = jnp.maximum(1 / (state.visits[block] + 1), 1 - self.decay)
         new = (p[block] * slope).astype(state.slopes.dtype)
         moved = state.slopes[block] + rate * (new - state.slopes[block])

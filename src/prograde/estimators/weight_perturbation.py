@@ -244,7 +244,7 @@ class WeightPerturbation(SeededEstimator):
         loss = loss_of(args)
         block = self._block(key, loss.floats) if self._in_blocks else None
 
-        def one_group(index, arrays):
+        def one_group(index: Any, arrays: PyTree) -> tuple[Any, Any, Any, Any]:
             loss = loss_of(eqx.combine(arrays, rest))
             if block is not None:
                 value, directional, aux = block.along(loss, index)
