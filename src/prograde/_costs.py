@@ -23,7 +23,7 @@ def multiply_adds(jaxpr: Jaxpr) -> int:
 _MOVES = {
     "reshape", "transpose", "broadcast_in_dim", "squeeze", "slice", "dynamic_slice",
     "concatenate", "convert_element_type", "copy", "pad", "gather", "split", "rev", "iota",
-    "expand_dims", "stop_gradient", "bitcast_convert_type",
+    "expand_dims", "stop_gradient", "bitcast_convert_type", "pvary", "pcast",
 }  # fmt: skip
 
 

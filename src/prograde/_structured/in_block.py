@@ -152,8 +152,8 @@ class DerivativeInBlock(Staged):
             k = len(c)
             return (out[:k], out_dot[:k]), (out[k:], out_dot[k:])
 
-        start = (
-            [jnp.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else of[v] for v in carry],
+        start = (  # a number that is written into the program takes the dtype of its carry
+            [_typed(v.val, v) if isinstance(v, Literal) else of[v] for v in carry],
             [zeros_or_tangent(v) for v in carry],
         )
         kinds = list(map(_typed, operands[0])) + list(operands[1])
@@ -262,8 +262,8 @@ class DerivativeInBlock(Staged):
         return total
 
 
-def _typed(x: Any) -> Any:
-    return jnp.asarray(x)
+def _typed(x: Any, v: Any = None) -> Any:
+    return jnp.asarray(x, None if v is None else v.aval.dtype)
 
 
 def _switch(which: Array, branches: list[Callable], *operands: Any) -> Any:

@@ -60,7 +60,7 @@ class Blocks(TangentDistribution):
 
     Examples:
         >>> import jax, jax.numpy as jnp, prograde as pg
-        >>> params = [{"w": jnp.ones((8, 6)), "b": jnp.zeros(6)}, {"w": jnp.ones((6, 2))}]
+        >>> params = [{"w": jnp.eye(8, 6), "b": jnp.zeros(6)}, {"w": jnp.ones((6, 2))}]
         >>> blocks = pg.Blocks(pg.LowRank(rank=1), probabilities="size")
         >>> blocks.names(params)
         ('[0]', '[1]')
