@@ -11,8 +11,8 @@ _INTRODUCTION = "A training step of PyTorch modules, by prograde.torch and by Py
 _TERMS = (
     "All methods take turns in one run; PyTorch's own run in a process without JAX. A time is a "
     "median, and a ratio is the median of the ratios of the rounds. A step is the estimate, or "
-    "the loss and its backward pass, and SGD. The first step includes compilation and, for "
-    "prograde.torch, the comparison with PyTorch's own loss."
+    "the loss and its backward pass, and SGD. The first step of prograde.torch includes "
+    "compilation and the comparison with PyTorch's own loss. Freed memory stays with the processes."
 )
 _TITLES = {
     "mlp": "MLP 784-1024-1024-10, batch 64",
@@ -67,7 +67,7 @@ def _row(label: str, method: str, found: dict[str, Any]) -> list[str]:
         milliseconds(found[method]["seconds"]["median"]),
         _ratio(method, "torch-backprop", found),
         _ratio(method, "torch-compiled", found),
-        f"{found[method]['first']:.1f}",
+        MISSING if method.startswith("torch") else f"{found[method]['first']:.1f}",
     ]
 
 

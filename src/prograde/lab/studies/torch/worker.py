@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from prograde.lab.measure.memory import keep_freed_memory
 from prograde.lab.store import cores
 from prograde.lab.studies.torch.modules import Case, case
 
@@ -130,6 +131,7 @@ def main(side: str, name: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # keeps the output of compilers out of the answers
     warnings.simplefilter("ignore")
+    keep_freed_memory()
     torch.set_num_threads(cores())
     makers, steps = SIDES[side](name), {}
     for line in sys.stdin:
