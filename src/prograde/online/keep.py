@@ -23,8 +23,9 @@ class SnAp:
     that the parameters ever reach: `SnAp(n)` of a large n is `RTRL`. For element-wise cells
     `SnAp(1)` is.
 
-    **Cost:** as the plan of the learner says, `learner.plan(params, state, input)`. For a dense
-    recurrent matrix and n = 1, s^2 multiply-adds more than `UORO` for each tangent of the state.
+    **Cost:** `learner.plan(params, state, input)` says it. A step with a dense recurrent matrix
+    evaluates dF/ds, which takes s tangents of the state; the influence itself then takes one
+    multiply-add for each number that is kept.
 
     **Source:** Menick, Elsen, Evci, Osindero, Simonyan & Graves, arXiv 2006.07232.
 

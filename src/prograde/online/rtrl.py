@@ -175,7 +175,7 @@ class RTRL(OnlineLearner):
         if self.keep is None and self.influence == "auto" and 2 * found.numbers > n * s:
             colours = " + ".join(map(str, found.colours))
             return None, (
-                f"dense, as the parameters need {colours} colours. keep=SnAp(1) keeps less, biased"
+                f"dense, as the parameters need {colours} colours. keep=SnAp(1) may keep less, biased"
             )
         if self.keep is not None and not found.exact:
             return found, f"biased: keep={self.keep!r} drops a part of the influence"
