@@ -64,8 +64,8 @@ class RTRL(OnlineLearner):
     streams. The tangent of a single entry of a matrix is kept as factors, so the parameters' own
     part costs n s. The step is forward only. *Sparse:* memory c s numbers for c colours; for an
     element-wise cell that is n, for each stream of a batch. A step takes one forward run along c
-    tangents, and one reverse run of this step alone for dL/ds and dL/dtheta, which measured
-    faster than tangents for each parameter and stores nothing over time. Both are independent of
+    tangents, and one reverse run of this step alone for dL/ds and dL/dtheta: it stores nothing
+    over time, and forward runs would take a tangent for each parameter. Both are independent of
     the length of the stream.
 
     **Errors:** as `OnlineLearner`; `ValueError` for a `chunk` below 1, and for `keep` or
@@ -175,7 +175,8 @@ class RTRL(OnlineLearner):
         if self.keep is None and self.influence == "auto" and 2 * found.numbers > n * s:
             colours = " + ".join(map(str, found.colours))
             return None, (
-                f"dense, as the parameters need {colours} colours. keep=SnAp(1) may keep less, biased"
+                f"dense, as the parameters need {colours} colours; keep=SnAp(1), which is biased, "
+                "may need less"
             )
         if self.keep is not None and not found.exact:
             return found, f"biased: keep={self.keep!r} drops a part of the influence"
