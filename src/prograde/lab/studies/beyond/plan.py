@@ -21,6 +21,7 @@ class Beyond(Study):
     - prograde beyond newton ode control: loops whose length depends on the parameters
     - prograde beyond horizon: gradients through 10^3 to 10^6 steps, at constant memory
     - prograde beyond stream: learning while the data flows, compared with truncated backprop
+    - prograde beyond recall: a symbol asked for after 100 to 10,000 distractors, in a stream
     - prograde beyond hyper: hyperparameters, by the derivative through a whole training run
 
     Without names, all problems run. Each takes about a minute.
