@@ -484,3 +484,58 @@ def test_a_hand_made_reverse_rule_blocks_every_forward_estimator(key):
         assert pg.check(
             fun, jnp.ones((3, 2)), jnp.ones((4, 3)), estimator=estimator, memory=False
         ).ok
+
+
+def doubling(w):
+    far = lambda x: jnp.sum(x) < 5
+    return jnp.sum(lax.while_loop(far, lambda x: x + w, jnp.ones(3)))
+
+
+@pytest.mark.parametrize("estimator", [pg.Backprop(), pg.CheckpointedBackprop()], ids=repr)
+def test_a_loop_that_blocks_reverse_mode_is_named_with_the_wrapper(estimator):
+    report = pg.check(doubling, jnp.ones(3), estimator=estimator)
+    assert not report.ok
+    assert report.memory is report.cost_ratio is None
+    (name,) = report.blocking
+    line = doubling.__code__.co_firstlineno + 2
+    assert name.startswith("while (")
+    assert f"test_check.py:{line}:" in name
+    assert "which reverse mode cannot pass" in str(report)
+    assert "pg.forward_mode" in str(report)
+    assert pg.check(doubling, jnp.ones(3), estimator=pg.ForwardJacobian()).ok
+    wrapped = pg.check(pg.forward_mode(doubling), jnp.ones(3), estimator=estimator)
+    assert wrapped.ok
+
+
+def steps(length, saved):
+    """A loop that saves `saved` numbers at each step, for a loss that follows."""
+    save = lambda c, w: lax.scan(lambda c, _: (c * w, jnp.full(saved, c)), c, length=length)[1]
+    return lambda w: jnp.mean(save(1.0, w[0]) ** 2) + jnp.sum(w)
+
+
+def test_few_parameters_behind_a_long_loop_are_told_of_the_exact_gradient():
+    advice = lambda fun, n, e: " ".join(
+        pg.check(fun, jnp.ones(n), estimator=e, memory=False).advice
+    )
+    long, short = steps(1000, 1), steps(10, 1)
+    line = f"test_check.py:{steps.__code__.co_firstlineno + 2}:"
+    for estimator in (pg.WeightPerturbation(), pg.Backprop()):
+        told = advice(long, 5, estimator)
+        assert "ForwardJacobian() computes the gradient by 5 tangents" in told
+        assert "pg.forward_mode" in told
+        assert line in told
+        assert "are few" not in advice(short, 5, estimator)
+        assert "are few" not in advice(long, 1000, estimator)
+    assert advice(long, 5, pg.ForwardJacobian()) == ""
+
+
+def test_a_loop_that_saves_much_is_told_the_chunk_that_fits():
+    """Each of 20 tangents saves 1000 x 10,000 numbers in float32: 40 MB, of which 6 fit."""
+    loss = steps(1000, 10_000)
+    shapes = jax.ShapeDtypeStruct((20,), jnp.float32)
+    told = lambda e: " ".join(pg.check(loss, shapes, estimator=e, memory=False).advice)
+    for estimator in (pg.ForwardJacobian(), pg.WeightPerturbation(num_tangents=20)):
+        assert "saves 40 MB, and as much for each of 20 tangents" in told(estimator)
+        assert "chunk=6," in told(estimator)
+    assert "saves" not in told(pg.ForwardJacobian(chunk=6))
+    assert "saves" not in told(pg.WeightPerturbation())

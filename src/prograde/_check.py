@@ -1,5 +1,7 @@
 """What stands in the way of a forward run, and what it will cost, before a long one is begun."""
 
+import logging
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,21 +10,29 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 
 from prograde._check_report import CheckReport
 from prograde._costs import largest_array, multiply_adds
-from prograde._custom_vjp import inline_custom_vjp
-from prograde._findings import watching
-from prograde._jaxprs import traced
-from prograde.estimators import Estimator, WeightPerturbation
+from prograde._custom_vjp import describe, inline_custom_vjp
+from prograde._findings import Findings, watching
+from prograde._jaxprs import equations, source, traced
+from prograde.estimators import (
+    Backprop,
+    CheckpointedBackprop,
+    Estimator,
+    ForwardJacobian,
+    WeightPerturbation,
+)
 from prograde.estimators.one_block import mean_cost
 from prograde.kit import Loss, in_groups
 from prograde.tangents import Blocks
 
 __all__ = ["CheckReport", "check"]
+
+_LOG = logging.getLogger("prograde.check")
 
 
 def check(
@@ -57,6 +67,7 @@ def check(
     **Cost:** traces `fun` once (estimators on pre-activations: once more, with twice the batch).
     With `memory=True` it compiles the estimate. With `num_groups` above 1 and arrays given, it
     computes the loss of the batch and of each group, to see that the one is the mean of the others.
+    It logs what it does, as `prograde.check` at level INFO.
 
     **Errors:** as `value_and_grad` for parameters and losses that no estimator takes; `ValueError`
     for `run=True` with shapes in place of arrays. What blocks forward mode is reported, and is no
@@ -112,8 +123,10 @@ def check(
 
     with watching() as findings, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
+        _LOG.info("tracing the function")
         program = jax.make_jaxpr(alone)(dynamic)
-        staged = jax.jit(estimate).trace(dynamic)
+        _LOG.info("tracing the estimate")
+        staged = _staged(estimate, dynamic, program, findings)
     with watching() as of_code:
         always_zero = _always_zero(pieces, dynamic)
     for w in said:
@@ -121,21 +134,23 @@ def check(
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     blocking = tuple(findings.refused)
     compiled, own = None, None
-    if (memory or run) and not blocking:
+    if (memory or run) and staged is not None and not blocking:
+        _LOG.info("compiling the estimate")
         compiled = staged.lower().compile()
         own = jax.jit(alone).lower(dynamic).compile() if memory == "both" else None
     floats = eqx.filter_eval_shape(lambda dynamic: pieces(dynamic)[1], dynamic)
     sizes = [w.size * w.dtype.itemsize for w in jax.tree.leaves(floats)]
+    num_parameters = sum(w.size for w in jax.tree.leaves(floats))
     state_bytes = sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(states[-1]) if eqx.is_array(x)
     )
-    largest: Any = largest_array(staged.jaxpr.jaxpr)
-    if largest[0] <= max(_SMALL, largest_array(program.jaxpr)[0], *sizes):
+    largest: Any = None if staged is None else largest_array(staged.jaxpr.jaxpr)
+    if largest and largest[0] <= max(_SMALL, largest_array(program.jaxpr)[0], *sizes):
         largest = None
     values = compiled(eqx.filter(given, eqx.is_array)) if run and compiled is not None else None
     return CheckReport(
         estimator=estimator,
-        num_parameters=sum(w.size for w in jax.tree.leaves(floats)),
+        num_parameters=num_parameters,
         blocking=blocking,
         remedies=tuple(findings.refused.values()),
         bypassed=() if blocking else tuple(findings.inlined),
@@ -143,7 +158,7 @@ def check(
         dense=() if blocking else tuple(findings.dense),
         sites=() if blocking else tuple(findings.sites),
         cost_ratio=None
-        if blocking
+        if blocking or staged is None
         else _cost(estimator, pieces, dynamic, staged.jaxpr.jaxpr, program.jaxpr),
         memory=_temporaries(compiled) if memory else None,
         memory_alone=_temporaries(own),
@@ -152,6 +167,7 @@ def check(
         advice=(
             *(str(w.message) for w in said if issubclass(w.category, RuntimeWarning)),
             *_advice(estimator, 0 if said else state_bytes, sum(sizes), largest),
+            *_about_loops(estimator, num_parameters, program, bool(blocking)),
             *(() if shapes else _about_groups(fun, params, args, estimator, has_aux)),
         ),
         not_finite=() if values is None else _not_finite(*values),
@@ -174,6 +190,73 @@ def _cost(
 
 
 _SMALL = 2**20  # bytes; nothing below is worth a word
+_FEW = 100  # parameters, up to which the exact gradient by forward mode is the better choice
+_LONG = 100  # steps of a loop
+_ROOM = 2**28  # bytes of all tangents that run together
+
+_WRAP = (
+    "Its number of steps is not known before it runs. Wrap the function in pg.forward_mode, "
+    "which jax.grad accepts, or take the estimator ForwardJacobian() for few parameters and "
+    "WeightPerturbation() for many."
+)
+
+
+def _staged(
+    estimate: Callable[..., Any], dynamic: PyTree, program: ClosedJaxpr, findings: Findings
+) -> Any:
+    """The traced estimate, or `None` where a loop blocks reverse mode, which is noted."""
+    try:
+        return jax.jit(estimate).trace(dynamic)
+    except ValueError as error:
+        if "Reverse-mode differentiation does not work" not in str(error):
+            raise
+    for eqn in equations(program.jaxpr):
+        if eqn.primitive.name == "while":
+            findings.refused[describe(eqn)] = _WRAP
+    return None
+
+
+def _about_loops(
+    estimator: Estimator, num_parameters: int, program: ClosedJaxpr, blocked: bool
+) -> list[str]:
+    """What to take where few parameters stand behind long loops, and what their outputs cost."""
+    loops = [eqn for eqn in equations(program.jaxpr) if _is_long(eqn)]
+    if blocked or not loops or not num_parameters:
+        return []
+    found = []
+    reverse = isinstance(estimator, Backprop | CheckpointedBackprop)
+    if num_parameters <= _FEW and not isinstance(estimator, ForwardJacobian):
+        gain = "and stores no step" if reverse else "exactly"
+        found.append(
+            f"{num_parameters} parameters are few, and a long loop follows, at {source(loops[0])}. "
+            f"ForwardJacobian() computes the gradient by {num_parameters} tangents, {gain}. "
+            "pg.forward_mode does so in libraries that call jax.grad."
+        )
+    together = num_parameters if isinstance(estimator, ForwardJacobian) else 1
+    together = getattr(estimator, "num_tangents", together)
+    chunk = getattr(estimator, "chunk", None)
+    for eqn in loops if not reverse else []:
+        saved = _saved_bytes(eqn)
+        if saved > _SMALL and saved * (chunk or together) > _ROOM:
+            found.append(
+                f"the loop at {source(eqn)} saves {saved / 1e6:,.0f} MB, and as much for each of "
+                f"{together} tangents. Put what follows into the loop, or pass "
+                f"chunk={max(1, _ROOM // saved)}, which keeps tangents below 256 MiB."
+            )
+    return found
+
+
+def _is_long(eqn: JaxprEqn) -> bool:
+    name = eqn.primitive.name
+    return name == "while" or (name == "scan" and eqn.params["length"] >= _LONG)
+
+
+def _saved_bytes(eqn: JaxprEqn) -> int:
+    """Bytes of what a loop saves at each step."""
+    if eqn.primitive.name != "scan":
+        return 0
+    saved: list[Any] = [v.aval for v in eqn.outvars[eqn.params["num_carry"] :]]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in saved)
 
 
 def _advice(estimator: Estimator, state: int, params: int, largest: Any) -> list[str]:

@@ -16,7 +16,8 @@ class CheckReport:
     - `estimator`: what was checked.
     - `num_parameters`: the number of entries in all float arrays of the parameters.
     - `blocking`: what forward mode cannot pass: functions with a `jax.custom_vjp`, and operations
-      without a rule. Each is `name (file:line:column (caller))`.
+      without a rule; for an estimator by reverse mode, loops of unknown length. Each is
+      `name (file:line:column (caller))`.
     - `remedies`: what to do about each of these, such as the argument to pass to an adjoint of
       diffrax.
     - `bypassed`: functions whose reverse rule is ignored because the estimator has
@@ -78,7 +79,8 @@ class CheckReport:
     def __str__(self) -> str:
         lines = [f"{self.estimator}", f"  parameters: {self.num_parameters:,} numbers"]
         for name, sentence in zip(self.blocking, self.remedies, strict=True):
-            lines.append(f"  BLOCKED by {name}, which forward mode cannot pass. {sentence}")
+            mode = "reverse" if name.startswith("while (") else "forward"
+            lines.append(f"  BLOCKED by {name}, which {mode} mode cannot pass. {sentence}")
         for name in self.bypassed:
             lines.append(f"  bypassed: the rule of {name}; its code is differentiated instead.")
         for path in self.not_finite:

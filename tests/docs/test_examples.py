@@ -13,5 +13,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_reaches_what_it_asserts(path):
     assert "assert " in path.read_text()
+    if path.stem == "in_mjx":
+        pytest.importorskip("mujoco.mjx", reason="mujoco-mjx is not installed")
     result = subprocess.run([sys.executable, path], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -127,11 +127,14 @@ def value_and_jacobian(program: Program, active: Sequence[int], *primals: Any) -
     if program.gradient is not None:
         return program.gradient(active, *primals)
     if n > MAX_INPUTS and program.chunk is None:
+        floats: list[Any] = [program.outputs[i] for i in program.float_outputs]
+        size = n * sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in floats)
         raise ValueError(
-            f"forward_mode: reverse mode asks for the derivative by {n:,} numbers, which takes "
-            f"{n:,} tangents. At most {MAX_INPUTS:,} are allowed unless `chunk` is given. Pass "
-            "`estimator=` for a random estimate of the gradient, differentiate by fewer inputs, or "
-            "use reverse mode where the program has one."
+            f"forward_mode: reverse mode asks for the derivative by {n:,} numbers. It takes "
+            f"{n:,} tangents, each at about the arithmetic of the function, and a Jacobian of "
+            f"{size / 1e6:,.1f} MB. At most {MAX_INPUTS:,} are allowed unless `chunk` is given. "
+            "Pass `estimator=` for a random estimate of the gradient of a scalar, differentiate by "
+            "fewer inputs, or use reverse mode where the program has one."
         )
 
     def along(index: Array) -> list[Array]:
@@ -224,10 +227,11 @@ def _pushed_shapes(
     of_values = tuple(level.size for level in reversed(levels) if any(level.primals))
     of_dots = tuple(level.size for level in reversed(levels))
     floats = [program.outputs[i] for i in program.float_outputs]
-    values = [ShapedArray((*of_values, *aval.shape), aval.dtype) for aval in program.outputs]
+    # an update keeps over which axes of a mesh a value varies
+    values = [aval.update(shape=(*of_values, *aval.shape)) for aval in program.outputs]
     if not active:
         return values
-    return values + [ShapedArray((*of_dots, *aval.shape), aval.dtype) for aval in floats]
+    return values + [aval.update(shape=(*of_dots, *aval.shape)) for aval in floats]
 
 
 def _pushed_jvp(primals: Any, tangents: Any, *, program: Program, active: Any, levels: Any) -> Any:
@@ -352,8 +356,8 @@ def _product(*inputs: Any, num: int, levels: Any) -> list[Array]:
 
 
 def _product_shapes(*inputs: Any, num: int, levels: Any) -> list[ShapedArray]:
-    out = jax.eval_shape(functools.partial(_product, num=num, levels=levels), *inputs)
-    return [ShapedArray(x.shape, x.dtype) for x in out]
+    traced = jax.make_jaxpr(functools.partial(_product, num=num, levels=levels))(*inputs)
+    return list(traced.out_avals)  # pyright: ignore[reportReturnType]
 
 
 def _product_jvp(primals: Any, tangents: Any, **parameters: Any) -> Any:

@@ -32,6 +32,9 @@ class Counted(Task):
         self.causes.append(taken)
         return "value"
 
+    def culprit(self, taken, cause):
+        return f"{cause} after {taken}"
+
 
 def run(task, steps, points, progress=None, **options):
     saved = []
@@ -112,6 +115,7 @@ def test_divergence_ends_a_run_at_its_step(bad, taken):
     task = Counted(bad=bad)
     end, progress, saved = run(task, 10, 4)
     assert (end.status, end.step, end.cause) == ("diverged", bad, "value")
+    assert end.culprit == f"value after {taken}"
     assert task.causes == [taken]
     assert all(p["step"] <= bad for p in progress.points)
     assert saved[-1][2] == "diverged"

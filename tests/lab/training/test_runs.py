@@ -175,11 +175,15 @@ def test_a_loss_that_overflows_is_told_from_a_gradient_that_does(tmp_path):
     # w grows by a factor of -1e10 a step: 1e0, 1e10, 1e20, whose square is beyond float32
     overflow = diverged(lambda w: jnp.sum(w**2), [1.0], 0.5e10, tmp_path / "value")
     assert (overflow["status"], overflow["step"], overflow["cause"]) == ("diverged", 2, "value")
-    # w: 3, 2, 1, 0, where the root is 0 and its derivative infinite
-    root = lambda w: jnp.sum(jnp.floor(w) + (w - jnp.floor(w)) + 0 * jnp.sqrt(w))
-    gradient = diverged(root, [3.0], 1.0, tmp_path / "gradient")
+    # w: 2, 1, 0.0001, -0.9997, where the root is that of 0 and its derivative infinite
+    root = lambda w: jnp.sum(w + 0 * jnp.sqrt(jnp.maximum(w, 0)))
+    gradient = diverged(root, [2.0], 1.0, tmp_path / "gradient")
     assert (gradient["status"], gradient["cause"]) == ("diverged", "gradient")
     assert gradient["step"] == 4
+    place = f"test_runs.py:{root.__code__.co_firstlineno}:"
+    assert gradient["culprit"].startswith(f"sqrt at {place}")
+    assert gradient["culprit"].endswith("whose tangent is not finite")
+    assert overflow["culprit"].endswith("whose value is not finite")
 
 
 def test_the_first_loss_that_is_not_finite_is_the_step_recorded(tmp_path):

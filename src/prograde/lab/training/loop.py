@@ -50,6 +50,14 @@ class Task(abc.ABC):
         del taken
         return None
 
+    def culprit(self, taken: int, cause: Literal["value", "gradient"] | None) -> str | None:
+        """Names the equation that made the loss or its derivative not finite, with file and line.
+
+        The arguments are those of `cause`, and what it said. None: unknown.
+        """
+        del taken, cause
+        return None
+
 
 @dataclass
 class Progress:
@@ -62,12 +70,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class End:
-    """The end of a run. If it diverged, `step` is the step whose loss is not finite."""
+    """The end of a run. If it diverged, `step` is the step whose loss is not finite.
+
+    `cause` and `culprit` say why, where the task knows.
+    """
 
     status: Literal["completed", "stopped", "diverged"]
     step: int
     seconds: float
     cause: Literal["value", "gradient"] | None = None
+    culprit: str | None = None
 
 
 def follow(
@@ -118,7 +130,9 @@ def follow(
             end = over()
         else:  # all losses may be finite when the last step makes parameters that are not
             taken = count if finite.all() else int(np.argmin(finite))
-            end = End("diverged", first + taken, progress.seconds, task.cause(taken))
+            cause = task.cause(taken)
+            culprit = task.culprit(taken, cause)
+            end = End("diverged", first + taken, progress.seconds, cause, culprit)
         save(progress, end)
     return end
 

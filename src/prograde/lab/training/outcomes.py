@@ -22,11 +22,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Divergence:
-    """A run that diverged: its step, and the cause if it is known."""
+    """A run that diverged: its step, and the cause and the culprit if they are known."""
 
     seed: int
     step: int
     cause: str | None
+    culprit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ def outcome_of(
         spread([p["test_loss"] for p in finals]),
         spread([p["test_accuracy"] for p in finals if "test_accuracy" in p]),
         [
-            Divergence(run[0]["seed"], run[-1]["step"], run[-1].get("cause"))
+            Divergence(
+                run[0]["seed"], run[-1]["step"], run[-1].get("cause"), run[-1].get("culprit")
+            )
             for run in ended
             if run[-1]["status"] == "diverged"
         ],
@@ -168,6 +171,8 @@ def divergence_text(outcome: Outcome, name: str) -> str:
         "value": ", where the loss overflowed and the parameters were finite",
         "gradient": ", after a step whose loss was finite and whose gradient was not",
     }.get(first.cause or "", "")
+    if first.culprit:
+        because += f": {first.culprit}"
     return (
         f"{name} diverged in {len(outcome.diverged)} of {outcome.finished} seeds, "
         f"first at step {first.step}{because}."

@@ -95,7 +95,8 @@ def train(
         def save(progress: Progress, end: End | None) -> None:
             record[:] = [head, *({"kind": "point", **point} for point in progress.points)]
             if end is not None:
-                because = {} if end.cause is None else {"cause": end.cause}
+                why = {"cause": end.cause, "culprit": end.culprit}
+                because = {name: said for name, said in why.items() if said is not None}
                 record.append(
                     {"kind": "end", "status": end.status, "step": end.step, "seconds": end.seconds}
                     | because
@@ -117,6 +118,7 @@ class _Steps(Task, abc.ABC):
     """The steps of a run, and the figures of its points."""
 
     judged = "test_loss"
+    trainer: Trainer
 
     def __init__(self, run: Run, measure: Measure, mesh: Mesh | None):
         self.run, self.mesh, self._measure = run, mesh, measure
@@ -134,6 +136,10 @@ class _Steps(Task, abc.ABC):
     @abc.abstractmethod
     def params_after(self, taken: int) -> PyTree:
         """Repeats the first `taken` steps since the last point; returns the parameters."""
+
+    @abc.abstractmethod
+    def batch(self, taken: int) -> tuple[Any, ...] | None:
+        """The examples of the step after the first `taken`, or `None` if it was not taken."""
 
     def figures(self, losses: np.ndarray | None) -> dict[str, Any]:
         """The loss of the batches since the last point, the figures, and the path of the steps."""
@@ -156,6 +162,18 @@ class _Steps(Task, abc.ABC):
         finite = all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in leaves)
         return "value" if finite else "gradient"
 
+    def culprit(self, taken: int, cause: Literal["value", "gradient"] | None) -> str | None:
+        """Runs the loss of the failing step equation by equation."""
+        step = taken if cause == "value" else taken - 1
+        batch = self.batch(step)
+        if batch is None or self.mesh is not None:
+            return None
+        found = pg.diagnostics.first_nonfinite(self.trainer.loss, self.params_after(step), *batch)
+        if found is None:
+            return None
+        place = found.source.rsplit("/", 1)[-1]  # a record holds no folders of a machine
+        return f"{found.primitive} at {place}, whose {found.part} is not finite"
+
 
 class _SavedSteps(_Steps):
     """The steps of a `Trainer`, whose state is saved at every point."""
@@ -164,7 +182,7 @@ class _SavedSteps(_Steps):
         super().__init__(run, measure, mesh)
         self.trainer = trainer
         self.carry: Any = trainer.start(run.seed)
-        self._before, self._rows = None, np.zeros((0, 0), np.int32)
+        self._copy, self._before, self._rows = None, None, np.zeros((0, 0), np.int32)
 
     @property
     def params(self) -> PyTree:
@@ -180,16 +198,15 @@ class _SavedSteps(_Steps):
 
     def steps(self, first: int, count: int) -> np.ndarray:
         self._rows = self.trainer.rows(self.run.seed, first, count)
-        self._step = first + count
+        self._step, self._before = first + count, self._copy
         self.carry, losses, self._visited = self.trainer.steps(
             self.carry, self.run.rate, self.run.seed, self._rows
         )
         return np.asarray(losses)  # waits for the steps
 
     def figures(self, losses: np.ndarray | None) -> dict[str, Any]:
-        self._before = jax.tree.map(
-            np.array, self.carry
-        )  # the next steps reuse the memory of the carry
+        # the next steps reuse the memory of the carry
+        self._copy = jax.tree.map(np.array, self.carry)
         return super().figures(losses)
 
     def params_after(self, taken: int) -> PyTree:
@@ -199,6 +216,9 @@ class _SavedSteps(_Steps):
             carry, _, _ = self.trainer.steps(carry, self.run.rate, self.run.seed, rows)
         return carry[0]
 
+    def batch(self, taken: int) -> tuple[Any, ...] | None:
+        return _examples(self.trainer, self._rows, taken)
+
     def save(self, path: Path, progress: Progress) -> None:
         """Saves the state of a point."""
         files.save_state(path, {"carry": self.carry, "seconds": np.asarray(progress.seconds)})
@@ -206,7 +226,7 @@ class _SavedSteps(_Steps):
     def restore(self, path: Path) -> Progress:
         """Restores the saved state."""
         saved = files.load_state(path, {"carry": self.carry, "seconds": np.zeros(())})
-        self._before = saved["carry"]
+        self._copy = saved["carry"]
         self.carry = jax.tree.map(jnp.asarray, saved["carry"])
         return Progress(int(self.carry[2]), float(saved["seconds"]))
 
@@ -244,12 +264,23 @@ class _LoggedSteps(_Steps):
     def params_after(self, taken: int) -> PyTree:
         return self._take(self._start(), 0, self._first + taken)[0].params
 
+    def batch(self, taken: int) -> tuple[Any, ...] | None:
+        rows = self.trainer.rows(self.run.seed, self._first, self._step - self._first)
+        return _examples(self.trainer, rows, taken)
+
     def _take(
         self, state: pg.replay.TrainState, first: int, count: int
     ) -> tuple[pg.replay.TrainState, np.ndarray]:
         run = self.run
         rows = self.trainer.rows(run.seed, first, count)
         return self.trainer.logged_steps(state, self.log, run.rate, run.seed, first, rows)
+
+
+def _examples(trainer: Trainer, rows: np.ndarray, taken: int) -> tuple[Any, ...] | None:
+    """The examples of one of these rows."""
+    if not 0 <= taken < len(rows):
+        return None
+    return jax.tree.map(lambda x: x[rows[taken]], trainer.data)
 
 
 def _log(trainer: LoggedTrainer, run: Run, path: Path) -> pg.replay.ReplayLog:

@@ -5,4 +5,4 @@ makes the sentences (`conclusion`), the tables (`tables`) and the picture (`draw
 To add a problem, add its folder and a line here.
 """
 
-PROBLEMS = ["newton", "ode", "control", "horizon", "stream", "recall", "hyper"]
+PROBLEMS = ["newton", "ode", "posterior", "control", "horizon", "stream", "recall", "hyper"]

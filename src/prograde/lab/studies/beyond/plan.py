@@ -19,6 +19,7 @@ class Beyond(Study):
     """Solve problems where reverse mode cannot go, compared with the best reverse mode found.
 
     - prograde beyond newton ode control: loops whose length depends on the parameters
+    - prograde beyond posterior: NUTS on differential equations, by the gradients of each mode
     - prograde beyond horizon: gradients through 10^3 to 10^6 steps, at constant memory
     - prograde beyond stream: learning while the data flows, compared with truncated backprop
     - prograde beyond recall: a symbol asked for after 100 to 10,000 distractors, in a stream

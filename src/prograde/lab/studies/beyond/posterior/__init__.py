@@ -1,0 +1,1 @@
+"""Posteriors of two differential equations, sampled by NUTS through diffrax's adaptive solver."""
