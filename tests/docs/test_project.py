@@ -14,7 +14,11 @@ SOURCE = ROOT / "src" / "prograde"
 
 
 # modules for models of a framework, which alone may import it
-FRAMEWORKS = {"nnx": {"flax"}, "torch": {"torch", "torchax", "transformers"}}
+FRAMEWORKS = {
+    "nnx": {"flax"},
+    "online": {"asdex", "scipy"},
+    "torch": {"torch", "torchax", "transformers"},
+}
 
 
 def imports(path):

@@ -148,10 +148,11 @@ def test_layers_of_long_memories_learn_by_their_own_traces_without_diverging(key
     A kept trace decays as its unit does, so it stays bounded by that unit's memory.
     """
     layers, units, letters, steps = 4, 32, 16, 4000
-    keys = jax.random.split(jax.random.clone(key), layers + 1)
-    params = {str(i): start(min_gru, k, units, units, units, 500.0) for i, k in enumerate(keys[1:])}
-    params["0"] = start(min_gru, jax.random.clone(keys[1]), letters, units, units, 500.0)
-    params["3"] = start(min_gru, jax.random.clone(keys[4]), units, units, letters, 500.0)
+    sizes = [(letters, units), *[(units, units)] * (layers - 2), (units, letters)]
+    params = {
+        str(i): start(min_gru, jax.random.fold_in(key, i), inputs, units, outputs, 500.0)
+        for i, (inputs, outputs) in enumerate(sizes)
+    }
     state = {str(i): first_state(min_gru, units) for i in range(layers)}
 
     def cell(params, state, x):
@@ -161,8 +162,8 @@ def test_layers_of_long_memories_learn_by_their_own_traces_without_diverging(key
         return after, x
 
     loss = lambda output, target: -jax.nn.log_softmax(output)[target]
-    follows = jax.random.permutation(keys[0], letters)
-    noise = jax.random.randint(jax.random.fold_in(key, 5), (steps + 1,), 0, letters)
+    follows = jax.random.permutation(jax.random.fold_in(key, 8), letters)
+    noise = jax.random.randint(jax.random.fold_in(key, 9), (steps + 1,), 0, letters)
     stream = lax.scan(
         lambda s, n: (lambda s: (s, s))(jnp.where(n < 2, n, follows[s])), jnp.int32(0), noise
     )[1]

@@ -27,7 +27,9 @@ from prograde.online._colouring import colour, seeds, take
 from prograde.online._sparsity import Matrix, NoPatternError, Pattern, described, find_pattern
 from prograde.online.keep import Group, Keep, groups
 
-_LARGE = 2**15  # numbers of influence, from which a decision costs less than reading them
+# Numbers of influence, from which a decision can cost less than reading them. It also keeps the
+# gradients from being fused with what uses them, so there have to be several for each parameter.
+_LARGE = 2**15
 
 Following = Callable[[list[Array], list[Array]], list[Array]]
 
@@ -337,7 +339,7 @@ def add_influence(
 ) -> tuple[list[Array], SparseInfluence]:
     """dL/ds J + dL/dtheta, for each leaf of the parameters; and J, to go on with."""
     grads = list(by_params)
-    if layout.numbers <= _LARGE:
+    if layout.numbers <= max(_LARGE, 4 * layout.parameters):
         return _added(layout, memory, by_state, grads), memory
     # Most steps of a stream may ask nothing. J is then not read, and where it is, that is done
     # before it is overwritten in place: what is returned depends on the decision, by a comparison

@@ -164,15 +164,15 @@ def costs(units: int, inputs: int, setting: Setting, display: Display) -> dict[s
     """Times of a step: forward, RTRL sparse and dense, and backprop through all steps."""
     cell = min_gru
     params = start(cell, jax.random.key(0), inputs, units, SYMBOLS)
-    keys = jax.random.split(jax.random.key(1))
     squared = lambda output, target: jnp.mean((output - target) ** 2)  # noqa: E731
     state = jnp.zeros(units)
     sparse = pg.online.RTRL(cell, squared)
     dense = replace(sparse, influence="dense")
 
     def stream(steps: int) -> tuple[Array, Array]:
-        shape = jax.random.normal(keys[0], (steps, inputs))
-        return shape, jax.random.normal(keys[1], (steps, SYMBOLS))
+        keys = jax.random.split(jax.random.key(1))
+        xs = jax.random.normal(keys[0], (steps, inputs))
+        return xs, jax.random.normal(keys[1], (steps, SYMBOLS))
 
     def total(params: Any, xs: Array, ys: Array) -> Array:
         def one(state: Array, xy: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -192,7 +192,8 @@ def costs(units: int, inputs: int, setting: Setting, display: Display) -> dict[s
 
         return run
 
-    many, few = stream(setting.steps), stream(2)
+    many = stream(setting.steps)
+    few = jax.tree.map(lambda x: x[:2], many)
     carry = sparse.init(params, state, many[0][0], many[1][0])
     programs = {
         "forward": compiled(total, params, *many),
