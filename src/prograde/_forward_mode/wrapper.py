@@ -31,8 +31,8 @@ def forward_mode(
     The derivative of the result is taken by forward mode, whoever asks for it, by `jax.grad`,
     `jax.vjp`, `jax.jacrev`, `jax.hessian` or `jax.jvp`, of any order. So libraries that call
     `jax.grad` inside run on programs that reverse mode refuses: `while_loop`, adaptive solvers with
-    a forward adjoint, loops whose length depends on the parameters. It works under `jit`, `vmap`
-    and `scan`.
+    a forward adjoint, loops whose length depends on the parameters. It works under `jit`, `vmap`,
+    `scan`, `jax.checkpoint` and `shard_map`.
 
         (x, v) -> (f(x), J(x) v)        J(x): by one forward run along all unit vectors of x
 
@@ -62,7 +62,8 @@ def forward_mode(
     large, and implicit differentiation where the loop finds a root.
 
     **Errors:** `TypeError` for complex inputs, for a function that returns no float array, and for
-    a function with a custom reverse rule; `ValueError` for a derivative by more than 20,000 numbers
+    a function that forward mode cannot pass, such as one with a custom reverse rule or a call of
+    Python; `ValueError` for a derivative by more than 20,000 numbers
     without `chunk`, a `chunk` below 1, or an `argnums` out of range; all at trace time.
 
     **Source:** forward accumulation; the rule is that of `jax.custom_jvp` with the Jacobian of
