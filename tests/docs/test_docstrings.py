@@ -20,10 +20,11 @@ TEXTS = {
 WITH_EXAMPLES = [
     name for name, text in TEXTS.items() if ">>> " in text and not name.startswith("prograde.torch")
 ]
-PUBLIC = ["", "distributed", "diagnostics", "kit", "lm", "online", "replay", "testing"]
+PUBLIC = ["", "distributed", "diagnostics", "kit", "lm", "nnx", "online", "replay", "testing"]
 PAPERS = [
     "",
     "lm",
+    "nnx",
     "online",
     "testing",
 ]  # the packages whose names follow a paper or another source

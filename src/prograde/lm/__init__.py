@@ -20,7 +20,7 @@ if _missing := [
 from prograde.lm.architecture import Architecture, ModelError
 from prograde.lm.decoder import Blocks, Decoder, LowRankUpdate, matrix_shapes
 from prograde.lm.files import Dtype, byte_tokenizer, load, load_tokenizer
-from prograde.lm.gguf_output import save_gguf
+from prograde.lm.gguf_output import check_gguf, save_gguf
 from prograde.lm.known_models import smollm2
 from prograde.lm.quantized import Quantized
 from prograde.lm.saving import save, save_weights
@@ -34,6 +34,7 @@ __all__ = [
     "ModelError",
     "Quantized",
     "byte_tokenizer",
+    "check_gguf",
     "load",
     "load_tokenizer",
     "matrix_shapes",

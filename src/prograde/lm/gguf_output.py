@@ -54,19 +54,8 @@ def save_gguf(path: str | Path, model: Decoder, tokenizer: Tokenizer, kind: Kind
     from gguf import GGMLQuantizationType, GGUFWriter, quantize
 
     path = Path(path)
-    check_name(path, "save_gguf", ".gguf")
-    check_kinds(model, tokenizer)
+    check_gguf(path, model, tokenizer, kind)
     a = model.architecture
-    if path.suffix.lower() != ".gguf":
-        raise ModelError(f"{path} does not end in .gguf, but save_gguf writes a .gguf file.")
-    if kind not in get_args(Kind):
-        raise ModelError(f"kind={kind!r}, but one of {', '.join(get_args(Kind))} is needed.")
-    if a.window is not None or a.rope_scaling is not None:
-        name = "window" if a.window is not None else "rope_scaling"
-        raise ModelError(
-            f"the model has {name}={getattr(a, name)}, which a GGUF file of Llama has no place "
-            "for. Use save, which writes a directory."
-        )
     words, kinds, merges, rule = _tokens(tokenizer, a.vocab_size)
     heads = {} if a.attention_bias else {"query": a.num_heads, "key": a.num_kv_heads}
     with appearing(path) as whole:
@@ -89,6 +78,39 @@ def save_gguf(path: str | Path, model: Decoder, tokenizer: Tokenizer, kind: Kind
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def check_gguf(path: Path, model: Decoder, tokenizer: Tokenizer, kind: Kind = "F16") -> None:
+    """Raises for what `save_gguf` refuses, apart from the values of the weights.
+
+    It is for work that ends with such a file and should not begin in vain.
+
+    **Arguments, errors:** those of `save_gguf`.
+
+    **Source:** the GGUF format of the ggml project.
+
+    Examples:
+        >>> import pathlib, jax
+        >>> from prograde import lm
+        >>> tiny = lm.Architecture(
+        ...     vocab_size=256, width=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden=128)
+        >>> model = lm.Decoder.create(jax.random.key(0), tiny)
+        >>> lm.check_gguf(pathlib.Path("tiny.gguf"), model, lm.byte_tokenizer())
+    """
+    check_name(path, "save_gguf", ".gguf")
+    check_kinds(model, tokenizer)
+    a = model.architecture
+    if path.suffix.lower() != ".gguf":
+        raise ModelError(f"{path} does not end in .gguf, but save_gguf writes a .gguf file.")
+    if kind not in get_args(Kind):
+        raise ModelError(f"kind={kind!r}, but one of {', '.join(get_args(Kind))} is needed.")
+    if a.window is not None or a.rope_scaling is not None:
+        name = "window" if a.window is not None else "rope_scaling"
+        raise ModelError(
+            f"the model has {name}={getattr(a, name)}, which a GGUF file of Llama has no place "
+            "for. Use save, which writes a directory."
+        )
+    _tokens(tokenizer, a.vocab_size)
 
 
 def _add_sizes(writer: Any, a: Architecture, file_type: int) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from prograde.lab.studies.finetune.tuning import Tuning
 from prograde.lab.study import UsageError
 
 GOOD = "text,label\n" + "".join(f"a{i},no\nb{i},yes\n" for i in range(8))
+long = pytest.mark.long
 TOKENS = tuple(lm.byte_tokenizer().token_to_id(letter) for letter in "ny")
 
 
@@ -52,20 +54,37 @@ def without_times(points):
     return [{k: v for k, v in p.items() if k not in ("seconds", "rss")} for p in points]
 
 
+FINISHED = {"train": "norm", "tangents": 4, "steps": 12}
+
+
+@pytest.fixture(scope="module")
+def finished(study_of, run, tmp_path_factory):
+    """A run of twelve steps that was never stopped, with two further seeds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "POINTS", 4)
+        return run(study_of(FINISHED, repeats=2), tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture
+def log(finished):
+    return finished.path("replay.log")
+
+
 @pytest.mark.parametrize(
     ("settings", "options"),
     [
-        ({"train": "norm", "tangents": 4}, {"keep_last": False}),
-        pytest.param({"train": "subspace", "refresh": 2}, {}, marks=pytest.mark.long),
-        ({"train": "norm", "estimator": "backprop"}, {"keep_last": False}),
+        (FINISHED, {"repeats": 2}),
+        pytest.param(FINISHED, {"keep_last": False}, marks=long),
+        pytest.param({"train": "subspace", "refresh": 2}, {}, marks=long),
+        pytest.param({"train": "norm", "estimator": "backprop"}, {"keep_last": False}, marks=long),
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    settings, options, study_of, run, tmp_path, monkeypatch
+    settings, options, finished, study_of, run, directory, display, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(running, "POINTS", 4)
     study = study_of({"steps": 12, **settings}, **options)
-    whole = run(study, tmp_path / "whole")
+    whole = finished if "repeats" in options else run(study, tmp_path / "whole")
     backward = settings.get("estimator") == "backprop"
     with monkeypatch.context() as patch:
         stop_at(patch, 8, "step" if backward else "apply")
@@ -73,6 +92,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
             run(study, tmp_path / "stopped")
     with pytest.raises(RecordError, match="--resume"):
         run(study, tmp_path / "stopped")
+    if not backward:  # a replay of less than all must be asked for
+        with pytest.raises(UsageError, match=r"of 12 planned steps.* --partial"):
+            replay(str(directory), tmp_path / "stopped", tmp_path / "no", None, display)
     stopped = run(study, tmp_path / "stopped", resume=True)
     found, wanted = (without_times(s.read_lines("curve")) for s in (stopped, whole))
     assert found == wanted
@@ -87,18 +109,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 @pytest.mark.parametrize(
     "train",
-    [
-        "norm",
-        pytest.param("matrices", marks=pytest.mark.long),
-        pytest.param("lora", marks=pytest.mark.long),
-        "subspace",
-    ],
+    ["norm", *(pytest.param(t, marks=long) for t in ("matrices", "lora", "subspace"))],
 )
 def test_replay_makes_the_same_bits_without_the_data(
-    train, study_of, run, directory, display, tmp_path
+    train, finished, study_of, run, directory, display, tmp_path
 ):
     study = study_of({"train": train, "steps": 9, "refresh": 4})
-    store = run(study, tmp_path / "run")
+    store = finished if train == "norm" else run(study, tmp_path / "run")
     log, summary = store.path("replay.log"), store.read("summary")
     replay(str(directory), log, tmp_path / "out", None, display)
     model, _ = lm.load(directory)
@@ -115,16 +132,27 @@ def test_replay_makes_the_same_bits_without_the_data(
     replay(str(directory), log, tmp_path / "again.safetensors", None, display)
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert (tmp_path / "again.safetensors").read_bytes() == weights
+    replay(str(directory), log, tmp_path / "again.gguf", None, display)
+    found = pg.kit.float_leaves(lm.load(tmp_path / "again.gguf")[0])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+        found,
+        pg.kit.float_leaves(after),
+    )
     replay(str(directory), log, tmp_path / "none", 0, display)
     kept = lm.load(tmp_path / "none")[0]
     np.testing.assert_array_equal(kept.segments[0].gate, model.segments[0].gate)
 
 
-def test_validation_and_held_out_rows_reach_no_step(study_of, run, tmp_path, monkeypatch):
-    """Steps, trials and repeats see training rows; points see held-out and validation rows."""
+def rows_of(data):
+    return {x.tobytes() for x in np.asarray(data[0])}
+
+
+@pytest.fixture(scope="module")
+def searched(study_of, run, tmp_path_factory):
+    """A run whose rate is searched, and what its steps and points saw: (study, store, seen)."""
     seen = {"steps": set(), "evaluated": []}
     derivatives, evaluate = Tuning.derivatives, Tuning.evaluate
-    rows_of = lambda data: {x.tobytes() for x in np.asarray(data[0])}
 
     def watched(self, step, batch):
         seen["steps"] |= rows_of(batch)
@@ -134,13 +162,18 @@ def test_validation_and_held_out_rows_reach_no_step(study_of, run, tmp_path, mon
         seen["evaluated"].append(frozenset(rows_of(data)))
         return evaluate(self, data)
 
-    monkeypatch.setattr(Tuning, "derivatives", watched)
-    monkeypatch.setattr(Tuning, "evaluate", watched_evaluate)
-    study = study_of(
-        {"train": "norm", "steps": 30, "rate": None}, keep_last=False, rates="search", repeats=1
-    )
-    store = run(study, tmp_path / "run")
-    monkeypatch.setattr(Tuning, "evaluate", evaluate)
+    plan = {"train": "norm", "steps": 8, "rate": None}
+    study = study_of(plan, keep_last=False, rates="search", repeats=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tuning, "derivatives", watched)
+        patch.setattr(Tuning, "evaluate", watched_evaluate)
+        store = run(study, tmp_path_factory.mktemp("searched") / "run")
+    return study, store, seen
+
+
+def test_validation_and_held_out_rows_reach_no_step(searched):
+    """Steps, trials and repeats see training rows; points see held-out and validation rows."""
+    study, store, seen = searched
     plan = dataclasses.replace(study.resolved().plan, label_tokens=TOKENS)
     model, tokenizer = lm.load(study.model.model)
     tuning = Tuning(plan, model)
@@ -162,12 +195,13 @@ def test_validation_and_held_out_rows_reach_no_step(study_of, run, tmp_path, mon
     assert seen["evaluated"][: 1 + trials].count(frozenset(held_out)) == 1
 
 
-def test_texts_in_both_tables_are_not_trained_on(rows, study_of, run, tmp_path):
+def test_texts_in_both_tables_are_not_trained_on(rows, study_of, tmp_path):
     other = tmp_path / "other.csv"
     other.write_text("text,label\n" + "".join(f"{t},{label}\n" for t, label in rows[:6]))
     study = study_of({"train": "norm", "steps": 2}, {"held_out_data": other, "held_out": None})
-    summary = run(study, tmp_path / "run").read("summary")
-    assert summary["examples"] == {"training": 26, "validation": 0, "held_out": 6}
+    split = examples.read(study.resolved().data, 0, lm.byte_tokenizer())
+    assert (len(split.train), len(split.held_out)) == (26, 6)
+    assert not rows_of([split.train.tokens]) & rows_of([split.held_out.tokens])
 
 
 POINTS = [9.0, 5.0, 4.0, 6.0, 7.0, 4.0, 8.0, 9.0, 8.0, 7.0, 6.0]
@@ -229,9 +263,8 @@ def test_the_rate_of_least_validation_loss_is_taken(losses, wanted):
     assert search.best_rate(trials, 0.03) == pytest.approx(wanted)
 
 
-def test_a_search_is_recorded_and_continued(study_of, run, tmp_path, monkeypatch):
-    study = study_of({"train": "norm", "steps": 8, "rate": None}, keep_last=False)
-    store = run(study, tmp_path / "run")
+def test_a_search_is_recorded_and_continued(searched, run, tmp_path, monkeypatch):
+    study, store, _ = searched
     found = store.read("rates")
     rates = [trial["rate"] for trial in found["trials"]]
     assert rates == [0.00333, 0.01, 0.03, 0.09]
@@ -258,27 +291,42 @@ def test_a_search_is_recorded_and_continued(study_of, run, tmp_path, monkeypatch
     assert run(study, tmp_path / "stopped", resume=True).read("rates") == found
 
 
-def test_a_rate_is_given_or_searched_or_the_default(study_of, run, tmp_path):
-    for options, searched in (({"rates": "default"}, False), ({"keep_last": True}, False)):
-        study = study_of(
-            {"train": "norm", "steps": 2, "rate": None}, **{"keep_last": False, **options}
-        )
-        store = run(study, tmp_path / f"{options}")
-        assert ("rates" in store) == searched
-        assert store.read("summary")["rate"] == 0.03
-    study = study_of({"train": "norm", "steps": 2, "rate": 0.1}, rates="search")
+@pytest.mark.parametrize(
+    ("rates", "validated", "wanted"),
+    [
+        (None, True, 0.07),
+        (None, False, 0.03),
+        ("default", True, 0.03),
+        ("search", True, 0.07),
+        ("search", False, "--rates search"),
+    ],
+)
+def test_a_rate_is_given_or_searched_or_the_default(
+    rates, validated, wanted, study_of, display, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(search, "search", lambda *_: 0.07)
+    plan = {"train": "norm", "steps": 2, "rate": None}
+    study = study_of(plan, rates=rates, keep_last=not validated)
+    parts = steps.Parts((), (np.zeros(1),) if validated else None, ())
+    rate_of = lambda plan: running._with_rate(
+        study, plan, None, (), parts, 0.01, Store(tmp_path), display
+    )
+    if wanted == "--rates search":
+        with pytest.raises(UsageError, match="--rates search needs a validation part"):
+            rate_of(study.plan)
+    else:
+        assert rate_of(study.plan).rate == wanted
+    assert rate_of(dataclasses.replace(study.plan, rate=0.1)).rate == 0.1
     with pytest.raises(UsageError, match="--rates search"):
-        study.configs()
+        study_of({"train": "norm", "steps": 2, "rate": 0.1}, rates="search").configs()
 
 
-def test_further_seeds_have_the_same_split_and_start(study_of, run, tmp_path):
-    study = study_of({"train": "norm", "steps": 6}, repeats=2)
-    store = run(study, tmp_path / "run")
-    repeats = store.read("repeats")
+def test_further_seeds_have_the_same_split_and_start(finished):
+    repeats = finished.read("repeats")
     assert [run["seed"] for run in repeats] == [1, 2]
-    final = store.read("summary")["final"]
+    final = finished.read("summary")["final"]
     assert len({final["loss"], *(run["loss"] for run in repeats)}) == 3
-    text = said(report_of([store]))
+    text = said(report_of([finished]))
     assert "The seed is 0." in text
     values = [final["loss"], *(run["loss"] for run in repeats)]
     assert f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" in text
@@ -293,7 +341,7 @@ def said(report):
 
 
 def test_examples_that_changed_are_shown_first(study_of, run, tmp_path):
-    plan = {"train": "all", "estimator": "backprop", "steps": 30, "rate": 0.01}
+    plan = {"train": "norm", "estimator": "backprop", "steps": 12, "rate": 0.1}
     store = run(study_of(plan, {"held_out": 16}), tmp_path / "run")
     summary = store.read("summary")
     changed = [
@@ -333,9 +381,8 @@ def test_data_is_never_markup(rows, directory, run, tmp_path):
     assert "\x1b" not in console.file.getvalue()
 
 
-def test_replay_refuses_what_does_not_fit(study_of, run, directory, display, tmp_path):
-    store = run(study_of({"train": "norm", "steps": 3}), tmp_path / "run")
-    log, other = store.path("replay.log"), tmp_path / "other"
+def test_replay_refuses_what_does_not_fit(log, directory, display, tmp_path):
+    other = tmp_path / "other"
     architecture = lm.load(directory)[0].architecture
     lm.save(other, lm.Decoder.create(jax.random.key(2), architecture), lm.byte_tokenizer())
     altered = tmp_path / "altered.log"
@@ -345,7 +392,7 @@ def test_replay_refuses_what_does_not_fit(study_of, run, directory, display, tmp
     out = tmp_path / "out"
     for base, path, where, count, message in (
         (other, log, out, None, "fingerprint"),
-        (directory, log, out, 4, "holds 3"),
+        (directory, log, out, 13, "holds 12"),
         (directory, log, other, None, "exists"),
         (directory, log, tmp_path / "tuned.pt", None, "safetensors"),
         (directory, altered, out, None, "altered"),
@@ -356,15 +403,11 @@ def test_replay_refuses_what_does_not_fit(study_of, run, directory, display, tmp
         assert where.exists() == (where == other)
 
 
-def test_a_replay_of_less_than_all_must_be_asked_for(
-    study_of, run, directory, display, tmp_path, monkeypatch
-):
-    """A torn log, one of a run that was stopped, and the whole one."""
-    store = run(study_of({"train": "norm", "steps": 6}), tmp_path / "run")
-    log = store.path("replay.log")
+def test_a_replay_of_less_than_all_must_be_asked_for(log, directory, display, tmp_path):
+    """A torn log, and the whole one."""
     whole = pg.replay.ReplayLog.open(log)
-    assert (len(whole), whole.planned, whole.finished) == (6, 6, True)
-    assert 6 in whole.fingerprints
+    assert (len(whole), whole.planned, whole.finished) == (12, 12, True)
+    assert 12 in whole.fingerprints
     torn = tmp_path / "torn.log"
     torn.write_bytes(log.read_bytes()[:-90])
     out = tmp_path / "out"
@@ -375,46 +418,35 @@ def test_a_replay_of_less_than_all_must_be_asked_for(
     replay(str(directory), torn, out, None, display, partial=True)
     replay(str(directory), log, tmp_path / "first", held, display)
     assert weights(out) == weights(tmp_path / "first")
-    stop_at(monkeypatch, 4)
-    with pytest.raises(KeyboardInterrupt):
-        run(study_of({"train": "norm", "steps": 6}), tmp_path / "stopped")
-    monkeypatch.undo()
-    with pytest.raises(UsageError, match=r"of 6 planned steps.* --partial"):
-        replay(str(directory), tmp_path / "stopped", tmp_path / "no", None, display)
 
 
 def weights(directory):
     return (directory / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("train", ["norm", pytest.param("subspace", marks=pytest.mark.long)])
-def test_a_replay_with_another_update_is_noticed(
-    train, study_of, run, directory, display, tmp_path, monkeypatch
-):
+def test_a_replay_with_another_update_is_noticed(log, directory, display, tmp_path, monkeypatch):
     """The optimizer of the run is not that of the replay: the fingerprints differ."""
     from prograde.lab.studies.finetune import tuning
 
-    store = run(study_of({"train": train, "steps": 3, "refresh": 2}), tmp_path / "run")
     monkeypatch.setitem(tuning.OPTIMIZERS, "adam", tuning.OPTIMIZERS["sgd"])
     with pytest.raises(UsageError, match="--no-verify"):
-        replay(str(directory), store.path("replay.log"), tmp_path / "out", None, display)
+        replay(str(directory), log, tmp_path / "out", None, display)
     assert not (tmp_path / "out").exists()
     other = tmp_path / "other"
-    replay(str(directory), store.path("replay.log"), other, None, display, verify=False)
+    replay(str(directory), log, other, None, display, verify=False)
     assert other.exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])
-def test_inspect_says_what_is_lost(damage, study_of, run, tmp_path):
+def test_inspect_says_what_is_lost(damage, finished, tmp_path):
     """5 bytes cut off, or a bit turned in the last block: exit status 1, and how many are whole."""
     from prograde.lab.commands.inspect import Inspect
 
-    store = run(study_of({"train": "norm", "steps": 6}), tmp_path / "run")
-    log = store.path("replay.log")
+    log = shutil.copytree(finished.directory, tmp_path / "run") / "replay.log"
     shown = lambda: Console(file=io.StringIO(), width=200)
     console, errors = shown(), shown()
     assert Inspect(tmp_path / "run")(console, errors, ()) == 0
-    assert "6 steps of 6 planned; the run was over" in console.file.getvalue()
+    assert "12 steps of 12 planned; the run was over" in console.file.getvalue()
     content = bytearray(log.read_bytes())
     if damage == "cut":
         content = content[:-5]
@@ -423,29 +455,28 @@ def test_inspect_says_what_is_lost(damage, study_of, run, tmp_path):
     log.write_bytes(content)
     console, errors = shown(), shown()
     assert Inspect(log)(console, errors, ()) == 1
-    assert "of 6 planned" in console.file.getvalue()
+    assert "of 12 planned" in console.file.getvalue()
     assert str(log) in errors.file.getvalue()
 
 
 def test_a_version_that_may_draw_otherwise_is_refused(
-    study_of, run, directory, display, tmp_path, monkeypatch
+    log, directory, display, tmp_path, monkeypatch
 ):
-    store = run(study_of({"train": "norm", "steps": 3}), tmp_path / "run")
     monkeypatch.setattr(pg, "__version__", "99.0")
     with pytest.raises(UsageError, match=r"99\.0"):
-        replay(str(directory), store.path("replay.log"), tmp_path / "out", None, display)
+        replay(str(directory), log, tmp_path / "out", None, display)
 
 
 def test_the_log_is_as_large_as_it_was_said(study_of, run, tmp_path):
-    study = study_of({"train": "norm", "steps": 300, "tangents": 4})
+    study = study_of({"train": "norm", "steps": 50, "tangents": 48})
     console = Console(file=io.StringIO(), width=300)
     configs = study.configs()
     claim("finetune", {tmp_path / "run": configs["."]}, False)
     study.run({".": Store(tmp_path / "run")}, Display(console))
     told = re.search(r"The log takes about ([\d.]+)\s(\w+)\.", console.file.getvalue())
     size = (tmp_path / "run" / "replay.log").stat().st_size
-    assert float(told[1]) * {"kB": 1e3, "MB": 1e6, "B": 1}[told[2]] == 300 * (8 + 4 * 4)
-    assert size == pytest.approx(300 * (8 + 4 * 4), abs=4_000)  # the header, digests, fingerprints
+    assert float(told[1]) * {"kB": 1e3, "MB": 1e6, "B": 1}[told[2]] == 50 * (8 + 4 * 48)
+    assert size == pytest.approx(50 * (8 + 4 * 48), abs=4_000)  # the header, digests, fingerprints
     assert "computed once, in about" in console.file.getvalue()
 
 
@@ -578,7 +609,7 @@ OPTIONS = ["--template", "{text} =>", "--labels", "no=n", "yes=y", "--held-out",
 OPTIONS += ["--max-length", "24", "--batch-size", "8"]
 
 
-@pytest.mark.long
+@long
 def test_the_command_from_files_to_files(directory, table, tmp_path):
     out = tmp_path / "run"
     given = ["finetune", "--model", directory, "--data", table, *OPTIONS]
@@ -609,7 +640,7 @@ def test_the_command_from_files_to_files(directory, table, tmp_path):
     assert "Held-out figures" in done.stdout
 
 
-@pytest.mark.long
+@long
 def test_ctrl_c_keeps_the_run_and_says_how_to_go_on(directory, table, tmp_path):
     out = tmp_path / "run"
     words = ["finetune", "--model", directory, "--data", table, *OPTIONS]

@@ -139,15 +139,19 @@ def test_the_compiled_step_is_the_step():
 def test_networks_tell_examples_apart_and_merged_ones_compute_the_same(name, key):
     build = getattr(models, name)
     network, merged = build(False, width=16, depth=2), build(True, width=16, depth=2)
-    key_params, key_images = jax.random.split(key)
-    params = network.init(key_params)
-    images, labels = jax.random.uniform(key_images, (5, 28, 28)), jnp.arange(5)
-    logits = network.logits(params, images)
+    params, labels = jax.jit(network.init)(key), jnp.arange(5)
+    images = np.random.default_rng(0).random((5, 28, 28), np.float32)
+
+    @jax.jit
+    def computed(params):
+        logits = network.logits(params, images), merged.logits(params, images)
+        losses = network.losses(params, images, labels), network.loss(params, images, labels)
+        return *logits, network.logits(params, images[2:3])[0], *losses
+
+    logits, by_merged, alone, losses, loss = computed(params)
     assert logits.shape == (5, 10)
-    alone = network.logits(params, images[2:3])[0]
     np.testing.assert_allclose(alone, logits[2], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(merged.logits(params, images), logits, rtol=1e-4, atol=1e-5)
-    losses = network.losses(params, images, labels)
+    np.testing.assert_allclose(by_merged, logits, rtol=1e-4, atol=1e-5)
     assert losses.shape == (5,)
-    np.testing.assert_allclose(network.loss(params, images, labels), losses.mean(), rtol=1e-6)
+    np.testing.assert_allclose(loss, losses.mean(), rtol=1e-6)
     assert pg.check(network.losses, params, images, labels, memory=False).ok

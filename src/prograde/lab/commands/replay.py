@@ -21,8 +21,9 @@ class Replay:
     """Model that the run started from."""
     log: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LOG")]
     """The replay.log of the run, or the directory of the run."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE.safetensors|DIR")]
-    """Where the weights go: a directory that `transformers` loads, or the weights alone."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR|FILE.safetensors|FILE.gguf")]
+    """Where the weights go: a directory that `transformers` loads, or a file of the
+    weights alone, or for llama.cpp."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Replay only the first N steps. Default: the steps that the run kept, or the whole log."""
     partial: bool = False

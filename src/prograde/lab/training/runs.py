@@ -93,6 +93,8 @@ def train(
         task.warm_up(points)
 
         def save(progress: Progress, end: End | None) -> None:
+            if end is not None and isinstance(task, _LoggedSteps):
+                task.log.finish(task.params)
             record[:] = [head, *({"kind": "point", **point} for point in progress.points)]
             if end is not None:
                 why = {"cause": end.cause, "culprit": end.culprit}
@@ -287,7 +289,7 @@ def _log(trainer: LoggedTrainer, run: Run, path: Path) -> pg.replay.ReplayLog:
     """Opens the log of a run, or creates it."""
     base = trainer.start(run.seed)[0]
     if not path.exists():
-        return pg.replay.ReplayLog.create(path, base, trainer.update, vars(run))
+        return pg.replay.ReplayLog.create(path, base, trainer.update, vars(run), run.steps)
     log = pg.replay.ReplayLog.open(path, append=True)
     if log.header["config"] != vars(run) or log.header["base"] != pg.replay.fingerprint(base):
         log.close()

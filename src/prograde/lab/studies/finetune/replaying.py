@@ -16,7 +16,7 @@ from prograde.lab.studies.finetune.tuning import Tuning
 from prograde.lab.study import UsageError
 
 LOG = "replay.log"
-_FILES = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".onnx")
+_FILES = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".onnx")
 
 
 def replay(
@@ -38,8 +38,8 @@ def replay(
         raise UsageError(f"{out} exists. Choose another path; nothing was changed.")
     if out.suffix in _FILES:
         raise UsageError(
-            f"-o {out}: weights are written to a .safetensors file, or to a directory that "
-            "`transformers` loads."
+            f"-o {out}: weights are written to a .safetensors or .gguf file, or to a directory "
+            "that `transformers` loads."
         )
     if path.is_dir():  # of a run: the steps that it kept
         if steps is None and (summary := path / "summary.json").exists():
@@ -55,6 +55,8 @@ def replay(
                 "the run was over. Continue the run by --resume, or add --partial to replay these."
             )
         tuning, tokenizer = _tuning(base, path, log, display)
+        if out.suffix == ".gguf":
+            lm.check_gguf(out, tuning.model, tokenizer)
         count = len(log) if steps is None else steps
         with display.stage("replaying", max(count, 1)):
             try:
@@ -65,6 +67,8 @@ def replay(
         with display.stage("saving", 1):
             if out.suffix == ".safetensors":
                 lm.save_weights(out, tuning.model)
+            elif out.suffix == ".gguf":
+                lm.save_gguf(out, tuning.model, tokenizer)
             else:
                 lm.save(out, tuning.model, tokenizer)
 
