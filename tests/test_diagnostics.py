@@ -123,9 +123,10 @@ def test_streamed_figures_are_those_of_stored_estimates(key):
     estimator, n = pg.WeightPerturbation(pg.Normal(), num_tangents=3), 60
     found = diagnose(losses, estimator, key, params, x, num_estimates=n)
     keys = jax.random.split(jax.random.split(jax.random.clone(key))[1], n)
-    estimates = jax.vmap(lambda k: estimator.estimate(losses, k, None, params, x).grads)(keys)
+    draw = jax.jit(jax.vmap(lambda k: estimator.estimate(losses, k, None, params, x).grads))
+    estimates = draw(keys)
     mean_loss = lambda p: jnp.mean(losses(p, x))
-    gradient = jax.grad(mean_loss)(params)
+    gradient = jax.jit(jax.grad(mean_loss))(params)
 
     def flat(tree, axes):
         return np.concatenate(
@@ -134,9 +135,8 @@ def test_streamed_figures_are_those_of_stored_estimates(key):
         )
 
     g, exact = flat(estimates, 1), flat(gradient, 0)
-    hessian = jax.hessian(lambda p: mean_loss({"matrix": p[:20].reshape(4, 5), "vector": p[20:]}))(
-        jnp.asarray(exact * 0, jnp.float32) + flat(params, 0).astype(np.float32)
-    )
+    of_flat = lambda p: mean_loss({"matrix": p[:20].reshape(4, 5), "vector": p[20:]})
+    hessian = jax.jit(jax.hessian(of_flat))(flat(params, 0).astype(np.float32))
 
     def moments(g, exact):
         errors, scale = g - exact, exact @ exact
@@ -193,7 +193,7 @@ def test_second_moment_of_signs_is_the_number_of_parameters(key):
     assert found.learning_rate_bound is None
 
 
-@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("across", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_known_bias_is_detected_and_measured(across, key):
     """Along the gradient and at a right angle to it, where the projection says nothing."""
     estimator = Shifted(pg.Rademacher(), num_tangents=4, shift=0.5, across=across)
@@ -227,7 +227,7 @@ def test_bias_of_few_noisy_estimates_is_zero_in_the_mean_and_its_error_is_right(
     estimator = pg.WeightPerturbation(pg.Rademacher())
     found = [
         diagnose(bowl, estimator, k, jnp.ones(20), num_estimates=30)
-        for k in jax.random.split(key, 400)
+        for k in list(jax.random.split(key, 400))
     ]
     values = np.array([f.bias_squared.value for f in found])
     errors = np.array([f.bias_squared.error for f in found])
@@ -251,6 +251,7 @@ def test_false_alarms_of_skewed_projections_are_rare(seed):
     assert distance_of(np.ones(9), 2.0) == -math.inf
 
 
+@pytest.mark.long
 def test_the_error_of_a_bias_is_right(key):
     estimator = Shifted(pg.Rademacher(), shift=0.6)
     found = [
@@ -261,6 +262,7 @@ def test_the_error_of_a_bias_is_right(key):
     assert 0.75 < np.mean([f.bias_squared.error for f in found]) / values.std() < 1.4
 
 
+@pytest.mark.long
 def test_predicted_tangents_reach_the_error(key):
     key_one, key_four, key_many = jax.random.split(key, 3)
     one = diagnose(
@@ -301,7 +303,7 @@ def test_tangents_cannot_reduce_a_bias(key):
         found.tangents_needed(0)
 
 
-@pytest.mark.parametrize("curvature", [0.5, 4.0])
+@pytest.mark.parametrize("curvature", [pytest.param(0.5, marks=pytest.mark.long), 4.0])
 def test_rate_bound_of_normal_tangents_on_a_bowl(curvature, key):
     """2 / (a (n + 2)), to 3 %."""
     n, estimator = 10, pg.WeightPerturbation(pg.Normal())
@@ -371,6 +373,7 @@ def test_reference_goes_where_reverse_mode_does_not(key):
     )  # one sign for one parameter is exact
 
 
+@pytest.mark.long
 def test_half_precision_rounding_is_no_bias(key, strict):
     """The gradient of bfloat16 parameters is only as exact as they are."""
     losses, params, x = problem()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import combinations
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -57,10 +58,11 @@ def estimated(estimator, key, problem, params=None):
     """The estimate, and the sizes of all arrays that devices exchange for it."""
     mine, x, y = problem
     run = jax.jit(lambda params, x, y: estimator.estimate(loss, key, None, params, x, y))
-    program = run.lower(params or mine, x, y).compile().as_text()
-    found = [shape for line in COLLECTIVE.findall(program) for shape in NUMBERS.findall(line)]
+    program = run.lower(params or mine, x, y).compile()
+    lines = COLLECTIVE.findall(program.as_text())
+    found = [shape for line in lines for shape in NUMBERS.findall(line)]
     sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in found]
-    return run(params or mine, x, y), sizes
+    return program(params or mine, x, y), sizes
 
 
 def assert_close(found, wanted, rtol):
@@ -87,15 +89,33 @@ MODES = {
 }
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """Estimates on one device, each made once: `alone(name, key, problem)`."""
+    made = {}
+
+    def call(name, key, problem):
+        if name not in made:
+            made[name] = estimated(SEEDED[name][0], key, problem)[0]
+        return made[name]
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [*(("rank one", m) for m in MODES), *((n, "both") for n in SEEDED if n != "rank one")],
+    [
+        *(("rank one", mode) for mode in MODES),
+        ("groups", "both"),
+        ("1.5-spsa", "both"),
+        *(pytest.param(name, "both", marks=pytest.mark.long) for name in ("dense", "projection")),
+    ],
 )
-def test_eight_devices_estimate_what_one_does_and_exchange_scalars(name, mode, key, problem):
+def test_eight_devices_estimate_what_one_does_and_exchange_scalars(name, mode, key, problem, alone):
     estimator, rtol = SEEDED[name]
     shape, axes = MODES[mode]
     shared, sizes = estimated(Distributed(estimator, mesh_of(*shape), **axes), key, problem)
-    alone, _ = estimated(estimator, key, problem)
+    alone = alone(name, key, problem)
     assert_close(shared, alone, rtol)
     wanted = alone.directional.reshape(8, estimator.num_groups, -1).mean(axis=2)
     np.testing.assert_allclose(shared.directional.reshape(8, -1), wanted, rtol=rtol, atol=rtol)
@@ -105,9 +125,12 @@ def test_eight_devices_estimate_what_one_does_and_exchange_scalars(name, mode, k
     assert sizes[-1] * 4 <= workers * payload(estimator, problem[0])
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", ["rank one", "dense", "groups", "projection"])
-def test_sharded_weights_get_the_same_tangents_shard_by_shard(name, axis_type, key, problem):
+@combinations(
+    lambda name, axis_type: (name, axis_type.name) in {("rank one", "Explicit"), ("dense", "Auto")},
+    name=("rank one", "dense", "groups", "projection"),
+    axis_type=(AxisType.Auto, AxisType.Explicit),
+)
+def test_sharded_weights_get_the_same_tangents_shard_by_shard(name, axis_type, key, problem, alone):
     estimator, rtol = SEEDED[name]
     mesh = mesh_of(2, 2, 2, axis_type=axis_type)
     layout = {"in": P(None, "model"), "bias": P("model"), "out": P("model")}
@@ -117,8 +140,7 @@ def test_sharded_weights_get_the_same_tangents_shard_by_shard(name, axis_type, k
     shared, sizes = estimated(
         Distributed(estimator, mesh, data="workers", tangents="more"), key, problem, sharded
     )
-    alone, _ = estimated(estimator, key, problem)
-    assert_close(shared, alone, rtol)
+    assert_close(shared, alone(name, key, problem), rtol)
     for name, g in shared.grads.items():
         assert g.sharding.is_equivalent_to(sharded[name].sharding, g.ndim)
     # a step can be taken with them
@@ -176,14 +198,14 @@ def test_numbers_of_workers_do_not_depend_on_how_they_are_counted(key, problem):
     """Shares by hand, without a mesh: what `Distributed` concatenates and averages."""
     estimator = SEEDED["rank one"][0]
     params, x, y = problem
-    _, _, whole = estimator.derivatives(loss, key, params, x, y)
-    parts = [
-        [
-            estimator.derivatives(loss, key, params, x[j::2], y[j::2], share=Share(i, 4, j, 2))[2]
-            for j in range(2)
-        ]
-        for i in range(4)
-    ]
+    whole = jax.jit(lambda x, y: estimator.derivatives(loss, key, params, x, y)[2])(x, y)
+
+    @jax.jit
+    def part(x, y, i, j):
+        share = Share(i, 4, j, 2)
+        return estimator.derivatives(loss, key, params, x, y, share=share)[2]
+
+    parts = [[part(x[j::2], y[j::2], i, j) for j in range(2)] for i in range(4)]
     found = jnp.concatenate([(a + b) / 2 for a, b in parts])
     np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
 

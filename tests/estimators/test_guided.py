@@ -13,7 +13,7 @@ from prograde.testing import assert_unbiased
 def problem(key):
     params, losses, args = site_models.relu_mlp(key)
     loss = lambda p, *args: losses(p, *args).mean()
-    return params, loss, args, jax.grad(loss)
+    return params, loss, args, jax.jit(jax.grad(loss))
 
 
 def close(a, b, **kwargs):
@@ -24,10 +24,8 @@ def close(a, b, **kwargs):
 @pytest.mark.parametrize("use", ["control_variate", "projection"])
 def test_the_gradient_as_guess_is_returned(use, key):
     params, loss, args, gradient = problem(key)
-    value, grads = pg.value_and_grad(loss, pg.Guided(gradient, use, num_tangents=3))(
-        key, params, *args
-    )
-    close((value, grads), jax.value_and_grad(loss)(params, *args))
+    grad_fn = jax.jit(pg.value_and_grad(loss, pg.Guided(gradient, use, num_tangents=3)))
+    close(grad_fn(key, params, *args), (loss(params, *args), gradient(params, *args)))
 
 
 def test_the_projection_is_that_of_the_gradient_on_the_guess(key):
@@ -35,9 +33,8 @@ def test_the_projection_is_that_of_the_gradient_on_the_guess(key):
     guess = jax.tree.map(
         lambda w: jnp.sin(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), params
     )
-    _, grads = pg.value_and_grad(loss, pg.Guided(lambda p, *a: guess, "projection"))(
-        key, params, *args
-    )
+    grad_fn = jax.jit(pg.value_and_grad(loss, pg.Guided(lambda p, *a: guess, "projection")))
+    _, grads = grad_fn(key, params, *args)
     g, u = (
         np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)])
         for t in (gradient(params, *args), guess)
@@ -62,9 +59,10 @@ def test_the_control_variate_is_the_guess_and_the_forward_gradient_of_the_rest(
         lambda w: jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), params
     )
     left = lambda p, *a: loss(p, *a) - sum(jnp.sum(p[name] * guess[name]) for name in p)
-    plain = pg.WeightPerturbation(distribution, 3).estimate(left, key, None, params, *args).grads
+    of = lambda e, f: jax.jit(lambda p: e.estimate(f, key, None, p, *args).grads)(params)
+    plain = of(pg.WeightPerturbation(distribution, 3), left)
     guided = pg.Guided(lambda p, *a: guess, tangents=distribution, num_tangents=3, chunk=chunk)
-    _, grads = pg.value_and_grad(loss, guided)(key, params, *args)
+    grads = of(guided, loss)
     close(grads, jax.tree.map(jnp.add, guess, plain), atol=1e-4)
 
 
@@ -80,11 +78,13 @@ def test_unbiased_whatever_the_state(guess, key):
 def test_states_are_the_last_estimate_and_the_average(key):
     params, loss, args, _ = problem(key)
     previous, momentum = pg.Guided("previous"), pg.Guided("momentum", decay=0.75)
-    result = previous.estimate(loss, key, previous.init(loss, params, *args), params, *args)
+    of = lambda e: jax.jit(lambda key, s: e.estimate(loss, key, s, params, *args))
+    result = of(previous)(key, previous.init(loss, params, *args))
     close(result.state, result.grads)
     state = momentum.init(loss, params, *args)
-    first = momentum.estimate(loss, key, state, params, *args)
-    second = momentum.estimate(loss, jax.random.fold_in(key, 1), first.state, params, *args)
+    step = of(momentum)
+    first = step(key, state)
+    second = step(jax.random.fold_in(key, 1), first.state)
     close(
         second.state,
         jax.tree.map(lambda a, b: 0.75 * 0.25 * a + 0.25 * b, first.grads, second.grads),

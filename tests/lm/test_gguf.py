@@ -29,7 +29,9 @@ def test_gguf_holds_the_numbers_that_it_stands_for(kind, model_type, tmp_path):
     assert {x.dtype for x in jax.tree.leaves(narrow)} == {jnp.dtype("bfloat16")}
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize(
+    "kind", ["Q4_1", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("Q8_0", "Q4_0"))]
+)
 def test_weights_that_stay_quantized_give_the_same_logits(kind, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", config_of(), kind)
     dense, _ = lm.load(tmp_path / "tiny.gguf")

@@ -14,6 +14,7 @@ from gguf_files import TEXTS, bpe_twin
 from prograde import lm
 
 
+@pytest.mark.long
 def test_the_end_of_a_sentence_that_is_known():
     try:
         path = lm.smollm2(fetch=False)

@@ -18,7 +18,7 @@ def flat(tree):
 
 
 def true_gradient(losses, params, args):
-    return eqx.filter_grad(lambda p: jnp.mean(losses(p, *args)))(params)
+    return eqx.filter_jit(eqx.filter_grad(lambda p: jnp.mean(losses(p, *args))))(params)
 
 
 def exact_cotangents(estimator, program, floats, key, batch):
@@ -39,7 +39,7 @@ def exact_cotangents(estimator, program, floats, key, batch):
             parts.append(noise.reshape(batch, -1))
         return jnp.concatenate(parts, axis=1), run.directional[0][0]
 
-    run = estimator.perturbed_run(program, floats, key)
+    run = eqx.filter_jit(estimator.perturbed_run)(program, floats, key)
     units = jax.eval_shape(sample, key)[0].shape[1]
     noise, directional = jax.jit(jax.vmap(sample))(jax.random.split(key, 2 * units + 20))
     noise, directional = np.asarray(noise, np.float64), np.asarray(directional, np.float64)
@@ -68,7 +68,8 @@ def test_exact_cotangents_at_the_sites_give_the_gradient_of_reverse_mode(model, 
     estimator = pg.ActivityPerturbation()
     program, floats = estimator.program(losses, params, args, False)
     records, cotangents = exact_cotangents(estimator, program, floats, key, program.batch)
-    grads = collect(with_cotangents(records, cotangents), jax.tree.leaves(floats))
+    of_sites = lambda r, c: collect(with_cotangents(r, c), jax.tree.leaves(floats))
+    grads = eqx.filter_jit(of_sites)(records, cotangents)
     for got, want in zip(grads, jax.tree.leaves(true_gradient(losses, params, args)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-5)
 
@@ -446,7 +447,8 @@ def test_learned_feedback_learns_the_jacobian_of_a_linear_network(key):
     state = many(state, key)
     np.testing.assert_allclose(state.feedback[1], params["c"], atol=1e-4)
     np.testing.assert_allclose(state.feedback[0], params["b"] @ params["c"], atol=1e-4)
-    grads = estimator.estimate(losses, jax.random.fold_in(key, 2), state, params, x).grads
+    step = eqx.filter_jit(estimator.estimate)
+    grads = step(losses, jax.random.fold_in(key, 2), state, params, x).grads
     np.testing.assert_allclose(
         flat(grads), flat(true_gradient(losses, params, (x,))), rtol=1e-3, atol=1e-4
     )
@@ -480,10 +482,9 @@ def test_feedback_that_has_learned_lowers_the_variance_of_the_unbiased_estimate(
         state = step(state, k)
     variance = []
     for s in (start, state):
-        draw = jax.vmap(lambda k, s=s: flat(estimator.estimate(losses, k, s, params, *args).grads))
-        variance.append(
-            float(draw(jax.random.split(jax.random.fold_in(key, 1), 1000)).var(axis=0).sum())
-        )
+        of = lambda k, s=s: flat(estimator.estimate(losses, k, s, params, *args).grads)
+        samples = jax.jit(jax.vmap(of))(jax.random.split(jax.random.fold_in(key, 1), 1000))
+        variance.append(np.asarray(samples).var(axis=0).sum())
     assert variance[1] < 0.7 * variance[0]
 
 
@@ -537,8 +538,9 @@ def test_steps_without_noise_follow_the_feedback_and_leave_it(key):
         state,
         [jnp.sin(jnp.arange(f.size)).reshape(f.shape) for f in state.feedback],
     )
+    both = jax.jit(lambda k, s: [e.estimate(losses, k, s, params, *args) for e in (always, third)])
     for i, k in enumerate(jax.random.split(jax.random.fold_in(key, 1), 6)):
-        a, b = (e.estimate(losses, k, state, params, *args) for e in (always, third))
+        a, b = both(k, state)
         for x, y in zip(
             jax.tree.leaves((a.value, a.grads)), jax.tree.leaves((b.value, b.grads)), strict=True
         ):
@@ -578,7 +580,7 @@ def test_the_tail_is_reverse_mode_and_what_is_before_it_feedback(key):
             state = eqx.tree_at(
                 lambda s: s.step, state, jnp.asarray(1)
             )  # with every=2 a step without noise
-            found = estimator.estimate(losses, key, state, params, x)
+            found = eqx.filter_jit(estimator.estimate)(losses, key, state, params, x)
             for name in ("a", "b", "c")[3 - tail :]:
                 np.testing.assert_allclose(found.grads[name], true[name], rtol=1e-4, atol=1e-5)
             if tail == 2:

@@ -15,10 +15,22 @@ from foreign_models import (
     STATELESS,
     Draw,
     eqx_cnn,
+    eqx_lstm,
+    eqx_unet,
+    eqx_vit,
     experts_by_ragged_dot,
+    haiku_autoencoder,
+    haiku_layer_stack,
     haiku_lstm,
+    haiku_mlp,
+    haiku_transformer,
+    llama_by_einsum,
+    llama_by_einsum_in_scan,
     llama_by_reshape,
+    llama_by_reshape_in_scan,
     nnx_experts,
+    nnx_rnn,
+    nnx_scan_over_layers,
 )
 
 import prograde as pg
@@ -44,11 +56,20 @@ CASES = [
     *((model, pg.WeightPerturbation(pg.LowRank(1), 3, chunk=2)) for model in STATEFUL),
 ]
 
+SECOND = [
+    *(eqx_lstm, eqx_vit, eqx_unet, nnx_rnn, nnx_scan_over_layers, haiku_mlp, haiku_transformer),
+    *(haiku_autoencoder, haiku_layer_stack, llama_by_reshape_in_scan),
+    *(llama_by_einsum, llama_by_einsum_in_scan),
+]
 each_case = pytest.mark.parametrize(
     ("model", "estimator"),
-    # every model once; with a second distribution or number of chunks it is long
+    # every kind of model once; a second of its kind, distribution or number of chunks is long
     [
-        pytest.param(model, estimator, marks=LONG if any(model is m for m, _ in CASES[:i]) else ())
+        pytest.param(
+            model,
+            estimator,
+            marks=LONG if model in SECOND or any(model is m for m, _ in CASES[:i]) else (),
+        )
         for i, (model, estimator) in enumerate(CASES)
     ],
     ids=[f"{model.__name__}-{e.tangents}-{e.num_tangents}-{e.chunk}" for model, e in CASES],
@@ -128,7 +149,7 @@ def test_step_with_new_key_and_new_params_does_not_compile_again(model, estimato
     assert np.isfinite(result.value)
 
 
-@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("chunk", [None, pytest.param(2, marks=LONG)])
 @pytest.mark.parametrize("model", STATEFUL, ids=lambda m: m.__name__)
 def test_tangents_share_one_dropout_mask_and_one_update_of_the_state(model, chunk, seed, key):
     params, args, loss, _ = plain(model, seed)

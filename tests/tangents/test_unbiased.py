@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import LONG
 
 import prograde as pg
 from prograde.testing import assert_mean, required_samples
@@ -24,6 +25,8 @@ DISTRIBUTIONS = [
     pg.LowRank(1, pg.Normal()),
     pg.Separable(2),
 ]
+
+SHORT = [pg.Normal(), pg.Rademacher(), pg.Basis(), pg.LowRank(1), pg.LowRank(2)]
 
 
 def problem(distribution=None):
@@ -68,13 +71,16 @@ def sample_estimates(estimator, key, num_samples):
 @pytest.mark.parametrize(
     "estimator",
     [
-        *(pg.WeightPerturbation(d) for d in DISTRIBUTIONS),
+        *(
+            pytest.param(pg.WeightPerturbation(d), marks=() if d in SHORT else LONG)
+            for d in DISTRIBUTIONS
+        ),
         pg.WeightPerturbation(pg.LowRank(1), num_tangents=4, chunk=3),
     ],
     ids=repr,
 )
 def test_mean_is_the_gradient_and_second_moment_is_the_closed_form(estimator, key):
-    """Notices a projection that is off by 3 %, and a second moment that is off by 5 % (10 % with
+    """Notices a projection that is off by 5 %, and a second moment that is off by 5 % (10 % with
     heavy tails)."""
     params, loss = problem(estimator.tangents)
     heavy = estimator.tangents in (pg.LowRank(1, pg.Normal()), pg.Normal())
@@ -83,7 +89,7 @@ def test_mean_is_the_gradient_and_second_moment_is_the_closed_form(estimator, ke
     # factors and less for signs
     n = 33
     variance = {pg.Basis(): n - 1.0, pg.LowRank(1, pg.Normal()): 8.0}.get(estimator.tangents, 4.0)
-    effect = 0.03 if variance < 30 else 0.05
+    effect = 0.05
     samples, gradient = sample_estimates(estimator, key, required_samples(variance**0.5, effect))
     norm2 = gradient @ gradient
     assert_mean(samples @ gradient / norm2, 1.0, effect)

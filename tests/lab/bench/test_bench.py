@@ -21,8 +21,6 @@ from prograde.lab.studies.bench import methods, report, run
 from prograde.lab.studies.bench.plan import Bench
 from prograde.lab.study import UsageError
 
-pytestmark = pytest.mark.optimised
-
 ROOT = Path(__file__).parents[3]
 
 
@@ -163,7 +161,7 @@ def test_memory_that_was_left_out_is_no_column(tmp_path):
 def test_a_stopped_bench_goes_on_model_by_model(tmp_path, monkeypatch, capsys, flags):
     measured, out = [], tmp_path / "out"
 
-    def measure(name, rounds, with_memory, display):
+    def measure(name, rounds, with_memory, display, *_):
         assert (rounds, with_memory) == (4, True)
         if name == "mlp" and "mlp" not in measured:
             measured.append(name)

@@ -14,19 +14,25 @@ from prograde.lab.studies.bench import MODELS, WIDE
 from prograde.lab.studies.bench.methods import BLOCKS, JaxSide, save_arrays
 from prograde.lab.studies.bench.torch_side import TorchError, TorchSide
 
+RESNET = {"batch": 3, "size": 8, "width": 8}
 TINY = {
     "logreg": {"batch": 4},
     "mlp": {"batch": 3},
-    "cnn": {"batch": 2},
-    "resnet": {"batch": 3, "size": 8, "width": 8, "stages": 2},
+    "resnet": RESNET | {"stages": 1},
     "transformer": {
         "layers": 2, "width": 16, "heads": 2, "vocabulary": 11, "batch": 2, "length": 6,
     },
+}  # fmt: skip
+LONG = {
+    "cnn": {"batch": 2},
+    "resnet": RESNET | {"stages": 2},
     "smollm2": {
         "layers": 2, "width": 24, "queries": 6, "keys": 2, "inner": 20,
         "vocabulary": 13, "batch": 2, "length": 5,
     },
 }  # fmt: skip
+CASES = [pytest.param(case, id=case[0]) for case in TINY.items()]
+CASES += [pytest.param(case, id=f"{case[0]}-long", marks=pytest.mark.long) for case in LONG.items()]
 
 
 quick = functools.partial(
@@ -34,10 +40,11 @@ quick = functools.partial(
 )  # compiles faster
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=CASES)
 def tiny(request, seed):
     """A small workload: (workload, params, state, batch, loss, gradient)."""
-    workload = workloads.WORKLOADS[request.param](**TINY[request.param])
+    name, sizes = request.param
+    workload = workloads.WORKLOADS[name](**sizes)
 
     @quick
     def make(key):
@@ -133,8 +140,9 @@ def test_gradient_in_a_block_is_the_slope_along_its_signs_over_its_probability(t
 
 def test_other_forms_of_the_loss_have_the_same_gradient(tiny):
     workload, params, state, batch, _, gradient = tiny
-    for loss in filter(None, (workload.checkpointed_loss, workload.unrolled_loss)):
-        other, _ = quick(jax.grad(loss, has_aux=True))(params, state, *batch)
+    losses = [f for f in (workload.checkpointed_loss, workload.unrolled_loss) if f is not None]
+    gradients = quick(lambda p: [jax.grad(f, has_aux=True)(p, state, *batch)[0] for f in losses])
+    for other in gradients(params):
         assert norm(difference(other, gradient)) < 1e-4 * norm(gradient)
 
 

@@ -1,5 +1,4 @@
-"""Long horizons and hypergradients: the same gradients as reverse mode, at a memory that does not
-grow."""
+"""Long horizons and hypergradients: the gradients of reverse mode, at a memory that stays."""
 
 import dataclasses
 import io
@@ -28,8 +27,7 @@ def display():
 
 
 def shown(report, record):
-    """The conclusion of a record that went through JSON, after its tables and its figure were
-    made."""
+    """Draws a record that went through JSON, makes its tables, and returns its conclusion."""
     record = json.loads(json.dumps(record))
     for table in report.tables(record):
         assert table.rows
@@ -64,14 +62,15 @@ def test_every_method_has_the_gradient_of_backprop():
 
 
 def test_one_tangent_of_the_gru_is_a_directional_derivative(key):
-    """What the estimate says along its own tangent is the exact derivative there: g . v = (grad f .
-    v) |v|^2."""
+    """The estimate is exact along its own tangent: g . v = (grad f . v) |v|^2."""
     with jax.enable_x64(True):
         gru = horizon_loops.Recurrent(4)
-        _, ours = horizon_loops.gradient(gru, "ours", 50)(key, gru.params())
-        _, exact = horizon_loops.gradient(gru, "backprop", 50)(None, gru.params())
+        both = lambda key, params: [
+            horizon_loops.gradient(gru, name, 50)(key, params)[1] for name in ("ours", "backprop")
+        ]
+        ours, exact = jax.tree.map(np.asarray, jax.jit(both)(key, gru.params()))
         inner, square = (
-            sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True))
+            sum(np.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True))
             for pair in ((ours, exact), (ours, ours))
         )
         # g = d v with d = grad f . v, so that g . grad f = d^2; and |g|^2 = d^2 n for tangents of
@@ -94,8 +93,7 @@ def test_memory_grows_with_the_horizon_for_reverse_mode_alone():
 
 
 def test_exact_gradient_runs_the_function_once():
-    """The loop is traced into the program once where all tangents are one chunk: the value comes
-    from the same run."""
+    """With all tangents in one chunk, the value comes from the same run of the loop."""
     loss = lambda x: jax.lax.fori_loop(0, 5, lambda _, x: jnp.sin(x), x).sum()
     jaxpr = jax.make_jaxpr(pg.value_and_grad(loss, pg.ForwardJacobian()))(None, jnp.ones(3))
     assert str(jaxpr).count(" scan[") == 1
@@ -124,24 +122,25 @@ def test_horizon_is_told_from_a_tiny_record(display, monkeypatch):
     assert "grew by a factor" in said
 
 
-def test_hypergradients_are_those_of_reverse_mode():
-    """In float64, through 40 training steps: by each of the eight numbers, and by the weights of 16
-    examples in chunks."""
+@pytest.mark.parametrize("kind", ["numbers", pytest.param("weights", marks=pytest.mark.long)])
+def test_hypergradients_are_those_of_reverse_mode(kind):
+    """In float64, through 40 training steps: eight numbers, or the weights of 16 examples."""
     with jax.enable_x64(True):
-        for run, at in (
-            (hyper_training.Classifier(40), hyper_training.centre()),
-            (hyper_training.Cleaning(40, examples=16), jnp.linspace(-1.0, 1.0, 16)),
-        ):
-            loss = lambda h: run.outcome(h)[0]
-            value, wanted = jax.jit(jax.value_and_grad(loss))(at)
-            got_value, got = jax.jit(pg.value_and_grad(loss, pg.ForwardJacobian(chunk=8)))(None, at)
-            np.testing.assert_allclose(got_value, value, rtol=1e-12)
-            for g, w in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
-                assert g.dtype == np.float64
-                assert np.all(w != 0)
-                np.testing.assert_allclose(g, w, rtol=1e-7)
+        if kind == "numbers":
+            run, at = hyper_training.Classifier(40), hyper_training.centre()
+        else:
+            run, at = hyper_training.Cleaning(40, examples=16), jnp.linspace(-1.0, 1.0, 16)
+        loss = lambda h: run.outcome(h)[0]
+        value, wanted = jax.jit(jax.value_and_grad(loss))(at)
+        got_value, got = jax.jit(pg.value_and_grad(loss, pg.ForwardJacobian(chunk=8)))(None, at)
+        np.testing.assert_allclose(got_value, value, rtol=1e-12)
+        for g, w in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+            assert g.dtype == np.float64
+            assert np.all(w != 0)
+            np.testing.assert_allclose(g, w, rtol=1e-7)
 
 
+@pytest.mark.long
 def test_hypergradient_memory_does_not_grow_with_the_training_run():
     at = hyper_training.centre()
     ours, backprop = (

@@ -18,7 +18,7 @@ from prograde.lab import models, store
 from prograde.lab.commands.report import report_of_directories
 from prograde.lab.data import Dataset
 from prograde.lab.display import Display
-from prograde.lab.report import markdown, page, terminal
+from prograde.lab.report import figures, markdown, page, terminal
 from prograde.lab.studies.compare import estimators, plan, run
 from prograde.lab.studies.compare.figures import _frontier
 from prograde.lab.studies.compare.report import conclusion, report
@@ -26,8 +26,6 @@ from prograde.lab.studies.compare.summary import read
 from prograde.lab.study import UsageError
 from prograde.lab.training import schedules
 from prograde.lab.training.search import TRIALS
-
-pytestmark = pytest.mark.optimised
 
 ROOT = Path(__file__).parents[3]
 NAMES = ("backprop", "checkpointed", "weight")
@@ -228,6 +226,7 @@ def test_another_comparison_is_refused_and_nothing_changes(finished):
 def test_estimators_that_learn_and_both_optimizers(tmp_path, monkeypatch):
     monkeypatch.setitem(estimators.ESTIMATORS, "counting", Counting())
     changes = {"estimators": ("counting",), "optimizers": ("sgd", "adam"), "estimates": 30}
+    changes |= {"rates": (0.1,)}
     records = compare(study(**changes, seeds=1, steps=None, minutes=1e-6), tmp_path)
     assert records.read("length")["steps"] == plan.POINTS  # no fewer, however few the minutes
     diagnosis = records.read("diagnosis/counting")
@@ -235,6 +234,7 @@ def test_estimators_that_learn_and_both_optimizers(tmp_path, monkeypatch):
     assert diagnosis["bias_detected"]
     found = read(records)
     assert [r.entry.name for r in found.results] == ["counting-sgd", "counting-adam"]
+    assert [r.outcome.learning_rate for r in found.results] == [0.1, 0.1]  # one for all
     assert found.results[0].outcome.final_loss != found.results[1].outcome.final_loss
     assert "Bias was seen in counting" in conclusion(found)
     assert any("counting, adam" in row for row in report([records]).sections[0].content[2].rows)
@@ -249,23 +249,20 @@ def test_minutes_decide_the_steps():
     assert 500 < steps * 0.03 * (TRIALS + SEEDS) <= 600
 
 
-@pytest.mark.parametrize(
-    ("rates", "expected"), [((0.1,), (0.1, 0.1)), ((0.1, 0.2, 0.3), (0.1, 0.3))]
-)
-def test_rates_that_are_given_are_not_searched(rates, expected, tmp_path):
-    records = compare(study(rates=rates, seeds=1), tmp_path)
+def test_rates_that_are_given_are_not_searched(tmp_path):
+    records = compare(study(rates=(0.1, 0.2, 0.3), seeds=1), tmp_path)
     assert records.names("search") == []
     found = read(records)
     trained = [found.results[0], found.results[2]]  # the one between has the gradient of the first
-    assert tuple(r.outcome.learning_rate for r in trained) == expected
-    assert records.config["rates"] == list(rates)
+    assert [r.outcome.learning_rate for r in trained] == [0.1, 0.3]
+    assert records.config["rates"] == [0.1, 0.2, 0.3]
     assert "rates given, not searched" in report([records]).sections[0].made_on
     assert "edge of the search" not in conclusion(found)
 
 
 def test_batch_schedule_and_evaluation_reach_the_runs(tmp_path):
     changes = {"estimators": ("backprop",), "seeds": 1, "schedule": "cosine", "eval_examples": 7}
-    records = compare(study(batch_size=16, **changes), tmp_path)
+    records = compare(study(batch_size=16, rates=(0.1,), **changes), tmp_path)
     config = records.config
     assert (config["batch_size"], config["eval_examples"]) == (16, 7)
     (lines,) = (records.read_lines(name) for name in records.names("runs"))
@@ -343,7 +340,7 @@ def test_scales_of_rows_follow_the_size_of_their_inputs():
     ones = lambda *shape: {"w": jnp.ones(shape), "b": jnp.zeros(shape[-1])}
     params = {"hidden1": ones(2, 1), "hidden2": ones(1, 1), "out": ones(1, 2)}
     images = jnp.asarray([[3.0, 0.0], [3.0, 0.0]])
-    scales = estimators.InputRMS()(params, images, jnp.zeros(2))
+    scales = jax.jit(estimators.InputRMS())(params, images, jnp.zeros(2))
     mean = np.sqrt(4.5)
     np.testing.assert_allclose(
         scales["hidden1"]["w"], np.array([[3], [0.1 * mean]]) ** -0.5, rtol=1e-5
@@ -363,9 +360,14 @@ def test_a_frontier_is_what_nothing_beats_in_both(seed):
     assert kept == points - beaten
 
 
-def test_the_page_says_what_the_records_do(monkeypatch):
+@pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_the_page_says_what_the_records_do(drawn, monkeypatch):
+    """Its words and tables, and the figures as they are drawn."""
     monkeypatch.chdir(ROOT)
     title = "MLP 784-1024-1024-10"  # that of the model which is shortened here
     model = dataclasses.replace(estimators.MODELS["mlp"], title=title)
     monkeypatch.setitem(estimators.MODELS, "mlp", model)
+    if not drawn:
+        folder = Path("docs/compare")
+        monkeypatch.setattr(figures, "svg", lambda f: (folder / f"{f.name}.svg").read_text())
     assert markdown.differences(Path("docs/compare.md"), report_of_directories) == []

@@ -127,12 +127,19 @@ def test_report_of_bounds_warns_where_the_machine_was_busy(tmp_path):
 
 
 def test_compilation_is_timed_anew_each_round(monkeypatch, display):
-    cleared, real = [], bounds.jax.clear_caches
+    cleared, compiled, real = [], [], bounds.jax.clear_caches
     monkeypatch.setattr(bounds.jax, "clear_caches", lambda: (cleared.append(1), real()))
+
+    def take_turns(visits, rounds, *_, calls):
+        assert (rounds, calls) == (1, 1)
+        compiled.extend(visits)
+        return timing.Turns({name: [visit(calls)] for name, visit in visits.items()}, {}, 0.25)
+
+    monkeypatch.setattr(bounds, "take_turns", take_turns)
     found = bounds.compilation(1, display, layers=1, width=4, batch=2)
-    assert set(found) == {"backprop", "prograde-1", "prograde-4"}
-    assert len(cleared) == 9  # two visits before the round
-    assert all(one["seconds"]["n"] == 1 for one in found.values())
+    assert compiled == list(found) == ["backprop", "prograde-1", "prograde-4"]
+    assert len(cleared) == 3
+    assert all(one["seconds"]["median"] > 0 for one in found.values())
 
 
 def test_parts_of_bounds_have_titles():
@@ -155,14 +162,14 @@ def test_replaying_makes_the_same_bits_whatever_the_order_of_the_turns(monkeypat
         return timing.Turns({name: values[2:] for name, values in seconds.items()}, {}, 0.25)
 
     monkeypatch.setattr(replay, "take_turns", take_turns)
-    found = replay.measure(40, 8, display)
+    found = replay.measure(20, 4, display)
     assert seen[6:] == ["replay", "training in one scan", "training"] * 2
     assert found["same_bits"]
     assert found["parameters"] == 7840
     assert found["busy"] == 0.25
     # seconds of the turns are 7 and 10 over 9 and 12
     assert found["replay_over_training"]["median"] == pytest.approx((7 / 9 + 10 / 12) / 2)
-    assert found["seconds_a_step"]["training"]["median"] == pytest.approx(10.5 / 8)
+    assert found["seconds_a_step"]["training"]["median"] == pytest.approx(10.5 / 4)
 
 
 def test_report_of_replaying_says_when_bits_differ_and_times_are_worth_nothing(tmp_path):

@@ -73,7 +73,7 @@ def plan_of(examples):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def study_of(directory, table):
     """Makes a study of the table: `study_of(plan, data=..., keep_last=...)`."""
 
@@ -94,7 +94,7 @@ def study_of(directory, table):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run():
     """Runs a study in a directory; returns the store."""
 

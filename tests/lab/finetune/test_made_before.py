@@ -27,7 +27,7 @@ def points(store):
     ]
 
 
-@pytest.mark.parametrize("name", ["norm", "subspace"])
+@pytest.mark.parametrize("name", [pytest.param("norm", marks=pytest.mark.long), "subspace"])
 def test_a_replay_gives_the_weights_it_gave(name, made, display):
     """Bit for bit on the machine where they were made; to rounding elsewhere."""
     import numpy as np
