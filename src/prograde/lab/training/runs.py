@@ -236,6 +236,8 @@ class _SavedSteps(_Steps):
 class _LoggedSteps(_Steps):
     """The steps of a `LoggedTrainer`. Steps that the log holds are replayed from it."""
 
+    trainer: LoggedTrainer
+
     def __init__(
         self,
         trainer: LoggedTrainer,

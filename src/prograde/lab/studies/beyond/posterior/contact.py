@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import mujoco
+import mujoco  # pyright: ignore[reportMissingImports]
 from jax import lax
-from mujoco import mjx
+from mujoco import mjx  # pyright: ignore[reportMissingImports]
 
 import prograde as pg
 from prograde.lab.display import Display
@@ -28,7 +28,8 @@ _WORLD = """
 
 def measure(display: Display) -> dict[str, Any]:
     """Compiles each program once: the height of a sphere after `STEPS` steps, by its velocity."""
-    model = mjx.put_model(mujoco.MjModel.from_xml_string(_WORLD))
+    world: Any = mujoco
+    model = mjx.put_model(world.MjModel.from_xml_string(_WORLD))
     start = mjx.make_data(model)
     velocity, h = jnp.array([0.1, 0.0, -1.0]), 1e-5
 

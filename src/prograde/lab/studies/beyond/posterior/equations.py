@@ -63,7 +63,7 @@ class Equation:
             dt0=self.first_step,
             y0=self.initial(amounts),
             args=rates,
-            saveat=diffrax.SaveAt(ts=self.times),
+            saveat=diffrax.SaveAt(ts=jnp.asarray(self.times)),
             stepsize_controller=diffrax.PIDController(rtol=self.rtol, atol=self.atol),
             adjoint=adjoint,
             max_steps=self.max_steps,

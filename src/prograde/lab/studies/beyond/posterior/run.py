@@ -64,7 +64,7 @@ def _chain(density: Callable[[Array], Array], draws: int) -> Callable[..., Any]:
     """The program of a chain: draws of NUTS, the number of gradients, and of divergences."""
 
     def chain(key: Array, state: Any, parameters: dict[str, Any]) -> Any:
-        step = blackjax.nuts(density, **parameters).step
+        step: Any = blackjax.nuts(density, **parameters).step
 
         def draw(state, key):
             state, info = step(key, state)
@@ -87,7 +87,7 @@ def _sample(
 ) -> dict[str, list[dict[str, float]]]:
     """Samples by all methods in turns, from the same adapted sampler, with the same keys."""
     start = jnp.asarray(equation.start)
-    adaptation = blackjax.window_adaptation(blackjax.nuts, densities[OURS])
+    adaptation: Any = blackjax.window_adaptation(blackjax.nuts, densities[OURS])
     adapt = jax.jit(lambda key: adaptation.run(key, start, num_steps=equation.warmup)[0])
     key_adapt, key_draws = jax.random.split(jax.random.key(0))
     with display.stage(f"{equation.name}: adapting", 1):
