@@ -18,7 +18,7 @@ from prograde._check_report import CheckReport
 from prograde._costs import largest_array, multiply_adds
 from prograde._custom_vjp import describe, inline_custom_vjp
 from prograde._findings import Findings, watching
-from prograde._jaxprs import equations, source, traced
+from prograde._jaxprs import equations, scan_groups, source, traced
 from prograde.estimators import (
     Backprop,
     CheckpointedBackprop,
@@ -255,7 +255,7 @@ def _saved_bytes(eqn: JaxprEqn) -> int:
     """Bytes of what a loop saves at each step."""
     if eqn.primitive.name != "scan":
         return 0
-    saved: list[Any] = [v.aval for v in eqn.outvars[eqn.params["num_carry"] :]]
+    saved: list[Any] = [v.aval for v in eqn.outvars[len(scan_groups(eqn, eqn.invars)[1]) :]]
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in saved)
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.optimised
 
 
 @pytest.mark.parametrize("distribution", [pg.LowRank(1), pg.Rademacher(), pg.Basis()], ids=repr)
-@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("chunk", [pytest.param(None, marks=pytest.mark.long), 2])
 def test_the_estimate_is_the_mean_of_estimates_on_each_group(distribution, chunk, key):
     """Group g of G has the tangents number g, G + g, 2 G + g ... of K G."""
     params, losses, (x, y) = site_models.relu_mlp(key)
@@ -42,6 +42,7 @@ def test_the_estimate_is_the_mean_of_estimates_on_each_group(distribution, chunk
     np.testing.assert_allclose(result.value, losses(params, x, y).mean(), rtol=1e-6)
 
 
+@pytest.mark.long
 def test_unbiased_and_the_variance_falls_with_the_number_of_groups(key):
     """On examples that are all the same, G groups have 1/G of the variance. Notices 10 %."""
     params, losses, (x, y) = site_models.relu_mlp(key)

@@ -112,6 +112,7 @@ def test_weights_enter_shard_map_with_their_factors(x_spec, spec, out_spec, key,
         np.testing.assert_allclose(actual, float(jax.jvp(twin, (w,), (tangent,))[1]), rtol=1e-9)
 
 
+@pytest.mark.long
 def test_chunks_inside_shard_map(key):
     if len(jax.devices()) < 2:
         pytest.skip("needs two devices: XLA_FLAGS was set without them")
