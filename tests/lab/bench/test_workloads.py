@@ -10,9 +10,10 @@ import pytest
 
 import prograde as pg
 from prograde.lab.models import workloads
+from prograde.lab.processes.requests import RequestError
 from prograde.lab.studies.bench import MODELS, WIDE
 from prograde.lab.studies.bench.methods import BLOCKS, JaxSide, save_arrays
-from prograde.lab.studies.bench.torch_side import TorchError, TorchSide
+from prograde.lab.studies.bench.torch_side import TorchSide
 
 RESNET = {"batch": 3, "size": 8, "width": 8}
 TINY = {
@@ -182,9 +183,9 @@ def test_process_of_pytorch_answers_and_says_what_is_wrong(tmp_path):
         assert found["first_loss"] == pytest.approx(side.visit("bare", 1)[1], rel=1e-5)
         seconds, _ = torch_side.visit("torch-backprop", 2)
         assert seconds > 0
-        with pytest.raises(TorchError, match="KeyError"):
+        with pytest.raises(RequestError, match="KeyError"):
             torch_side.visit("torch-nothing", 1)
         assert torch_side.memory("torch-jvp")["peak_rss"] > 0
-        torch_side._process.kill()
-        with pytest.raises(TorchError, match="ended"):
+        torch_side._server._process.kill()
+        with pytest.raises(RequestError, match="ended"):
             torch_side.visit("torch-bare", 1)

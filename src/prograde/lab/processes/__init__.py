@@ -1,1 +1,1 @@
-"""Processes: `launch` starts and watches them, `workers` lets them work together."""
+"""Processes: `launch` starts them, `workers` lets them work together, `requests` asks one."""

@@ -16,8 +16,9 @@ from prograde.lab.measure import memory
 from prograde.lab.measure.timing import Turns, Visit, take_turns
 from prograde.lab.models.workload import Workload
 from prograde.lab.models.workloads import WORKLOADS
+from prograde.lab.processes.requests import RequestError
 from prograde.lab.studies.bench.methods import METHODS, JaxSide, counted_ratios, in_bfloat16
-from prograde.lab.studies.bench.torch_side import TorchError, TorchSide
+from prograde.lab.studies.bench.torch_side import TorchSide
 
 Figures = dict[str, dict[str, Any]]  # of each method
 
@@ -55,7 +56,7 @@ def _timed(
             jax_side.save(arrays)
             try:
                 torch_side = stack.enter_context(TorchSide(workload, arrays))
-            except TorchError as error:
+            except RequestError as error:
                 missing["torch"] = str(error)
         figures, visits = _compiled(workload, jax_side, torch_side, missing, display)
         turns = take_turns(visits, rounds, display, workload.name)
@@ -109,7 +110,7 @@ def _compiled(
         for name, side in sides.items():
             try:
                 figures[name] = side.compile(name)
-            except TorchError as error:  # for example, no C++ compiler: the other methods go on
+            except RequestError as error:  # for example, no C++ compiler: the other methods go on
                 missing[name] = str(error)
             else:
                 visits[name] = finite_visit(side, name)
@@ -143,7 +144,7 @@ def _add_memory(workload: Workload, arrays: Path, figures: Figures, display: Dis
                 try:
                     with TorchSide(workload, arrays, keep_memory=False) as side:
                         found |= side.memory(name)
-                except TorchError as error:
+                except RequestError as error:
                     found |= {"rss_before": None, "peak_rss": None, "error": str(error)}
             else:
                 module = "prograde.lab.studies.bench.methods"

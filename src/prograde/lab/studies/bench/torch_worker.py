@@ -2,17 +2,13 @@
 
 `TorchSide` starts it. A file holds parameters, state and batches of JAX, so that both compute the
 same losses. Convolution kernels and stacked layers have another layout in PyTorch; this module
-converts them once. Every line of standard input is a request, and every line of standard output is
-its answer, both in JSON.
+converts them once.
 """
 
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
 
 import contextlib
 import functools
-import json
-import os
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -21,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prograde.lab.measure.memory import keep_freed_memory, resident_memory
+from prograde.lab.processes.requests import serve
 from prograde.lab.store import cores
 from prograde.lab.studies.bench.methods import LEARNING_RATE
 
@@ -262,31 +259,24 @@ class Worker:
 
 def main() -> None:
     """Answers requests until standard input ends."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # keeps the output of PyTorch and of compilers out of the answers
     warnings.simplefilter("ignore")
-    worker = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if request["do"] == "start":
-                if request["keep_memory"]:
-                    keep_freed_memory()
-                torch.set_num_threads(cores())
-                torch.manual_seed(0)
-                worker = Worker(request["name"], request["sizes"], request["arrays"])
-                found = {
-                    "version": torch.__version__,
-                    "threads": torch.get_num_threads(),
-                    "methods": list(worker.methods),
-                }
-            else:
-                assert worker is not None
-                found = worker.answer(request)
-        except Exception as error:
-            words = str(error).strip().splitlines()
-            found = {"error": f"{type(error).__name__}: {words[0] if words else 'no message'}"}
-        answers.write(json.dumps(found) + "\n")
+    workers: list[Worker] = []
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        if request["do"] != "start":
+            return workers[0].answer(request)
+        if request["keep_memory"]:
+            keep_freed_memory()
+        torch.set_num_threads(cores())
+        torch.manual_seed(0)
+        workers.append(Worker(request["name"], request["sizes"], request["arrays"]))
+        return {
+            "version": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "methods": list(workers[0].methods),
+        }
+
+    serve(lambda: answer)
 
 
 if __name__ == "__main__":

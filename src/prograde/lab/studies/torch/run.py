@@ -1,73 +1,23 @@
 """Measures one module of `prograde torch`: two processes take turns."""
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
+from functools import partial
 from importlib import metadata
 from typing import Any
 
 from prograde.lab.display import Display
 from prograde.lab.measure.timing import Visit, take_turns
+from prograde.lab.processes.requests import RequestError, Server
 
+WORKER = "prograde.lab.studies.torch.worker"
 METHODS = {
     "torch": ("torch-bare", "torch-backprop", "torch-compiled"),
     "prograde": ("prograde", "prograde-whole", "jax-alone", "jax-backprop"),
 }
 
 
-class Side:
-    """A process of `worker` for one module. Raises `RuntimeError` if it fails."""
-
-    def __init__(self, side: str, name: str):
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "prograde.lab.studies.torch.worker", side, name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            # waiting threads of PyTorch sleep during the turns of others, and it is no slower
-            env=os.environ | {"GOMP_SPINCOUNT": "20000"},
-            start_new_session=True,  # Ctrl-C goes to the command, which ends this process
-        )
-
-    def ask(self, method: str, count: int) -> dict[str, Any]:
-        """Takes steps, and returns their seconds and the last loss."""
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps({"method": method, "count": count}) + "\n")
-            process.stdin.flush()
-        reply = process.stdout.readline()
-        if not reply:
-            self._errors.seek(0)
-            lines = self._errors.read().decode(errors="replace").strip().splitlines()
-            raise RuntimeError(f"{method}: its process ended: {(lines or ['no message'])[-1]}")
-        found = json.loads(reply)
-        if "error" in found:
-            raise RuntimeError(f"{method}: {found['error']}")
-        return found
-
-    def visit(self, method: str) -> Visit:
-        """The seconds of a number of steps."""
-        return lambda count: self.ask(method, count)["seconds"]
-
-    def __enter__(self) -> "Side":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        with contextlib.suppress(OSError):
-            if self._process.stdin is not None:
-                self._process.stdin.close()
-        self._process.kill()
-        self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        self._errors.close()
+def _seconds(side: Server, method: str, count: int) -> float:
+    return side.ask(method=method, count=count)["seconds"]
 
 
 def measure(name: str, rounds: int, display: Display) -> dict[str, Any]:
@@ -76,19 +26,22 @@ def measure(name: str, rounds: int, display: Display) -> dict[str, Any]:
     visits: dict[str, Visit] = {}
     missing: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        sides = {side: stack.enter_context(Side(side, name)) for side in METHODS}
+        sides = {}
+        for side in METHODS:
+            sides[side] = Server(f"the process of {side}", WORKER, side, name)
+            stack.callback(sides[side].close)
         with display.stage(f"{name}: first steps", sum(map(len, METHODS.values()))):
             for side, methods in METHODS.items():
                 for method in methods:
                     try:
-                        first = sides[side].ask(method, 1)
-                    except RuntimeError as error:
+                        first = sides[side].ask(method=method, count=1)
+                    except RequestError as error:
                         if method != "torch-compiled":  # it needs a C++ compiler
-                            raise
+                            raise RequestError(f"{method}: {error}") from None
                         missing[method] = str(error)
                     else:
                         figures[method] = {"first": first["seconds"], "loss": first["loss"]}
-                        visits[method] = sides[side].visit(method)
+                        visits[method] = partial(_seconds, sides[side], method)
                     display.advance(1, method)
         turns = take_turns(visits, rounds, display, name)
     for method, found in turns.summary("torch-backprop").items():

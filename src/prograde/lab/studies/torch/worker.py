@@ -1,19 +1,19 @@
 """A process that takes training steps of a PyTorch module on request, by PyTorch or by prograde.
 
-Every line of standard input is a request, and every line of standard output its answer, in JSON.
+`run` starts it and asks.
 """
 
-import json
-import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from prograde.lab.measure.memory import keep_freed_memory
+from prograde.lab.processes.requests import serve
 from prograde.lab.store import cores
 from prograde.lab.studies.torch.modules import Case, case
 
@@ -128,19 +128,14 @@ def _answer(makers: Any, steps: dict[str, Step], request: dict[str, Any]) -> dic
 
 def main(side: str, name: str) -> None:
     """Answers requests until standard input ends."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # keeps the output of compilers out of the answers
+
+    def start() -> Callable[[dict[str, Any]], dict[str, Any]]:
+        keep_freed_memory()
+        torch.set_num_threads(cores())
+        return partial(_answer, SIDES[side](name), {})
+
     warnings.simplefilter("ignore")
-    keep_freed_memory()
-    torch.set_num_threads(cores())
-    makers, steps = SIDES[side](name), {}
-    for line in sys.stdin:
-        try:
-            found = _answer(makers, steps, json.loads(line))
-        except Exception as error:
-            words = str(error).strip().splitlines()
-            found = {"error": f"{type(error).__name__}: {words[0] if words else 'no message'}"}
-        answers.write(json.dumps(found) + "\n")
+    serve(start)
 
 
 if __name__ == "__main__":
