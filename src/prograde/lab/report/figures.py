@@ -53,3 +53,31 @@ def legend_below(canvas: Canvas, axes: Any, columns: int | None = None) -> None:
         fontsize=9,
         handlelength=3.5,
     )
+
+
+def bars(
+    axes: Any,
+    names: list[str],
+    values: list[float],
+    label: str,
+    form: str,
+    colours: dict[str, str],
+    room: float = 1.25,
+) -> None:
+    """Draws a horizontal bar for each name, the first on top, with its value beside it.
+
+    Names without a colour are blue. The axis ends at `room` times the largest value.
+    """
+    axes.barh(names, values, color=[colours.get(name, BLUE) for name in names], height=0.65)
+    for i, value in enumerate(values):
+        axes.annotate(
+            form.format(value),
+            (value, i),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_axisbelow(True)
+    axes.set(xlabel=label, xlim=(0, room * max(values)))

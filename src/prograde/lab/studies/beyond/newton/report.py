@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from prograde.lab.report import Table
+from prograde.lab.report.figures import bars
 from prograde.lab.report.words import size
 from prograde.lab.studies.beyond.newton import solar_cell
 from prograde.lab.studies.beyond.newton.run import BARE, BOUNDED, IMPLICIT, OURS, REFUSED, REVERSE
@@ -180,13 +181,5 @@ def _draw_counts(record: dict[str, Any], figure: Figure, axes: Any) -> None:
 def _draw_bars(costs: dict[str, Any], axes: Any) -> None:
     names = [BARE, OURS, IMPLICIT, *(n for n in REVERSE if n != IMPLICIT)]
     micros = [1e6 * costs[n]["seconds"]["median"] for n in names]
-    axes.barh(names, micros, color=[_COLOURS.get(n, "#0072B2") for n in names], height=0.65)
-    for i, value in enumerate(micros):
-        axes.annotate(
-            f"{value:,.0f}", (value, i), xytext=(3, 0), textcoords="offset points", va="center"
-        )
-    axes.invert_yaxis()
-    axes.grid(False, axis="y")
-    axes.set_axisbelow(True)
-    axes.set(xlabel="time of a step of the fit (µs)", xlim=(0, 1.15 * max(micros)))
+    bars(axes, names, micros, "time of a step of the fit (µs)", "{:,.0f}", _COLOURS, room=1.15)
     axes.set_title("Green forward, blue reverse mode", loc="left", fontsize=9)

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from prograde.lab.report import Table
+from prograde.lab.report.figures import bars
 from prograde.lab.report.words import milliseconds_spread, size
 from prograde.lab.studies.beyond.ode.run import BARE, FEWER, OURS, REVERSE
 
@@ -144,19 +145,7 @@ def draw(record: dict[str, Any], figure: Figure) -> None:
             "{:.1f}",
         ),
     ):
-        axes.barh(names, values, color=[_COLOURS[n] for n in names], height=0.65)
-        for i, value in enumerate(values):
-            axes.annotate(
-                form.format(value),
-                (value, i),
-                xytext=(3, 0),
-                textcoords="offset points",
-                va="center",
-            )
-        axes.invert_yaxis()
-        axes.grid(False, axis="y")
-        axes.set_axisbelow(True)
-        axes.set(xlabel=label, xlim=(0, 1.2 * max(values)))
+        bars(axes, names, values, label, form, _COLOURS, room=1.2)
     seconds.set_yticks(range(len(names)), [n.replace(", ", ",\n") for n in names])
     memory.set_yticks(range(len(names)), [""] * len(names))
 

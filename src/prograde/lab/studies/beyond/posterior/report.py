@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from prograde.lab.measure.timing import quartiles
 from prograde.lab.report import Table
+from prograde.lab.report.figures import bars
 from prograde.lab.report.words import listed, milliseconds_spread, size
 from prograde.lab.report.words import quartiles as quartiles_text
 
@@ -167,26 +168,10 @@ def draw(record: dict[str, Any], figure: Figure) -> None:
         costs = equation["costs"]
         names = [name for name in costs if name == BARE or costs[name].get("error") is not None]
         seconds = [1e3 * costs[name]["seconds"]["median"] for name in names]
-        _bars(left, names, seconds, "time of a gradient (ms)", "{:.3g}")
+        bars(left, names, seconds, "time of a gradient (ms)", "{:.3g}", _COLOURS)
         left.set_title(title)
         speed = rates(equation)
         medians = [float(np.median(speed[name])) for name in speed]
-        _bars(right, list(speed), medians, "effective samples a second", "{:.3g}")
+        bars(right, list(speed), medians, "effective samples a second", "{:.3g}", _COLOURS)
         for i, values in enumerate(speed.values()):
             right.plot(values, [i] * len(values), "|", color="#D55E00", ms=12)
-
-
-def _bars(axes: Any, names: list[str], values: list[float], label: str, form: str) -> None:
-    axes.barh(names, values, color=[_COLOURS.get(n, "#0072B2") for n in names], height=0.65)
-    for i, value in enumerate(values):
-        axes.annotate(
-            form.format(value),
-            (value, i),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-        )
-    axes.invert_yaxis()
-    axes.set_axisbelow(True)
-    axes.grid(False, axis="y")
-    axes.set(xlabel=label, xlim=(0, 1.25 * max(values)))
