@@ -4,37 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 import prograde as pg
 
-mujoco = pytest.importorskip("mujoco", reason="mujoco-mjx is not installed")
-mjx = pytest.importorskip("mujoco.mjx", reason="mujoco-mjx is not installed")
+pytest.importorskip("mujoco", reason="mujoco-mjx is not installed")
+pytest.importorskip("mujoco.mjx", reason="mujoco-mjx is not installed")
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("default")]
-
-SPHERE_ON_A_PLANE = """
-<mujoco>
-  <option timestep="0.005" iterations="4"/>
-  <worldbody>
-    <geom type="plane" size="5 5 .1"/>
-    <body pos="0 0 0.12"><freejoint/><geom type="sphere" size="0.1"/></body>
-  </worldbody>
-</mujoco>"""
 
 
 def test_gradient_of_the_height_by_the_velocity_is_that_of_central_differences():
     """Over 20 steps, of which the last ones are in contact."""
-    model = mjx.put_model(mujoco.MjModel.from_xml_string(SPHERE_ON_A_PLANE))
-    start = mjx.make_data(model)
+    from prograde.lab.studies.beyond.posterior.contact import sphere_on_a_plane
 
-    def height(velocity):
-        data = start.replace(qvel=start.qvel.at[:3].set(velocity))
-        step = lambda data, _: (mjx.step(model, data), None)
-        return lax.scan(step, data, length=20)[0].qpos[2]
-
+    height = sphere_on_a_plane()
     velocity, h = jnp.array([0.1, 0.0, -1.0]), 1e-5
-    assert velocity.dtype == start.qpos.dtype == jnp.float64
+    assert velocity.dtype == jax.eval_shape(height, velocity).dtype == jnp.float64
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
         jax.jit(jax.grad(height)).trace(velocity)
     value, grad = jax.jit(jax.value_and_grad(pg.forward_mode(height)))(velocity)

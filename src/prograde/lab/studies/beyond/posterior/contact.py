@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import mujoco  # pyright: ignore[reportMissingImports]
 from jax import lax
+from jaxtyping import Array
 from mujoco import mjx  # pyright: ignore[reportMissingImports]
 
 import prograde as pg
@@ -26,17 +27,22 @@ _WORLD = """
 </mujoco>"""
 
 
-def measure(display: Display) -> dict[str, Any]:
-    """Compiles each program once: the height of a sphere after `STEPS` steps, by its velocity."""
+def sphere_on_a_plane() -> Callable[[Array], Array]:
+    """The height of a sphere after `STEPS` steps, the last ones in contact, by its velocity."""
     world: Any = mujoco
     model = mjx.put_model(world.MjModel.from_xml_string(_WORLD))
     start = mjx.make_data(model)
-    velocity, h = jnp.array([0.1, 0.0, -1.0]), 1e-5
 
     def height(velocity):
         data = start.replace(qvel=start.qvel.at[:3].set(velocity))
         return lax.scan(lambda d, _: (mjx.step(model, d), None), data, length=STEPS)[0].qpos[2]
 
+    return height
+
+
+def measure(display: Display) -> dict[str, Any]:
+    """Compiles each program once."""
+    height, velocity, h = sphere_on_a_plane(), jnp.array([0.1, 0.0, -1.0]), 1e-5
     programs: dict[str, Callable] = {
         "the height alone": height,
         OURS: jax.grad(pg.forward_mode(height)),
