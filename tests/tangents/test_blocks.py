@@ -331,6 +331,13 @@ def test_a_block_without_probability_is_refused_by_name():
             pg.Blocks(probabilities=given).probability(params)
     with pytest.raises(ValueError, match=r"probabilities name \"\['d'\]\""):
         pg.Blocks(probabilities={"['d']": 1}).probability(params)
+    for given, words in (
+        (np.array([0.5, 0, 0.5]), r"block \['b'\] has probability 0"),
+        (jnp.array([0.5, 0.5]), r"shape \(2,\), but the blocks are"),
+        (jnp.array([1.0, 2.0, 1.0]), "the sum 4, but an array is taken as it is"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pg.Blocks(probabilities=given).probability(params)
     with pytest.raises(ValueError, match="'even', 'size'"):
         pg.Blocks(probabilities="odd")
     with pytest.raises(TypeError, match="tuple of names"):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from prograde._structured import Group, LowRankTangent, Tangent, is_structured
@@ -37,8 +38,9 @@ class Blocks(TangentDistribution):
     - `stacked`: names of containers whose arrays stack layers along their first axis, such as
       `("layers",)` for parameters that `jax.lax.scan` runs over. Each layer is a block.
     - `probabilities`: `"even"`; `"size"`, p_l = n_l / n; or a dictionary with a positive number for
-      each block (or for a stack, whose layers share it), which are divided by their sum. A JAX
-      array [blocks] may be traced. It is taken as it is: positive, with the sum 1.
+      each block (or for a stack, whose layers share it), which are divided by their sum. An
+      array [blocks] is taken as it is: positive, with the sum 1. Where it is traced, its values
+      are not checked.
 
     **Second moment:** c_l / p_l for one tangent, with c_l of u in the block: n_l / p_l for signs.
     With `"size"` it is that of a tangent in all parameters, n: the choice costs no variance. For
@@ -107,6 +109,8 @@ class Blocks(TangentDistribution):
                     f"probabilities={given!r}, but it is 'even', 'size', or a dictionary with a "
                     "number for each block."
                 )
+        elif isinstance(given, np.ndarray):
+            object.__setattr__(self, "probabilities", jnp.asarray(given))
         elif not isinstance(given, jax.Array):  # pairs, which can be hashed
             pairs = tuple(given.items()) if isinstance(given, Mapping) else tuple(given)
             object.__setattr__(self, "probabilities", pairs)
@@ -175,13 +179,35 @@ class Blocks(TangentDistribution):
     def probability(self, params: PyTree[Array]) -> Float[np.ndarray, " blocks"]:
         """The probability of each block."""
         if isinstance(self.probabilities, jax.Array):
-            return self.probabilities  # pyright: ignore[reportReturnType]
+            return self._checked(self.probabilities, params)  # pyright: ignore[reportReturnType]
         if isinstance(self.probabilities, str) and self.probabilities == "even":
             weights = np.ones(len(self.names(params)))
         elif isinstance(self.probabilities, str):
             weights = np.asarray(self.sizes(params), float)
         else:
             weights = self._given(params)
+        self._check_positive(weights, params)
+        return weights / weights.sum()
+
+    def _checked(self, given: Array, params: PyTree[Array]) -> Array:
+        """The given array, which is refused where it does not fit; its values where it has some."""
+        names = self.names(params)
+        if given.shape != (len(names),):
+            raise ValueError(
+                f"probabilities has shape {given.shape}, but the blocks are {names}: one number "
+                "for each is needed."
+            )
+        if not isinstance(given, Tracer):
+            values = np.asarray(given, float)
+            self._check_positive(values, params)
+            if abs(values.sum() - 1) > 1e-4:
+                raise ValueError(
+                    f"probabilities has the sum {values.sum():g}, but an array is taken as it is. "
+                    "Divide it by its sum."
+                )
+        return given
+
+    def _check_positive(self, weights: np.ndarray, params: PyTree[Array]) -> None:
         for name, weight in zip(self.names(params), weights, strict=True):
             if not 0 < weight < math.inf:
                 raise ValueError(
@@ -189,7 +215,6 @@ class Blocks(TangentDistribution):
                     "of the mean of the estimate. Give it a positive number, or pass its arrays to "
                     "the function as an argument that is not differentiated."
                 )
-        return weights / weights.sum()
 
     def _given(self, params: PyTree[Array]) -> Float[np.ndarray, " blocks"]:
         pairs: Any = self.probabilities
