@@ -94,8 +94,8 @@ def close(found, wanted):
     [
         ("unrolled", pg.LowRank(1)),
         ("scanned", pg.LowRank(1)),
+        ("reversed", pg.LowRank(1)),
         *(pytest.param(*case, marks=pytest.mark.long) for case in (
-            ("reversed", pg.LowRank(1)),
             ("recurrent", pg.LowRank(1)),
             ("unrolled", pg.Normal()),
             ("scanned", pg.Normal()),
