@@ -172,6 +172,13 @@ def draw(record: dict[str, Any], figure: Figure) -> None:
         left.set_title(title)
         speed = rates(equation)
         medians = [float(np.median(speed[name])) for name in speed]
-        bars(right, list(speed), medians, "effective samples a second", "{:.3g}", _COLOURS)
+        bars(
+            right,
+            [_alone(name).replace(" with ", "\nwith ") for name in speed],
+            medians,
+            "effective samples a second",
+            "{:.3g}",
+            _COLOURS,
+        )
         for i, values in enumerate(speed.values()):
             right.plot(values, [i] * len(values), "|", color="#D55E00", ms=12)
