@@ -17,6 +17,7 @@ from jax.extend.core import jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 from torch.overrides import TorchFunctionMode
 
+from prograde.estimators import Estimate, Estimator
 from prograde.torch import _arrays, _operations
 from prograde.torch._functional import Functions, LossModule, Traceable
 
@@ -38,6 +39,17 @@ class Program:
     used: frozenset[str]
     rest: Any
     constants: tuple[tuple[torch.Tensor, int], ...]
+
+    def estimate(
+        self, estimator: Estimator, call: Any, key: jax.Array, state: Any, *args: Any
+    ) -> Estimate:
+        """The estimate of call number `call`: its tangents and masks come from this and the key.
+
+        `args` are (used, others, buffers, batch).
+        """
+        tangents, noise = jax.random.split(jax.random.fold_in(key, call))
+        *args, batch = args
+        return estimator.estimate(self.fun, tangents, state, *args, noise, batch, has_aux=True)
 
     def check_constants(self) -> None:
         """Raises where a tensor that became a constant has changed since."""

@@ -199,10 +199,7 @@ class Step:
 def _compiled(estimator: Estimator, program: Program) -> Callable[..., Any]:
     @jax.jit
     def run(count: Any, state: Any, used: Any, others: Any, buffers: Any, key: Any, batch: Any):
-        key, noise = jax.random.split(jax.random.fold_in(key, count))
-        found = estimator.estimate(
-            program.fun, key, state, used, others, buffers, noise, batch, has_aux=True
-        )
+        found = program.estimate(estimator, count, key, state, used, others, buffers, batch)
         slopes = jnp.zeros(()) if found.directional is None else found.directional
         lost = jnp.isfinite(found.value) & ~jnp.all(jnp.isfinite(slopes))
         return found.value, found.grads, found.aux, found.state, lost

@@ -36,7 +36,8 @@ class TrainStep:
 
     **Bias, variance and cost:** those of the estimator. The first call compiles.
 
-    **Errors:** those of `value_and_grad`.
+    **Errors:** those of `value_and_grad`, without its warning: where the loss is finite and its
+    derivative is not, the next loss is NaN.
 
     **Source:** forward gradients, arXiv 2202.08587.
 
@@ -130,10 +131,7 @@ class TrainStep:
         @partial(jax.jit, donate_argnums=0)
         def run(carry: Any, others: Any, count: Any, key: Any, batch: Any) -> Any:
             used, buffers, state, optimizer_state = carry
-            key, noise = jax.random.split(jax.random.fold_in(key, count))
-            found = estimator.estimate(
-                program.fun, key, state, used, others, buffers, noise, batch, has_aux=True
-            )
+            found = program.estimate(estimator, count, key, state, used, others, buffers, batch)
             updates, optimizer_state = optimizer.update(found.grads, optimizer_state, used)
             used = {name: p + updates[name].astype(p.dtype) for name, p in used.items()}
             moved, aux = found.aux
