@@ -267,3 +267,10 @@ def test_command_measures_records_and_shows(tmp_path):
     found = Store.open(out).read("logreg")
     assert set(found["methods"]) == set(methods.steps(workloads.logreg()))
     assert all(one["peak_rss"] >= one["rss_before"] > 0 for one in found["methods"].values())
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_a_directory_is_made(tmp_path, flags, capsys):
+    out = tmp_path / "out"
+    assert prograde("bench", "mlp", "--device", "gpu", "--out", out) != 0
+    assert "--device gpu, but JAX runs on cpu here" in capsys.readouterr().err
+    assert not out.exists()

@@ -78,17 +78,10 @@ class Bench(Study):
         return {".": config}
 
     def prepare(self) -> None:
-        """Makes the C library keep freed memory, which helps backprop most."""
+        """Makes the C library keep freed memory, which helps backprop most; looks for the GPU."""
         from prograde.lab.measure.memory import keep_freed_memory
 
         keep_freed_memory()
-
-    def run(self, stores: dict[str, Store], display: Display) -> None:
-        """Measures one model after the other. The record of each is complete or absent."""
-        from prograde.lab.studies.bench.run import measure
-
-        (store,) = stores.values()
-        config, all_models = self.configs()["."], ON_GPU if self.device == "gpu" else MODELS
         if self.device == "gpu":
             import jax
 
@@ -97,6 +90,13 @@ class Bench(Study):
                     f"--device gpu, but JAX runs on {jax.default_backend()} here. Install JAX for "
                     "the GPU, such as jax[cuda13]."
                 )
+
+    def run(self, stores: dict[str, Store], display: Display) -> None:
+        """Measures one model after the other. The record of each is complete or absent."""
+        from prograde.lab.studies.bench.run import measure
+
+        (store,) = stores.values()
+        config, all_models = self.configs()["."], ON_GPU if self.device == "gpu" else MODELS
         methods = self.methods or (GPU_METHODS if self.device == "gpu" else ())
         names = all_models if "all" in self.models or not self.models else self.models
         for name in names:
